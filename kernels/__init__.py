@@ -1,0 +1,1 @@
+"""Kernels over the arena: plain PyTorch references, the Triton kernels beside them, and their launchers."""

@@ -1,0 +1,234 @@
+"""The arena as the kernels see it: slots, the tiles they are cut into, and the control block of a step.
+
+The arena is a set of flat buffers (gradient, moments, residual bits) of the same ``capacity``. A *slot* is the stretch
+that belongs to one active parameter; it starts at a multiple of BLOCK and its last tile is padded. A *tile* is BLOCK
+consecutive elements; one Triton program handles one tile. The weights stay in the model and are reached through a
+table of addresses, one a tile, so that a switch of the active set rewrites a table and never a kernel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+#: Elements of a tile. 1024 with 4 warps is 8 elements a thread: one 16-byte access for bf16, two for fp32.
+BLOCK = 1024
+
+#: Elements that the references handle at once. Six buffers of 124 KB stay in the cache, and below 32,768 elements torch
+#: runs an operation on the calling thread: with 15 operations a chunk, waiting for a second core that is busy with
+#: something else made a step of 8 million parameters take 3.1 s instead of 21 ms.
+CHUNK = 31 * BLOCK
+
+#: Columns of ``TileTable.slot_coef``, resolved once a step by ``finalise`` and read by every tile of the slot.
+COEFFICIENTS = ("beta1", "gain1", "beta2", "gain2", "eps", "minus_step", "minus_decay", "runs")
+
+#: Columns of ``hyper``, one row a parameter group.
+HYPER = ("lr", "decay", "beta1", "1-beta1", "beta2", "1-beta2", "eps", "closing")
+
+#: Rows of the bias table at most (8 MB a group); reached by no beta below 0.99998.
+MAX_BIAS_ROWS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One active parameter and its place in the arena."""
+
+    weight: Tensor
+    """(numel,) float32 or bfloat16, contiguous flat view of the model's memory, modified in place by the update."""
+    start: int
+    """First element in the arena, a multiple of BLOCK."""
+    numel: int
+    """Number of elements, not counting the padding of the last tile."""
+    group: int
+    """Row of ``hyper`` and of the bias table."""
+
+    @property
+    def first_tile(self) -> int:
+        """Index of the slot's first tile."""
+        return self.start // BLOCK
+
+    @property
+    def n_tiles(self) -> int:
+        """Number of tiles, the last one possibly partial."""
+        return -(-self.numel // BLOCK)
+
+    @property
+    def tiles(self) -> range:
+        """The slot's tiles, for the functions that take a range of tiles."""
+        return range(self.first_tile, self.first_tile + self.n_tiles)
+
+
+@dataclass
+class TileTable:
+    """What each tile belongs to. Device tensors, allocated once at their largest size; ``bind`` rewrites them."""
+
+    wptr: Tensor  # (max_tiles,) int64, address of the tile's first weight
+    length: Tensor  # (max_tiles,) int32, weights in the tile; 0 = unused, the program returns at once
+    slot: Tensor  # (max_tiles,) int32, index of the tile's slot
+    slot_first_tile: Tensor  # (max_slots,) int32
+    slot_n_tiles: Tensor  # (max_slots,) int32
+    slot_group: Tensor  # (max_slots,) int32, row of hyper and of the bias table
+    slot_bf16: Tensor  # (max_slots,) int32, 1 = bfloat16 weight, 0 = float32
+    slot_present: Tensor  # (max_slots,) int32, 0 = got no gradient this step and is left alone; written by the caller
+    slot_step: Tensor  # (max_slots,) int32, Adam steps since fresh moments; reset by the caller, counted by finalise
+    slot_measured: Tensor  # (max_slots,) int32, steps that entered the score; reset by the caller, counted by finalise
+    slot_coef: Tensor  # (max_slots, 8) float32, see COEFFICIENTS; written by finalise and closing_step
+    slots: tuple[Slot, ...] = ()
+    n_tiles: int = 0
+    aligned: bool = True
+
+    @classmethod
+    def allocate(cls, max_tiles: int, max_slots: int, device: torch.device | str) -> TileTable:
+        """Allocate an empty table for at most ``max_tiles`` tiles and ``max_slots`` slots."""
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        return cls(
+            wptr=zeros(max_tiles, dtype=torch.int64),
+            length=zeros(max_tiles),
+            slot=zeros(max_tiles),
+            slot_first_tile=zeros(max_slots),
+            slot_n_tiles=zeros(max_slots),
+            slot_group=zeros(max_slots),
+            slot_bf16=zeros(max_slots),
+            slot_present=zeros(max_slots),
+            slot_step=zeros(max_slots),
+            slot_measured=zeros(max_slots),
+            slot_coef=zeros(max_slots, len(COEFFICIENTS), dtype=torch.float32),
+        )
+
+    def bind(self, slots: Sequence[Slot]) -> None:
+        """Point the table at ``slots`` (once a switch, and whenever a weight has moved in memory).
+
+        Leaves ``slot_present``, ``slot_step`` and ``slot_measured`` alone: which of them survive a switch, and under
+        which index, is the caller's knowledge. Tiles between slots stay unused.
+
+        Raises:
+            ValueError: a slot does not fit the table, overlaps another, or has a weight the kernels cannot update.
+        """
+        self._check(slots)
+        max_tiles, max_slots = self.length.numel(), self.slot_group.numel()
+        wptr = torch.zeros(max_tiles, dtype=torch.int64)
+        length = torch.zeros(max_tiles, dtype=torch.int32)
+        slot = torch.zeros(max_tiles, dtype=torch.int32)
+        per_slot = torch.zeros((4, max_slots), dtype=torch.int32)
+        for index, entry in enumerate(slots):
+            tiles = slice(entry.first_tile, entry.first_tile + entry.n_tiles)
+            offset = torch.arange(entry.n_tiles, dtype=torch.int64) * BLOCK
+            wptr[tiles] = entry.weight.data_ptr() + offset * entry.weight.element_size()
+            length[tiles] = (entry.numel - offset).clamp_(max=BLOCK).int()
+            slot[tiles] = index
+            is_bf16 = entry.weight.dtype == torch.bfloat16
+            per_slot[:, index] = torch.tensor([entry.first_tile, entry.n_tiles, entry.group, is_bf16])
+        self.wptr.copy_(wptr)
+        self.length.copy_(length)
+        self.slot.copy_(slot)
+        for target, source in zip(
+            (self.slot_first_tile, self.slot_n_tiles, self.slot_group, self.slot_bf16), per_slot, strict=True
+        ):
+            target.copy_(source)
+        self.slots = tuple(slots)
+        self.n_tiles = max((entry.tiles.stop for entry in slots), default=0)
+        # 16-byte accesses need the address and, for the mask of the last tile, the length in multiples of 16.
+        self.aligned = all(entry.weight.data_ptr() % 16 == 0 and entry.numel % 16 == 0 for entry in slots)
+
+    def _check(self, slots: Sequence[Slot]) -> None:
+        if len(slots) > self.slot_group.numel():
+            raise ValueError(f"the table holds {self.slot_group.numel()} slots; got {len(slots)}")
+        end = 0
+        for entry in sorted(slots, key=lambda entry: entry.start):
+            weight = entry.weight
+            if weight.dtype not in (torch.float32, torch.bfloat16):
+                raise ValueError(f"weights must be float32 or bfloat16; got {weight.dtype}: load the model in bfloat16")
+            if weight.shape != (entry.numel,) or not weight.is_contiguous() or entry.numel < 1:
+                raise ValueError(
+                    f"a slot's weight must be a contiguous flat view of {entry.numel} elements; got shape "
+                    f"{tuple(weight.shape)}, stride {weight.stride()}. Make the parameter contiguous before training."
+                )
+            if weight.device != self.wptr.device:
+                raise ValueError(
+                    f"a weight is on {weight.device}, the arena on {self.wptr.device}. Build the optimizer after "
+                    "moving the model."
+                )
+            if entry.start % BLOCK or entry.start < end * BLOCK:
+                raise ValueError(
+                    f"slots must start at multiples of {BLOCK} and not overlap; got start {entry.start} after a slot "
+                    f"that ends at {end * BLOCK}"
+                )
+            end = entry.tiles.stop
+        if end > self.length.numel():
+            raise ValueError(f"the table holds {self.length.numel()} tiles; the slots end at tile {end}")
+
+    def slots_in(self, tiles: range | None) -> list[tuple[int, Slot]]:
+        """Index and slot of every slot that lies in ``tiles`` (None: all). A range never cuts through a slot."""
+        if tiles is None:
+            return list(enumerate(self.slots))
+        return [(index, slot) for index, slot in enumerate(self.slots) if slot.first_tile in tiles]
+
+    def tile_range(self, tiles: range | None) -> range:
+        """``tiles``, or every tile in use."""
+        return range(self.n_tiles) if tiles is None else tiles
+
+
+@dataclass
+class Control:
+    """The numbers of one step that stay on the device, so that no step waits for the host. All of shape (1,)."""
+
+    skip: Tensor  # int32, 1 = a gradient of this step is not finite and nothing may change
+    clip_coef: Tensor  # float32, factor on every gradient, at most 1
+    grad_norm: Tensor  # float32, global norm of the gradients before clipping
+    max_norm: Tensor  # float32, bound of the global norm, inf = none; written by the caller
+    skipped_steps: Tensor  # int32, steps skipped so far
+
+    @classmethod
+    def allocate(cls, device: torch.device | str) -> Control:
+        """Nothing skipped, nothing clipped."""
+        return cls(
+            skip=torch.zeros(1, dtype=torch.int32, device=device),
+            clip_coef=torch.ones(1, device=device),
+            grad_norm=torch.zeros(1, device=device),
+            max_norm=torch.full((1,), math.inf, device=device),
+            skipped_steps=torch.zeros(1, dtype=torch.int32, device=device),
+        )
+
+
+def hyper_row(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> list[float]:
+    """One row of ``hyper`` (see HYPER), computed in float64.
+
+    ``1 - beta2`` computed in float32 inside a kernel would cost 1.3e-5 in v. ``closing`` is the factor of Algorithm 1,
+    line 16: lr·β1/(1-β1).
+    """
+    beta1, beta2 = betas
+    return [lr, lr * weight_decay, beta1, 1 - beta1, beta2, 1 - beta2, eps, lr * beta1 / (1 - beta1)]
+
+
+def bias_table(betas: Sequence[tuple[float, float]], *, enabled: bool, device: torch.device | str) -> Tensor:
+    """Adam's bias correction by step count, computed in float64.
+
+    m̂/(√v̂ + ε) with m̂ = m/(1-β1^t), v̂ = v/(1-β2^t) is  c₀·m/(√v + c₁·ε)  with  c₁ = √(1-β2^t), c₀ = c₁/(1-β1^t).
+
+    Args:
+        betas: (β1, β2) of each parameter group.
+        enabled: False makes both factors 1 at every step, so that one kernel serves both cases.
+        device: where the table lives.
+
+    Returns:
+        (n_groups, rows, 2) float32: c₀ and c₁ after t = 0, 1, ... steps. The last row is 1 to float32 and stands for
+        all later steps; row 0 (no step yet) is 1.
+    """
+    if not enabled:
+        return torch.ones((len(betas), 2, 2), device=device)
+    # 1 - β^t rounds to 1 in float32 once β^t < 2^-25: 17,321 steps for β = 0.999.
+    largest = max(max(pair) for pair in betas)
+    rows = 2 if largest == 0 else min(MAX_BIAS_ROWS, max(2, math.ceil(-25 * math.log(2) / math.log(largest)) + 1))
+    t = torch.arange(1, rows, dtype=torch.float64)
+    table = torch.ones((len(betas), rows, 2), dtype=torch.float64)
+    for row, (beta1, beta2) in zip(table, betas, strict=True):
+        row[1:, 1] = (1 - beta2**t).sqrt()
+        row[1:, 0] = row[1:, 1] / (1 - beta1**t)
+    return table.float().to(device)

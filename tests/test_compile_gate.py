@@ -1,0 +1,165 @@
+"""The Triton kernels are compiled for real GPUs on a machine without one, and their code is inspected."""
+
+import importlib.util
+import re
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed: there is nothing to compile", allow_module_level=True)
+
+import triton
+from misa_engine.kernels import triton_kernels
+from misa_engine.kernels.norm import TILES_PER_PROGRAM
+from misa_engine.kernels.tiles import BLOCK
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+ARCHITECTURES = {80: "sm_80", 89: "sm_89", 90: "sm_90a"}
+PRECISE = {"enable_fp_fusion": False}
+
+TABLE = {"wptr": "*i64", "length": "*i32", "slot": "*i32", "slot_bf16": "*i32", "slot_coef": "*fp32"}
+ADAMW = {"m": "*fp32", "v": "*fp32", "tile_sumsq": "*fp32", "first_tile": "i32"} | TABLE
+FLAGS = {"ALIGNED": True, "CLOSING": False, "BLOCK": BLOCK, "measured": None}
+SPLIT = ADAMW | {"grad": "*bf16", "lo": "*i16"}, FLAGS | {"BF16": True}
+NO_MASTER = ADAMW | {"grad": "*bf16"}, FLAGS | {"BF16": True, "lo": None}
+FLOAT32 = ADAMW | {"grad": "*fp32"}, FLAGS | {"BF16": False, "lo": None}
+CLOSING = ADAMW | {"lo": "*i16"}, FLAGS | {"BF16": True, "CLOSING": True, "grad": None}
+UNALIGNED = SPLIT[0], SPLIT[1] | {"ALIGNED": False}
+CLOSING[0].pop("tile_sumsq")
+CLOSING[1]["tile_sumsq"] = None
+
+#: 16-byte loads and stores of a thread's 8 elements: bf16 takes one, float32 two (m, v 4 + 4, grad, weight, lo).
+VARIANTS = {
+    "split": (SPLIT, 7, 6),
+    "no_master": (NO_MASTER, 6, 5),
+    "float32": (FLOAT32, 8, 6),
+    "closing": (CLOSING, 6, 2),
+}
+
+COUNTS = {"n_tiles": "i32", "n_slots": "i32", "n_rows": "i32"}
+PER_SLOT = {"slot_group": "*i32", "slot_step": "*i32", "slot_coef": "*fp32", "hyper": "*fp32", "bias": "*fp32"}
+NORM = {"partial": "*fp32", "length": "*i32", "slot": "*i32", "slot_present": "*i32", "grad_norm": "*fp32"}
+FINALISE = {"max_norm": "*fp32", "clip_coef": "*fp32", "skip": "*i32", "skipped_steps": "*i32", "slot_measured": "*i32"}
+FINALISE = FINALISE | NORM | PER_SLOT | COUNTS
+CLOSING_SLOTS = PER_SLOT | {"n_slots": "i32", "n_rows": "i32"}
+SUMS = {"grad": "*bf16", "partial": "*fp32", "length": "*i32", "first_tile": "i32", "end_tile": "i32"}
+REDUCE = {"tile_values": "*fp32", "out": "*fp32", "slot_first_tile": "*i32", "slot_n_tiles": "*i32"}
+REDUCE |= {"slot_present": "*i32", "skip": "*i32"}
+ROUND = {"weight": "*i16", "lo": "*i16", "numel": "i32", "first_index": "i32", "key1": "i32", "key2": "i32"}
+SMALL_KERNELS = {
+    "sum_of_squares_kernel": (SUMS, {"ROWS": TILES_PER_PROGRAM, "BLOCK": BLOCK}, {"num_warps": 4}),
+    "global_norm_kernel": (NORM | {"n_tiles": "i32"}, {}, {"num_warps": 16}),
+    "finalise_kernel": (FINALISE, {"SKIP_NONFINITE": True}, {"num_warps": 16} | PRECISE),
+    "closing_coefficients_kernel": (CLOSING_SLOTS, {}, {"num_warps": 4} | PRECISE),
+    "reduce_slots_kernel": (REDUCE, {"ROOT": True}, {"num_warps": 4}),
+    "round_stochastic_kernel": (ROUND, {"ALIGNED": True, "BLOCK": BLOCK}, {"num_warps": 4}),
+}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TRITON_ALWAYS_COMPILE", "1")
+
+
+def compile_for(architecture: int, kernel: str, types: dict, constants: dict, options: dict):
+    function = getattr(triton_kernels, kernel)
+    names = function.arg_names
+    assert set(names) == set(types) | set(constants), set(names) ^ (set(types) | set(constants))
+    source = ASTSource(
+        fn=function,
+        signature={name: types.get(name, "constexpr") for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types.get(name, "").startswith("*")},
+    )
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+
+
+def compile_adamw(architecture: int, variant: tuple[dict, dict]):
+    return compile_for(architecture, "adamw_kernel", *variant, {"num_warps": 4} | PRECISE)
+
+
+def global_accesses(ptx: str) -> Counter:
+    return Counter(re.findall(r"\b((?:ld|st)\.global[.\w:]*)", ptx))
+
+
+def assembled(compiled, architecture: int, tmp_path: Path, *flags: str) -> dict[str, int]:
+    """Registers and spilled bytes, as ptxas reports them."""
+    if not PTXAS.exists():
+        pytest.skip(f"this triton wheel has no assembler at {PTXAS}")
+    source = tmp_path / "kernel.ptx"
+    source.write_text(compiled.asm["ptx"])
+    target = f"--gpu-name={ARCHITECTURES[architecture]}"
+    command = [str(PTXAS), "-v", *flags, target, str(source), "-o", str(tmp_path / "kernel.cubin")]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    report = run.stdout + run.stderr
+    spilled = sum(map(int, re.findall(r"(\d+) bytes spill", report)))
+    return {"spilled_bytes": spilled, "registers": int(re.search(r"Used (\d+) registers", report).group(1))}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_update_uses_16_byte_accesses_and_spills_nothing(variant, architecture, tmp_path):
+    description, loads, stores = VARIANTS[variant]
+    compiled = compile_adamw(architecture, description)
+    accesses = global_accesses(compiled.asm["ptx"])
+    assert accesses.pop("ld.global.v4.b32", 0) == loads
+    assert accesses.pop("st.global.v4.b32", 0) == stores
+    # What is left is one scalar for each table entry, coefficient and the tile's sum; a tile would be 8 of a kind.
+    assert set(accesses) <= {"ld.global.b32", "ld.global.b64", "st.global.b32"}
+    assert accesses["ld.global.b64"] == 1 and accesses["st.global.b32"] <= 1
+    assert accesses["ld.global.b32"] <= 12  # length, slot, dtype, 8 coefficients, running sum
+    # One IEEE rounding an operation and subnormals kept, or the GPU would differ from the reference.
+    arithmetic = set(re.findall(r"\b(?:fma|mul|add|div|sqrt|rsqrt)[.\w]*\.f32\b", compiled.asm["ptx"]))
+    assert arithmetic <= {"mul.f32", "mul.rn.f32", "add.f32", "add.rn.f32", "div.rn.f32", "sqrt.rn.f32"}, arithmetic
+    assert {"div.rn.f32", "sqrt.rn.f32"} <= arithmetic
+    report = assembled(compiled, architecture, tmp_path, "--fmad=false")
+    assert report["spilled_bytes"] == 0 and report["registers"] <= 64, report
+
+
+def test_unaligned_weights_are_scalar_but_the_arena_is_not(tmp_path):
+    compiled = compile_adamw(89, UNALIGNED)
+    accesses = global_accesses(compiled.asm["ptx"])
+    assert accesses["ld.global.b16"] == 8 and accesses["st.global.b16"] == 8
+    assert accesses["ld.global.v4.b32"] == 6 and accesses["st.global.v4.b32"] == 5
+    report = assembled(compiled, 89, tmp_path, "--fmad=false")
+    assert report["spilled_bytes"] == 0 and report["registers"] <= 64, report
+
+
+@pytest.mark.parametrize("kernel", SMALL_KERNELS)
+def test_other_kernels_compile_without_spills(kernel, tmp_path):
+    compiled = compile_for(89, kernel, *SMALL_KERNELS[kernel])
+    report = assembled(compiled, 89, tmp_path)
+    assert report["spilled_bytes"] == 0 and report["registers"] <= 128, report
+    if kernel == "sum_of_squares_kernel":
+        assert global_accesses(compiled.asm["ptx"])["ld.global.v4.b32"] == TILES_PER_PROGRAM
+
+
+@pytest.mark.parametrize(
+    ("kernel", "buffers"),
+    [
+        ("adamw_kernel", ("grad", "m", "v", "lo")),
+        ("sum_of_squares_kernel", ("grad",)),
+        ("round_stochastic_kernel", ("weight", "lo")),
+    ],
+)
+def test_element_offsets_are_64_bit(kernel, buffers):
+    """``program_id * BLOCK`` in int32 wraps at 2^31 elements, 2.1 billion active parameters, without a word."""
+    types, constants, options = SMALL_KERNELS.get(kernel, (*SPLIT, PRECISE))
+    code = compile_for(89, kernel, types, constants, options).asm["ttir"]
+    signature = re.search(rf"@{kernel}\((.*?)\) attributes", code, re.DOTALL).group(1)
+    arguments = re.findall(r"(%\w+): ", signature)
+    passed = [name for name in getattr(triton_kernels, kernel).arg_names if name in types]
+    assert len(arguments) == len(passed)
+    for name, argument in zip(passed, arguments, strict=True):
+        if name in buffers:
+            pointers = re.findall(rf"(%\w+) = tt\.splat {argument} : ", code)
+            offsets = [re.search(rf"tt\.addptr {pointer}, .*, tensor<[\dx]+x(i\d+)>", code) for pointer in pointers]
+            assert pointers and all(offset and offset.group(1) == "i64" for offset in offsets), (name, code)
+    assert not re.search(rf"arith\.constant (dense<{BLOCK}> : tensor<[\dx]+xi32>|{BLOCK} : i32)", code), code
