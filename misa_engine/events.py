@@ -1,0 +1,59 @@
+"""SwitchEvent: what happened when one round ended and the next began."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class SwitchEvent:
+    """One draw, as seen from outside. Unit names throughout; everything is a plain Python value."""
+
+    round: int
+    """Number of the round that begins, from 0."""
+    step: int
+    """Optimizer steps made so far."""
+    left: tuple[str, ...]
+    came: tuple[str, ...]
+    kept: tuple[str, ...]
+    active: tuple[str, ...]
+    active_share: float
+    """Parameters of the active units over all parameters of the model."""
+    budget_share: float
+    """Parameters of the active units over the budget δ·N."""
+    milliseconds: float
+    """Host time of the switch, without the wait for the device to finish the round's last step."""
+    moved_bytes: int
+    """Optimizer state moved within the arena, or between it and the host."""
+    scores: dict[str, float]
+    probabilities: dict[str, float]
+    visits: dict[str, int]
+    entropy: float
+    """Of ``probabilities``, divided by log B: 1 is uniform, 0 is certain."""
+    coverage: float
+    """Share of the units that were active at least once."""
+    skipped_steps: int
+    """Steps left out because of a non-finite gradient, since the beginning."""
+    stale_rounds_max: int
+    """Rounds since the last visit of the unit that waits longest."""
+    starved: tuple[str, ...]
+    """Units that have waited longer than ``stale_after`` rounds."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dictionary that JSON can hold."""
+        return asdict(self)
+
+
+class CallbackHandle:
+    """Returned by ``MISA.on_switch``; ``remove()`` takes the callback off again."""
+
+    def __init__(self, callbacks: list[Callable[[SwitchEvent], None]], callback: Callable[[SwitchEvent], None]):
+        self._callbacks = callbacks
+        self._callback = callback
+
+    def remove(self) -> None:
+        """Stop calling the callback; harmless when repeated."""
+        if self._callback in self._callbacks:
+            self._callbacks.remove(self._callback)

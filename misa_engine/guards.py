@@ -1,0 +1,125 @@
+"""What MISA refuses, and why: checks of the model at construction and at every training forward.
+
+All of them raise ValueError (what is wrong, what was found, what to do) before anything is changed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse models that the engine would train wrongly.
+
+    Raises:
+        ValueError: the model is wrapped for data parallelism, sharded, frozen, without memory (meta device), spread
+            over several devices, or checkpoints with ``use_reentrant=True``.
+    """
+    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        raise ValueError(
+            f"the model is wrapped in {type(model).__name__}, which keeps the set of synchronised gradients that it "
+            "saw first, so that ranks drift apart silently when the active matrices change. Pass the bare model "
+            "(model.module) and train in one process."
+        )
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        ranks = torch.distributed.get_world_size()
+        if ranks > 1:
+            raise ValueError(
+                f"{ranks} processes are running, but MISA does not synchronise gradients between processes yet. "
+                "Start one process (make a single GPU visible with CUDA_VISIBLE_DEVICES)."
+            )
+    parameters = dict(model.named_parameters())
+    if not parameters:
+        raise ValueError(f"{type(model).__name__} has no parameters; pass the model itself, not a wrapper or a config.")
+    for name, parameter in parameters.items():
+        if parameter.is_meta:
+            raise ValueError(
+                f"{name} is on the meta device and has no memory. Load the weights first (from_pretrained) and build "
+                "the optimizer afterwards."
+            )
+        if type(parameter.data).__name__ == "DTensor":
+            raise ValueError(f"{name} is a sharded DTensor; MISA works on unsharded models in one process.")
+    frozen = [name for name, parameter in parameters.items() if not parameter.requires_grad]
+    if frozen:
+        raise ValueError(
+            f"{len(frozen)} of {len(parameters)} parameters are already frozen (requires_grad=False), "
+            f"{frozen[0]} first. MISA has to see them trainable to register its hooks and freezes them itself: build "
+            "it before freezing (model.requires_grad_(True)), and name what must never train in frozen=(...)."
+        )
+    devices = {parameter.device for parameter in parameters.values()}
+    if len(devices) > 1:
+        raise ValueError(
+            f"the model is spread over {', '.join(sorted(map(str, devices)))}; MISA needs it on one device. Load it "
+            "without device_map, or with device_map={'': 0}."
+        )
+    stop_reentrant_checkpointing(model)
+
+
+def check_trainable(name: str, parameter: torch.Tensor, expected: torch.dtype | None) -> torch.dtype:
+    """Check one parameter that will be trained; returns its dtype.
+
+    Raises:
+        ValueError: the dtype is neither float32 nor bfloat16 or differs from ``expected``, or memory is not contiguous.
+    """
+    dtype = parameter.dtype
+    if dtype == torch.float16:
+        raise ValueError(
+            f"{name} is float16, whose gradients underflow without loss scaling. Load the model in bfloat16 "
+            "(dtype=torch.bfloat16): same memory, and MISA keeps an exact float32 master for it."
+        )
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"{name} is {dtype}; MISA trains float32 and bfloat16 weights. Load the model in bfloat16.")
+    if expected is not None and dtype != expected:
+        raise ValueError(
+            f"{name} is {dtype} but other trained parameters are {expected}; MISA keeps one arena of one dtype. "
+            f"Convert the model (model.to({expected})) or leave {name} frozen."
+        )
+    if not parameter.is_contiguous():
+        raise ValueError(f"{name} is not contiguous in memory; replace it by its .contiguous() copy before training.")
+    return dtype
+
+
+def stop_reentrant_checkpointing(model: nn.Module) -> None:
+    """Keep gradient checkpointing, but only in the form that lets the backward pass stop at the lowest active unit.
+
+    transformers registers a hook that makes the embedding's output require gradients as soon as checkpointing is
+    enabled; with it every frozen layer below the lowest active one is recomputed. The hook is removed here: with
+    ``use_reentrant=False`` nothing needs it.
+
+    Raises:
+        ValueError: checkpointing with ``use_reentrant=True``.
+    """
+    for name, module in model.named_modules():
+        if not getattr(module, "gradient_checkpointing", False):
+            continue
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        if getattr(function, "keywords", {}).get("use_reentrant", False):
+            raise ValueError(
+                f"{name or type(model).__name__} uses gradient checkpointing with use_reentrant=True, which fails or "
+                "recomputes every frozen layer once inputs do not require gradients. Use "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}."
+            )
+        break  # transformers sets one function for all modules
+    disable = getattr(model, "disable_input_require_grads", None)
+    if disable is not None and getattr(model, "_require_grads_hook", None) is not None:
+        disable()
+
+
+class CheckpointingGuard:
+    """Runs ``stop_reentrant_checkpointing`` before a training forward whenever checkpointing was switched on anew."""
+
+    def __init__(self, model: nn.Module):
+        self._seen: object = None
+        self._handle = model.register_forward_pre_hook(self._before_forward)
+
+    def _before_forward(self, model: nn.Module, args: object) -> None:
+        # enabling checkpointing always leaves a fresh hook object on the model, so looking at it costs one getattr
+        hook = getattr(model, "_require_grads_hook", None)
+        if model.training and hook is not None and hook is not self._seen:
+            self._seen = hook
+            stop_reentrant_checkpointing(model)
+
+    def remove(self) -> None:
+        """Take the hook off the model."""
+        self._handle.remove()
