@@ -1,0 +1,48 @@
+"""The user's own mistakes, and how a failure becomes one line and an exit code."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+
+class UserError(ValueError):
+    """Bad input: the message says what is wrong, what was found and what to do. ``misa`` exits with 2."""
+
+
+@contextmanager
+def bad_input(doing: str = "") -> Iterator[None]:
+    """Turn a ValueError raised inside into a UserError, for steps that do nothing but check and build the input."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{doing}: {error}" if doing else str(error)) from error
+
+
+def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
+    """A question naming the closest known word, with a space before it; empty when none is close."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" Did you mean {prefix}{close[0]}?" if close else ""
+
+
+def exit_code(error: BaseException) -> int:
+    """2 for a UserError and for a ValueError that misa_engine itself raised, 130 for Ctrl-C, 1 for the rest.
+
+    The engine raises ValueError for nothing but bad input; the same class from a library in the middle of a run says
+    nothing about who is to blame, hence the look at the innermost frame.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    if isinstance(error, UserError):
+        return BAD_INPUT
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    ours = frame is not None and Path(frame.tb_frame.f_code.co_filename).is_relative_to(Path(__file__).parent)
+    return BAD_INPUT if isinstance(error, ValueError) and ours else FAILED
