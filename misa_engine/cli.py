@@ -35,6 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = _take_debug(words)
     try:
         return _dispatch(words)
+    except BrokenPipeError:  # "misa train --help | head": the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
     except (Exception, KeyboardInterrupt) as error:
         if debug:
             import traceback
