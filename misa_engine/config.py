@@ -76,6 +76,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "leave_rounding": ("stochastic", "nearest"),
     "fill": ("carry", "stop", "skip"),
     "master": ("split", "none"),
+    "state_dtype": ("float32",),
+    "update_in": ("step",),
     "backend": ("auto", "reference", "triton"),
 }
 
@@ -91,6 +93,8 @@ def check_choice(option: str, value: object, choices: Iterable[str]) -> None:
         return
     close = difflib.get_close_matches(str(value), choices, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
+    if len(choices) == 1:
+        raise ValueError(f"{option}={value!r} is not available in this release; leave it at {choices[0]!r}.")
     raise ValueError(f"unknown {option} {value!r}: choose one of {', '.join(choices)}.{hint}")
 
 
@@ -144,6 +148,10 @@ class MisaConfig:
     """Skip a step in which any gradient is inf or NaN (one pass over the active gradients, no synchronisation)."""
     master: str = "split"
     """bf16 models: "split" keeps 16 more bits per active weight (an exact fp32 master); "none" rounds at each step."""
+    state_dtype: str = "float32"
+    """Dtype of the moments; float32 is the only one in this release."""
+    update_in: str = "step"
+    """When weights are updated: in ``step()``, the only schedule in this release."""
     backend: str = "auto"
     """"triton" on a GPU and "reference" (plain PyTorch) elsewhere, or either by force."""
     stale_after: int = 0

@@ -18,6 +18,8 @@ from misa_engine import MISA, MisaConfig
         ({"preset": "papers"}, "Did you mean 'paper'"),
         ({"granularity": "matrix"}, "choose one of module, block, layer"),
         ({"family": "lama"}, "llama"),
+        ({"state_dtype": "int8"}, "not available in this release"),
+        ({"update_in": "backward"}, "not available in this release"),
         ({"betas": (0.9, 1.0)}, "betas"),
         ({"eta": float("nan")}, "eta"),
         ({"lr": -1.0}, "lr"),
