@@ -31,6 +31,8 @@ Try it without any model or data: misa train --demo"""
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    # before torch is imported: spinning threads turn 0.5 s a step into 5 s where other processes want the same cores
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     words = list(sys.argv[1:] if argv is None else argv)
     debug = _take_debug(words)
     try:

@@ -333,7 +333,7 @@ def visit_counts(run: Digest) -> Figure:
     )
     figure.colorbar(image, cax=bar_axes).set_label("rounds", fontsize=9)
     bar_axes.tick_params(labelsize=8)
-    _whole_numbers(bar_axes.yaxis)
+    _whole_numbers(bar_axes.yaxis, most=4)  # they crowd at the top of a square-root scale
     never = int((run.visits == 0).sum())
     words = "every matrix trained at least once" if not never else f"{never} of {len(run.units)} matrices never trained"
     _titles(
@@ -420,7 +420,7 @@ def _short(unit: LoggedUnit) -> str:
     return parts[-1]
 
 
-def _whole_numbers(axis: Any) -> None:
+def _whole_numbers(axis: Any, most: int = 8) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    axis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    axis.set_major_locator(MaxNLocator(nbins=most, integer=True))
