@@ -119,7 +119,7 @@ class MISA(torch.optim.Optimizer):
         self._kept_states: dict[str, SlotState] = {}  # revisit="keep": moments of inactive parameters, on the host
         self._norms_ready = False
         self._clip_next: float | None = None
-        self._model_bytes = sum(p.numel() * p.element_size() for p in {id(p): p for p in named.values()}.values())
+        self._model_bytes = sum(parameter.nbytes for parameter in named.values())  # tied ones are listed once
 
         # Hooks first: a frozen parameter takes none, and hooks survive requires_grad being toggled.
         self._model = model
