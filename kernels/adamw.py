@@ -10,26 +10,33 @@ interpreter and the GPU agree bit for bit (the coefficients are those of ``final
 Decay and step are added to each other first: lr·wd is often below half an ulp of 1, and as a factor on the weight it
 would round to nothing or to twice its size.
 
+With 8-bit moments (blockwise8.py) m and v are decoded, updated in float32 and quantised again in the same pass; the
+weight steps along the fresh float32 values.
+
 There is no ``triton.autotune``: each trial would apply the update once more.
 """
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .backend import on_device, triton_kernels, uses_triton
-from .norm import chunk_size, tile_sums_into
+from .blockwise8 import GROUP, compress, expand
+from .norm import chunk_size, first_grad_tile, square_root, tile_sums_into
 from .split_float import join_into, split_into
 from .tiles import BLOCK, HYPER, Slot, TileTable
+
+#: 8 programs of 128 threads then fit the 65,536 registers of a multiprocessor. Only with 8-bit moments on sm_80 and with
+#: unaligned weights would the compiler take more (69-71), and it spills nothing when held to 64. AMD has no such option.
+REGISTERS = {} if torch.version.hip else {"maxnreg": 64}
 
 
 @torch.no_grad()
 def adamw(
-    grad: Tensor,  # (capacity,) bfloat16 or float32
-    m: Tensor,  # (capacity,) float32, first moment, modified in place
-    v: Tensor,  # (capacity,) float32, second moment, modified in place
+    grad: Tensor,  # flat, bfloat16 or float32, begins with the gradient of arena element ``grad_start``
+    m: Tensor,  # (capacity,) float32 | int8, first moment, modified in place
+    v: Tensor,  # (capacity,) float32 | uint8, second moment, modified in place
     lo: Tensor | None,  # (capacity,) int16, lower half of bf16 weights, modified in place; None = no master weight
     tile_sumsq: Tensor | None,  # (max_tiles,) float32, modified in place: += Σ g² of the tile; None = not measured
     table: TileTable,  # the weights of its slots are modified in place
@@ -37,34 +44,43 @@ def adamw(
     backend: str,
     measured: Tensor | None = None,  # (max_tiles,) float32, added to tile_sumsq in place of the sum over ``grad``
     tiles: range | None = None,  # None = all tiles in use; ``slot.tiles`` = one slot
+    grad_start: int = 0,  # ``slot.start`` where grad is the gradient of that slot alone, without padding
+    m_scale: Tensor | None = None,  # (capacity/64,) float32, modified in place; None = float32 moments
+    v_scale: Tensor | None = None,  # (capacity/64,) float32, modified in place
 ) -> None:
     """One AdamW step of every slot that ``finalise`` let run; of the others not a bit changes.
 
     bf16 weights with ``lo`` are exact float32 masters; without it they are rounded to nearest even at each step.
     """
+    _check_moments(m, v, m_scale, v_scale)
+    grad_tile = first_grad_tile(grad_start)
     if not uses_triton(backend, grad):
-        _adamw_reference(grad, m, v, lo, tile_sumsq, table, measured, tiles)
+        _adamw_reference(grad, m, v, m_scale, v_scale, lo, tile_sumsq, table, measured, tiles, grad_start)
         return
-    _launch(grad, m, v, lo, tile_sumsq, measured, table, table.tile_range(tiles), closing=False)
+    span = table.tile_range(tiles)
+    _launch(grad, m, v, m_scale, v_scale, lo, tile_sumsq, measured, table, span, grad_tile, closing=False)
 
 
 @torch.no_grad()
 def closing_step(
-    m: Tensor,  # (capacity,) float32
-    v: Tensor,  # (capacity,) float32
+    m: Tensor,  # (capacity,) float32 | int8
+    v: Tensor,  # (capacity,) float32 | uint8
     lo: Tensor | None,  # (capacity,) int16, modified in place; None = no master weight
     hyper: Tensor,  # (n_groups, 8) float32
     bias: Tensor,  # (n_groups, rows, 2) float32
     table: TileTable,  # the weights of its slots and slot_coef are modified in place
     *,
     backend: str,
+    m_scale: Tensor | None = None,  # (capacity/64,) float32; None = float32 moments
+    v_scale: Tensor | None = None,  # (capacity/64,) float32
 ) -> None:
     """Line 16 of Algorithm 1, once at the end of a round, for every slot with at least one Adam step.
 
     w ← w - lr·β1/(1-β1) · m / (√v/√(1-β2^t) + ε),  with the bias correction's √(1-β2^t) = 1 where it is off
     """
+    _check_moments(m, v, m_scale, v_scale)
     if not uses_triton(backend, m):
-        _closing_reference(m, v, lo, hyper, bias, table)
+        _closing_reference(m, v, m_scale, v_scale, lo, hyper, bias, table)
         return
     with on_device(m):
         triton_kernels().closing_coefficients_kernel[(1,)](
@@ -77,18 +93,26 @@ def closing_step(
             bias.shape[1],
             enable_fp_fusion=False,
         )
-    _launch(None, m, v, lo, None, None, table, table.tile_range(None), closing=True)
+    _launch(None, m, v, m_scale, v_scale, lo, None, None, table, table.tile_range(None), 0, closing=True)
+
+
+def _check_moments(m: Tensor, v: Tensor, m_scale: Tensor | None, v_scale: Tensor | None) -> None:
+    wanted = [torch.float32] * 2 if m_scale is None else [torch.int8, torch.uint8]
+    assert [m.dtype, v.dtype] == wanted and (m_scale is None) == (v_scale is None), (m.dtype, v.dtype)
 
 
 def _adamw_reference(
     grad: Tensor,
     m: Tensor,
     v: Tensor,
+    m_scale: Tensor | None,
+    v_scale: Tensor | None,
     lo: Tensor | None,
     tile_sumsq: Tensor | None,
     table: TileTable,
     measured: Tensor | None,
     tiles: range | None,
+    grad_start: int,
 ) -> None:
     slots = table.slots_in(tiles)
     chunk = chunk_size(slots)
@@ -103,8 +127,9 @@ def _adamw_reference(
         for first in range(0, slot.numel, chunk):
             n = min(chunk, slot.numel - first)
             here = slice(slot.start + first, slot.start + first + n)
-            m_, v_, a, b = m[here], v[here], x[:n], y[:n]
-            g = grad[here] if grad.dtype == torch.float32 else b.copy_(grad[here])
+            (m_, v_), a, b = _load_moments(m, v, m_scale, v_scale, here), x[:n], y[:n]
+            g = grad[here.start - grad_start : here.stop - grad_start]
+            g = g if grad.dtype == torch.float32 else b.copy_(g)
 
             # m ← β1·m + (1-β1)·g
             m_.mul_(beta1).add_(torch.mul(g, gain1, out=a))
@@ -121,12 +146,23 @@ def _adamw_reference(
             if decays:
                 b.add_(torch.mul(w, minus_decay, out=a))
             _store_weight(w.add_(b), slot, first, n, lo)
+            if m_scale is not None and v_scale is not None:
+                compress(m_, v_, m[here], v[here], *_scales(m_scale, v_scale, here), backend="reference")
         if tile_sumsq is not None:
             own = slice(slot.first_tile, slot.first_tile + slot.n_tiles)
             tile_sumsq[own] += sums[: slot.n_tiles] if measured is None else measured[own]
 
 
-def _closing_reference(m: Tensor, v: Tensor, lo: Tensor | None, hyper: Tensor, bias: Tensor, table: TileTable) -> None:
+def _closing_reference(
+    m: Tensor,
+    v: Tensor,
+    m_scale: Tensor | None,
+    v_scale: Tensor | None,
+    lo: Tensor | None,
+    hyper: Tensor,
+    bias: Tensor,
+    table: TileTable,
+) -> None:
     n = len(table.slots)
     group, step = table.slot_group[:n].long(), table.slot_step[:n]
     factor = bias[group, step.long().clamp(max=bias.shape[1] - 1), 1]
@@ -139,18 +175,27 @@ def _closing_reference(m: Tensor, v: Tensor, lo: Tensor | None, hyper: Tensor, b
         for first in range(0, slot.numel if slot_step else 0, chunk):
             n = min(chunk, slot.numel - first)
             here = slice(slot.start + first, slot.start + first + n)
-            denominator = square_root(v[here], out=x[:n]).add_(slot_eps)
+            m_, v_ = _load_moments(m, v, m_scale, v_scale, here)
+            denominator = square_root(v_, out=x[:n]).add_(slot_eps)
             w = _load_weight(slot, first, n, lo, z)
-            w.add_(torch.mul(m[here], minus_step, out=y[:n]).div_(denominator))
+            w.add_(torch.mul(m_, minus_step, out=y[:n]).div_(denominator))
             _store_weight(w, slot, first, n, lo)
 
 
-def square_root(x: Tensor, out: Tensor) -> Tensor:
-    """Correctly rounded √x. ``torch.sqrt`` on a CPU is off by an ulp in 17-20% of float32 values."""
-    if x.device.type == "cpu":
-        np.sqrt(x.numpy(), out=out.numpy())
-        return out
-    return out.copy_(x.double().sqrt_())
+def _load_moments(
+    m: Tensor, v: Tensor, m_scale: Tensor | None, v_scale: Tensor | None, here: slice
+) -> tuple[Tensor, Tensor]:
+    """Give the float32 moments: the arena's own memory, or decoded copies."""
+    if m_scale is None or v_scale is None:
+        return m[here], v[here]
+    decoded = torch.empty_like(m[here], dtype=torch.float32), torch.empty_like(v[here], dtype=torch.float32)
+    expand(m[here], v[here], *_scales(m_scale, v_scale, here), *decoded, backend="reference")
+    return decoded
+
+
+def _scales(m_scale: Tensor, v_scale: Tensor, here: slice) -> tuple[Tensor, Tensor]:
+    groups = slice(here.start // GROUP, -(-here.stop // GROUP))
+    return m_scale[groups], v_scale[groups]
 
 
 def _load_weight(slot: Slot, first: int, n: int, lo: Tensor | None, scratch: Tensor) -> Tensor:
@@ -179,11 +224,14 @@ def _launch(
     grad: Tensor | None,
     m: Tensor,
     v: Tensor,
+    m_scale: Tensor | None,
+    v_scale: Tensor | None,
     lo: Tensor | None,
     tile_sumsq: Tensor | None,
     measured: Tensor | None,
     table: TileTable,
     tiles: range,
+    grad_tile: int,
     *,
     closing: bool,
 ) -> None:
@@ -195,6 +243,8 @@ def _launch(
                 grad,
                 m,
                 v,
+                m_scale,
+                v_scale,
                 lo if bf16 else None,
                 tile_sumsq,
                 measured,
@@ -204,10 +254,12 @@ def _launch(
                 table.slot_bf16,
                 table.slot_coef,
                 tiles.start,
+                grad_tile,
                 BF16=bf16,
                 ALIGNED=table.aligned,
                 CLOSING=closing,
                 BLOCK=BLOCK,
                 num_warps=4,
                 enable_fp_fusion=False,
+                **REGISTERS,
             )

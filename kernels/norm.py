@@ -7,6 +7,7 @@ which is all that the update reads.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,15 +20,16 @@ TILES_PER_PROGRAM = 4
 
 @torch.no_grad()
 def sum_of_squares(
-    grad: Tensor,  # (capacity,) bfloat16 or float32
+    grad: Tensor,  # flat, bfloat16 or float32, begins with the gradient of arena element ``grad_start``
     partial: Tensor,  # (max_tiles,) float32, modified in place: Σ g² of each tile in ``tiles``, 0 for unused ones
     table: TileTable,
     *,
     backend: str,
     tiles: range | None = None,  # None = all tiles in use; ``slot.tiles`` = one slot, as its gradient arrives
+    grad_start: int = 0,  # ``slot.start`` where grad is the gradient of that slot alone, without padding
 ) -> None:
     """Norm pass: partial[tile] = Σ g². A |g| above 1.8e19 overflows to inf and so counts as not finite."""
-    span = table.tile_range(tiles)
+    span, grad_tile = table.tile_range(tiles), first_grad_tile(grad_start)
     if not uses_triton(backend, grad):
         partial[span.start : span.stop].zero_()
         slots = table.slots_in(tiles)
@@ -36,15 +38,30 @@ def sum_of_squares(
             for first in range(0, slot.numel, CHUNK):
                 n = min(CHUNK, slot.numel - first)
                 here = slot.start + first
-                square_(scratch[:n].copy_(grad[here : here + n]))
+                square_(scratch[:n].copy_(grad[here - grad_start : here - grad_start + n]))
                 tile_sums_into(scratch[:n], partial[here // BLOCK :])
         return
     if len(span) == 0:
         return
     with on_device(grad):
         triton_kernels().sum_of_squares_kernel[(-(-len(span) // TILES_PER_PROGRAM),)](
-            grad, partial, table.length, span.start, span.stop, ROWS=TILES_PER_PROGRAM, BLOCK=BLOCK
+            grad,
+            partial,
+            table.length,
+            span.start,
+            span.stop,
+            grad_tile,
+            ALIGNED=table.aligned,
+            ROWS=TILES_PER_PROGRAM,
+            BLOCK=BLOCK,
         )
+
+
+def first_grad_tile(grad_start: int) -> int:
+    """Tile of a gradient's first element. Kernels count in tiles: int32 is enough, and addresses stay aligned."""
+    if grad_start % BLOCK:
+        raise ValueError(f"grad_start must be the start of a slot, a multiple of {BLOCK}; got {grad_start}")
+    return grad_start // BLOCK
 
 
 def chunk_size(slots: list[tuple[int, Slot]]) -> int:
@@ -55,6 +72,14 @@ def chunk_size(slots: list[tuple[int, Slot]]) -> int:
 def square_(x: Tensor) -> Tensor:
     """Square in place."""
     return torch.mul(x, x, out=x)
+
+
+def square_root(x: Tensor, out: Tensor) -> Tensor:
+    """Correctly rounded √x. ``torch.sqrt`` on a CPU is off by an ulp in 17-20% of float32 values."""
+    if x.device.type == "cpu":
+        np.sqrt(x.numpy(), out=out.numpy())
+        return out
+    return out.copy_(x.double().sqrt_())
 
 
 def tile_sums_into(values: Tensor, out: Tensor) -> None:

@@ -15,12 +15,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .triton_blockwise8 import GROUP, decode_first, decode_second, encode
 
-@triton.jit(do_not_specialize=["first_tile"])
+
+@triton.jit(do_not_specialize=["first_tile", "grad_tile"])
 def adamw_kernel(
-    grad,  # (capacity,) bf16 | f32; None in the closing step
-    m,  # (capacity,) f32, in place
-    v,  # (capacity,) f32, in place
+    grad,  # bf16 | f32, begins with the gradient of tile grad_tile, not read outside the slots; None if CLOSING
+    m,  # (capacity,) f32 | i8, in place
+    v,  # (capacity,) f32 | u8, in place
+    m_scale,  # (capacity/64,) f32, in place; None = m and v are f32
+    v_scale,  # (capacity/64,) f32, in place
     lo,  # (capacity,) i16, in place; None = no master weight
     tile_sumsq,  # (max_tiles,) f32, in place; None = not measured
     measured,  # (max_tiles,) f32; None = sum over grad
@@ -30,6 +34,7 @@ def adamw_kernel(
     slot_bf16,  # (max_slots,) i32
     slot_coef,  # (max_slots, 8) f32
     first_tile,  # i32, the tile of program 0
+    grad_tile,  # i32
     BF16: tl.constexpr,  # dtype of the weights that this launch handles
     ALIGNED: tl.constexpr,  # weights allow 16-byte accesses
     CLOSING: tl.constexpr,  # the step along the first moment alone, moments unchanged
@@ -57,26 +62,42 @@ def adamw_kernel(
     inside = lane < n
     at = tile.to(tl.int64) * BLOCK + lane
 
-    # The padding of a slot's last tile belongs to the arena: m, v and lo need no mask. A gradient there is ignored.
-    m_new = tl.load(m + at)
-    v_new = tl.load(v + at)
+    # The padding of a slot's last tile belongs to the arena: m, v and lo need no mask.
+    INT8: tl.constexpr = m_scale is not None
+    if INT8:
+        group = tile.to(tl.int64) * (BLOCK // GROUP) + tl.arange(0, BLOCK // GROUP)
+        m_new = decode_first(tl.load(m + at), tl.load(m_scale + group), BLOCK)
+        v_new = decode_second(tl.load(v + at), tl.load(v_scale + group), BLOCK)
+    else:
+        m_new = tl.load(m + at)
+        v_new = tl.load(v + at)
     if not CLOSING:
-        g = tl.where(inside, tl.load(grad + at).to(tl.float32), 0.0)
+        grad_at = (tile - grad_tile).to(tl.int64) * BLOCK + lane
+        g = tl.load(grad + grad_at, mask=inside, other=0.0).to(tl.float32)
         square = g * g
         # m <- beta1 * m + gain1 * g;  v <- beta2 * v + gain2 * g^2
         m_new = tl.load(coef) * m_new + tl.load(coef + 1) * g
         v_new = tl.load(coef + 2) * v_new + tl.load(coef + 3) * square
-        tl.store(m + at, m_new)
-        tl.store(v + at, v_new)
         if tile_sumsq is not None:
             if measured is None:
                 total = tl.sum(square, axis=0)
             else:
                 total = tl.load(measured + tile)
             tl.store(tile_sumsq + tile, tl.load(tile_sumsq + tile) + total)
+    root = tl.sqrt_rn(v_new)
+    if not CLOSING:
+        if INT8:
+            m8, v8, a, s = encode(m_new, v_new, root, inside, BLOCK)
+            tl.store(m + at, m8)
+            tl.store(v + at, v8)
+            tl.store(m_scale + group, a)
+            tl.store(v_scale + group, s)
+        else:
+            tl.store(m + at, m_new)
+            tl.store(v + at, v_new)
 
-    # step = minus_step * m / (sqrt(v) + eps)
-    step = tl.div_rn(tl.load(coef + 5) * m_new, tl.sqrt_rn(v_new) + tl.load(coef + 4))
+    # step = minus_step * m / (sqrt(v) + eps), from the moments before they are quantised
+    step = tl.div_rn(tl.load(coef + 5) * m_new, root + tl.load(coef + 4))
 
     if not BF16:
         w = tl.load(weight + lane, mask=inside, other=0.0)
@@ -102,13 +123,15 @@ def adamw_kernel(
         tl.store(weight + lane, hi.to(tl.int16), mask=inside)
 
 
-@triton.jit(do_not_specialize=["first_tile", "end_tile"])
+@triton.jit(do_not_specialize=["first_tile", "end_tile", "grad_tile"])
 def sum_of_squares_kernel(
-    grad,  # (capacity,) bf16 | f32
+    grad,  # bf16 | f32, begins with the gradient of tile grad_tile, not read outside the slots
     partial,  # (max_tiles,) f32, out
     length,  # (max_tiles,) i32
     first_tile,  # i32
     end_tile,  # i32
+    grad_tile,  # i32
+    ALIGNED: tl.constexpr,  # the slots are multiples of 16 long
     ROWS: tl.constexpr,  # tiles of one program
     BLOCK: tl.constexpr,
 ):
@@ -116,10 +139,11 @@ def sum_of_squares_kernel(
     tile = first_tile + tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     exists = tile < end_tile
     n = tl.load(length + tile, mask=exists, other=0)
+    if ALIGNED:
+        n = tl.multiple_of(n, 16)
     lane = tl.arange(0, BLOCK)
-    at = tile.to(tl.int64)[:, None] * BLOCK + lane[None, :]
-    g = tl.load(grad + at, mask=(n > 0)[:, None], other=0.0).to(tl.float32)
-    g = tl.where(lane[None, :] < n[:, None], g, 0.0)
+    at = (tile - grad_tile).to(tl.int64)[:, None] * BLOCK + lane[None, :]
+    g = tl.load(grad + at, mask=lane[None, :] < n[:, None], other=0.0).to(tl.float32)
     tl.store(partial + tile, tl.sum(g * g, axis=1), mask=exists)
 
 

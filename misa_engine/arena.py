@@ -5,8 +5,8 @@ occupies: its gradient, both moments and, for a bfloat16 model, the lower 16 bit
 themselves stay in the model; a table of addresses leads the kernel to them.
 
     grad        |  q_proj.3  |k.7|      up_proj.1      | free |     weight dtype
-    exp_avg     |  q_proj.3  |k.7|      up_proj.1      | free |     float32
-    exp_avg_sq  |  q_proj.3  |k.7|      up_proj.1      | free |     float32
+    exp_avg     |  q_proj.3  |k.7|      up_proj.1      | free |     float32, or int8 and scales
+    exp_avg_sq  |  q_proj.3  |k.7|      up_proj.1      | free |     float32, or uint8 and scales
     residual    |  q_proj.3  |k.7|      up_proj.1      | free |     int16, bfloat16 models only
                  slots start at multiples of BLOCK; their tails are zero
 
@@ -16,12 +16,16 @@ This file knows torch and the kernels' tables, nothing of models, rounds or prob
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from misa_engine.kernels.blockwise8 import GROUP
 from misa_engine.kernels.tiles import BLOCK, Slot, TileTable
+
+#: Bytes copied at a time when a slot moves onto itself: large enough that launches do not count (4 MiB takes 8 µs to
+#: copy at 1 TB/s, a launch 5 µs), small enough not to count as memory.
+MOVE_BYTES = 4 << 20
 
 
 def padded(numel: int) -> int:
@@ -64,18 +68,38 @@ def capacity_for(budget: int, sampled: Iterable[int], always: Iterable[int]) -> 
     return padded(budget + padding) + sum(fixed), most_slots + len(fixed)
 
 
-@dataclass(frozen=True)
-class SlotState:
-    """Moments of one parameter on the host, for presets that keep them for ever (``revisit="keep"``)."""
+def arena_bytes(
+    capacity: int,
+    max_slots: int,
+    *,
+    dtype: torch.dtype,
+    split: bool,
+    state_dtype: str = "float32",
+    grad_dtype: torch.dtype | None = None,
+    hold_gradients: bool = True,
+) -> dict[str, int]:
+    """Bytes that an ``Arena`` of these arguments will take, by category, without allocating anything.
 
-    exp_avg: Tensor  # (numel,) float32
-    exp_avg_sq: Tensor  # (numel,) float32
-    step: int
-
-    @property
-    def nbytes(self) -> int:
-        """Host bytes held."""
-        return self.exp_avg.nbytes + self.exp_avg_sq.nbytes
+    Args:
+        capacity: elements of each buffer, from ``capacity_for``.
+        max_slots: most parameters bound at once, from ``capacity_for``.
+        dtype: of the weights, float32 or bfloat16.
+        split: 16 residual bits for each element.
+        state_dtype: of the moments, "float32" or "int8".
+        grad_dtype: of the gradient slots; None is the weights'.
+        hold_gradients: False when each update runs inside the backward pass.
+    """
+    arena = Arena(
+        capacity,
+        max_slots,
+        dtype=dtype,
+        device=torch.device("meta"),
+        split=split,
+        state_dtype=state_dtype,
+        grad_dtype=grad_dtype,
+        hold_gradients=hold_gradients,
+    )
+    return arena.bytes()
 
 
 class Arena:
@@ -84,21 +108,42 @@ class Arena:
     Args:
         capacity: elements of each buffer, a multiple of BLOCK.
         max_slots: most parameters that can be bound at once.
-        dtype: weight and gradient dtype, float32 or bfloat16.
+        dtype: weight dtype, float32 or bfloat16.
         device: where the model lives.
         split: keep the lower 16 bits of the master weights (bfloat16 only).
+        state_dtype: of the moments: "float32", or "int8" (8-bit codes with a float32 scale every GROUP elements).
+        grad_dtype: of the gradient slots; None is ``dtype``.
+        hold_gradients: False where each update runs inside the backward pass: there are no gradient slots then.
     """
 
-    def __init__(self, capacity: int, max_slots: int, *, dtype: torch.dtype, device: torch.device, split: bool):
+    def __init__(
+        self,
+        capacity: int,
+        max_slots: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        split: bool,
+        state_dtype: str = "float32",
+        grad_dtype: torch.dtype | None = None,
+        hold_gradients: bool = True,
+    ):
+        def zeros(numel: int, kind: torch.dtype, wanted: bool = True) -> Tensor | None:
+            return torch.zeros(numel, dtype=kind, device=device) if wanted else None
+
         tiles = capacity // BLOCK
+        eight = state_dtype == "int8"
         self.capacity = capacity
-        self.grad = torch.zeros(capacity, dtype=dtype, device=device)
-        self.exp_avg = torch.zeros(capacity, dtype=torch.float32, device=device)
-        self.exp_avg_sq = torch.zeros(capacity, dtype=torch.float32, device=device)
-        self.residual = torch.zeros(capacity, dtype=torch.int16, device=device) if split else None
+        self.grad = zeros(capacity, grad_dtype or dtype, hold_gradients)
+        self.exp_avg = torch.zeros(capacity, dtype=torch.int8 if eight else torch.float32, device=device)
+        self.exp_avg_sq = torch.zeros(capacity, dtype=torch.uint8 if eight else torch.float32, device=device)
+        self.exp_avg_scale = zeros(capacity // GROUP, torch.float32, eight)
+        self.exp_avg_sq_scale = zeros(capacity // GROUP, torch.float32, eight)
+        self.residual = zeros(capacity, torch.int16, split)
         self.table = TileTable.allocate(tiles, max_slots, device)
         self.tile_sumsq = torch.zeros(tiles, dtype=torch.float32, device=device)  # Σ over the steps of a round
         self.step_sumsq = torch.zeros(tiles, dtype=torch.float32, device=device)  # of the present step's gradients
+        self._scratch = torch.empty(min(capacity, MOVE_BYTES), dtype=torch.uint8, device=device)
         self.slots: list[Slot] = []
         self.names: list[str] = []
         self._shapes: list[torch.Size] = []
@@ -108,23 +153,36 @@ class Arena:
         """Elements from the start of the buffers to the end of the last slot."""
         return self.slots[-1].start + padded(self.slots[-1].numel) if self.slots else 0
 
-    def buffers(self) -> dict[str, Tensor]:
-        """The large buffers by category, for memory accounts and for tests that watch their addresses."""
+    def moments(self) -> dict[str, Tensor]:
+        """What Adam remembers of each element: both moments and, at 8 bits, their scales."""
         named = {
-            "gradients": self.grad,
             "first_moment": self.exp_avg,
             "second_moment": self.exp_avg_sq,
-            "residual_bits": self.residual,
+            "first_moment_scale": self.exp_avg_scale,
+            "second_moment_scale": self.exp_avg_sq_scale,
         }
         return {name: buffer for name, buffer in named.items() if buffer is not None}
 
+    def buffers(self) -> dict[str, Tensor]:
+        """The large buffers by category, for memory accounts and for tests that watch their addresses."""
+        outer = {"gradients": self.grad, "residual_bits": self.residual}
+        return {**self.moments(), **{name: buffer for name, buffer in outer.items() if buffer is not None}}
+
     def bytes(self) -> dict[str, int]:
         """Bytes by category, tables and norms included."""
-        sizes = {name: buffer.numel() * buffer.element_size() for name, buffer in self.buffers().items()}
-        small = [self.tile_sumsq, self.step_sumsq]
+        sizes: dict[str, int] = {}
+        for name, buffer in self.buffers().items():
+            category = "moment_scales" if name.endswith("_scale") else name
+            sizes[category] = sizes.get(category, 0) + buffer.nbytes
+        small = [self.tile_sumsq, self.step_sumsq, self._scratch]
         small += [value for value in vars(self.table).values() if isinstance(value, Tensor)]
-        sizes["tables"] = sum(buffer.numel() * buffer.element_size() for buffer in small)
+        sizes["tables"] = sum(buffer.nbytes for buffer in small)
         return sizes
+
+    def stretch(self, buffer: Tensor, start: int, numel: int) -> Tensor:
+        """The part of ``buffer`` that belongs to ``numel`` arena elements from ``start`` on (both in whole groups)."""
+        ratio = self.capacity // buffer.numel()  # GROUP for scales, otherwise 1
+        return buffer[start // ratio : (start + numel) // ratio]
 
     def gradient_view(self, index: int) -> Tensor:
         """Slot ``index`` of the gradient buffer in the parameter's shape, to be used as ``p.grad``.
@@ -132,6 +190,7 @@ class Arena:
         It goes through ``.data`` so that each view has a version counter of its own: an edit of one parameter's
         gradient by the caller (clipping) can then be told from the arrival of another's.
         """
+        assert self.grad is not None
         slot = self.slots[index]
         return self.grad.data[slot.start : slot.start + slot.numel].view(self._shapes[index])
 
@@ -174,45 +233,32 @@ class Arena:
             slots.append(slot)
         self.slots, self.names = slots, order
         self._shapes = [parameters[name].shape for name in order]
-        for slot in slots:  # a former occupant's gradient must not lie in a tail
-            self.grad[slot.start + slot.numel : slot.start + padded(slot.numel)].zero_()
+        if self.grad is not None:
+            for slot in slots:  # a former occupant's gradient must not lie in a tail
+                self.grad[slot.start + slot.numel : slot.start + padded(slot.numel)].zero_()
         self.table.bind(slots)
         upload([steps.get(name, 0) for name in order], self.table.slot_step)
         for scores in (self.table.slot_measured, self.tile_sumsq, self.step_sumsq):
             scores.zero_()
 
-    def slot_state(self, index: int, step: int) -> SlotState:
-        """Copy a slot's moments to the host."""
-        slot = self.slots[index]
-        stretch = slice(slot.start, slot.start + slot.numel)
-        return SlotState(self.exp_avg[stretch].cpu().clone(), self.exp_avg_sq[stretch].cpu().clone(), step)
-
-    def restore_slot(self, index: int, state: SlotState) -> None:
-        """Copy moments that were kept on the host back into a slot."""
-        slot = self.slots[index]
-        stretch = slice(slot.start, slot.start + slot.numel)
-        self.exp_avg[stretch].copy_(state.exp_avg)
-        self.exp_avg_sq[stretch].copy_(state.exp_avg_sq)
-        self.table.slot_step[index] = state.step
-
     def _clear(self, slot: Slot, *, residual: bool) -> None:
-        stretch = slice(slot.start, slot.start + padded(slot.numel))
-        self.exp_avg[stretch].zero_()
-        self.exp_avg_sq[stretch].zero_()
+        for buffer in self.moments().values():
+            self.stretch(buffer, slot.start, padded(slot.numel)).zero_()
         if self.residual is not None and residual:
-            self.residual[stretch].zero_()
+            self.stretch(self.residual, slot.start, padded(slot.numel)).zero_()
 
     def _move(self, source: int, slot: Slot) -> None:
-        """Shift a staying slot's state towards the front, through the gradient buffer, which is idle at a switch."""
+        """Shift a staying slot's state towards the front; old and new place may overlap."""
         if source == slot.start:
             return
         length = padded(slot.numel)
-        for buffer in (self.exp_avg, self.exp_avg_sq, self.residual):
-            if buffer is None:
+        for buffer in (*self.moments().values(), *([] if self.residual is None else [self.residual])):
+            old = self.stretch(buffer, source, length).view(torch.uint8)
+            new = self.stretch(buffer, slot.start, length).view(torch.uint8)
+            if slot.start + length <= source:
+                new.copy_(old)
                 continue
-            scratch = self.grad.view(torch.uint8)[: self.grad.nbytes // buffer.element_size() * buffer.element_size()]
-            scratch = scratch.view(buffer.dtype)
-            for done in range(0, length, scratch.numel()):
-                part = min(scratch.numel(), length - done)
-                scratch[:part].copy_(buffer[source + done : source + done + part])
-                buffer[slot.start + done : slot.start + done + part].copy_(scratch[:part])
+            step = self._scratch.numel()
+            for done in range(0, old.numel(), step):
+                part = self._scratch[: min(step, old.numel() - done)]
+                new[done : done + part.numel()].copy_(part.copy_(old[done : done + part.numel()]))

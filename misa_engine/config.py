@@ -72,18 +72,31 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "score_normalisation": ("relative", "none"),
     "ema": ("corrected_on_read", "plain", "official"),
     "cold_start": ("probe", "none", "official"),
-    "revisit": ("keep_adjacent", "clear", "keep"),
-    "leave_rounding": ("stochastic", "nearest"),
+    "revisit": ("keep_adjacent", "clear", "keep", "offload"),
+    "leave_rounding": ("stochastic", "nearest", "keep"),
     "fill": ("carry", "stop", "skip"),
     "master": ("split", "none"),
-    "state_dtype": ("float32",),
-    "update_in": ("step",),
+    "state_dtype": ("float32", "int8"),
+    "grad_dtype": ("weight", "float32"),
+    "update_in": ("step", "backward"),
     "backend": ("auto", "reference", "triton"),
 }
 
 #: Options that may change between saving and loading: the learning rate and its companions travel in the parameter
 #: groups, as for every torch optimizer, and the rest does not touch the trajectory's meaning.
-FREE_ON_LOAD = ("lr", "betas", "eps", "weight_decay", "max_grad_norm", "backend", "stale_after", "parameter_groups")
+FREE_ON_LOAD = (
+    "lr",
+    "betas",
+    "eps",
+    "weight_decay",
+    "max_grad_norm",
+    "backend",
+    "stale_after",
+    "parameter_groups",
+    "grad_dtype",
+    "gemm_gradients",
+    "update_in",
+)
 
 
 def check_choice(option: str, value: object, choices: Iterable[str]) -> None:
@@ -93,8 +106,6 @@ def check_choice(option: str, value: object, choices: Iterable[str]) -> None:
         return
     close = difflib.get_close_matches(str(value), choices, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
-    if len(choices) == 1:
-        raise ValueError(f"{option}={value!r} is not available in this release; leave it at {choices[0]!r}.")
     raise ValueError(f"unknown {option} {value!r}: choose one of {', '.join(choices)}.{hint}")
 
 
@@ -149,9 +160,13 @@ class MisaConfig:
     master: str = "split"
     """bf16 models: "split" keeps 16 more bits per active weight (an exact fp32 master); "none" rounds at each step."""
     state_dtype: str = "float32"
-    """Dtype of the moments; float32 is the only one in this release."""
+    """Dtype of the moments: float32, or int8 (8-bit codes with a scale each 64): 2.1 instead of 8 bytes a weight."""
+    grad_dtype: str = "weight"
+    """Dtype of the gradient slots: that of the weights, or float32 (2 bytes more, micro-batches add up exactly)."""
+    gemm_gradients: bool = True
+    """Let the GEMM of an active linear layer write its weight gradient into its slot: no temporary, no copy."""
     update_in: str = "step"
-    """When weights are updated: in ``step()``, the only schedule in this release."""
+    """When weights are updated: in "step", or in "backward" as each gradient arrives (no slots, no clipping)."""
     backend: str = "auto"
     """"triton" on a GPU and "reference" (plain PyTorch) elsewhere, or either by force."""
     stale_after: int = 0
@@ -170,7 +185,8 @@ class MisaConfig:
     cold_start: str | None = None
     """probe: one-step rounds until every unit was seen once; official: the same, divided by T; none."""
     revisit: str | None = None
-    """Moments of a unit: keep_adjacent (while it stays active), clear (every round), keep (for ever, on the host)."""
+    """Moments of a unit: keep_adjacent (while it stays active), clear (every round), keep or offload (for ever, on the
+    host: keep as they are, offload in 8 bits)."""
     bias_correction: bool | None = None
     """Adam's bias correction, counted from the unit's fresh moments."""
     closing_momentum: bool | None = None
@@ -178,7 +194,8 @@ class MisaConfig:
     sample_last: int | None = None
     """This many least recently used units are forced into each draw."""
     leave_rounding: str | None = None
-    """How the extra 16 master bits are dropped when a unit leaves: stochastic or nearest."""
+    """The extra 16 master bits of a unit that leaves: rounded away (stochastic or nearest), or keep (2 bytes a weight
+    on the host: an exact float32 master over the whole run)."""
     fill: str | None = None
     """What happens when a drawn unit does not fit: carry (it opens the next round), stop, or skip (draw on)."""
 
@@ -230,6 +247,16 @@ class MisaConfig:
         for name, value, fine, needed in ranges:
             if not fine or not (math.isfinite(value) or name == "exponent_cap"):
                 raise ValueError(f"{name} must be {needed}; got {value}")
+        if self.update_in == "backward" and self.max_grad_norm is not None:
+            raise ValueError(
+                f"max_grad_norm={self.max_grad_norm} needs the norm of all gradients before the first update, but "
+                "update_in='backward' updates each matrix as its gradient arrives. Leave max_grad_norm at None "
+                "(misa train: --max_grad_norm 0), or use update_in='step'."
+            )
+        if self.update_in == "backward" and self.grad_dtype != "weight":
+            raise ValueError(
+                f"grad_dtype={self.grad_dtype!r} is the dtype of gradient slots, which update_in='backward' has none of"
+            )
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be two numbers in [0, 1); got {self.betas}")
         if not all(0 < weight < math.inf for weight in self.static_weights.values()):

@@ -11,6 +11,7 @@ Nothing between two round ends waits for the device.
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -20,19 +21,18 @@ import torch
 from torch import Tensor, nn
 
 from misa_engine import state
-from misa_engine.arena import Arena, SlotState, capacity_for, upload
+from misa_engine.arena import Arena, capacity_for
 from misa_engine.config import MisaConfig
 from misa_engine.events import CallbackHandle, SwitchEvent
-from misa_engine.gradients import GradientIntake
+from misa_engine.gradients import GradientSlots, UpdateOnArrival
 from misa_engine.groups import build_groups, static_weights
 from misa_engine.guards import CheckpointingGuard, check_model, check_trainable
-from misa_engine.kernels.adamw import adamw, closing_step
+from misa_engine.host import HostStore
 from misa_engine.kernels.backend import choose_backend
-from misa_engine.kernels.norm import finalise, global_norm, reduce_slots, sum_of_squares
 from misa_engine.kernels.split_float import round_stochastic_
-from misa_engine.kernels.tiles import Control, bias_table, hyper_row
 from misa_engine.partition import Partition, Unit, check_budget, partition
 from misa_engine.sampling import ImportanceTracker
+from misa_engine.update import ArenaUpdate
 
 
 class MISA(torch.optim.Optimizer):
@@ -101,12 +101,25 @@ class MISA(torch.optim.Optimizer):
         sizes = {name: parameter.numel() for name, parameter in self._parameters.items()}
         capacity, slots = capacity_for(self.budget, [sizes[n] for n in sampled], [sizes[n] for n in self._always])
         split = dtype == torch.bfloat16 and config.master == "split"
-        self.arena = Arena(capacity, slots, dtype=dtype, device=device, split=split)
-        self._control = Control.allocate(device)
-        self._hyper = torch.zeros(len(groups), 8, dtype=torch.float32, device=device)
-        self._hyper_values: list[list[float]] = []
-        self._bias_betas: list[tuple[float, float]] = []
-        self._norm_sums = torch.zeros(slots, dtype=torch.float32, device=device)
+        self.dtype = dtype
+        self.arena = Arena(
+            capacity,
+            slots,
+            dtype=dtype,
+            device=device,
+            split=split,
+            state_dtype=config.state_dtype,
+            grad_dtype=torch.float32 if config.grad_dtype == "float32" else dtype,
+            hold_gradients=config.update_in == "step",
+        )
+        self.host = HostStore(
+            self.arena,
+            moments=config.revisit in ("keep", "offload"),
+            pack=config.revisit == "offload",
+            residual=config.leave_rounding == "keep",
+            backend=self.backend,
+        )
+        self._kernels = ArenaUpdate(self.arena, len(groups), config, self.backend)
         self.tracker = ImportanceTracker(
             [unit.numel for unit in self.units], self.budget, config, static_weights(self.units, config.static_weights)
         )
@@ -116,20 +129,27 @@ class MISA(torch.optim.Optimizer):
         self.skipped_steps = 0
         self.events: deque[SwitchEvent] = deque(maxlen=1000)
         self._callbacks: list[Callable[[SwitchEvent], None]] = []
-        self._kept_states: dict[str, SlotState] = {}  # revisit="keep": moments of inactive parameters, on the host
-        self._norms_ready = False
+        self._measured_contents: list[int] = []  # of the slots when clip_grad_norm_ measured them
         self._clip_next: float | None = None
         self._model_bytes = sum(parameter.nbytes for parameter in named.values())  # tied ones are listed once
 
         # Hooks first: a frozen parameter takes none, and hooks survive requires_grad being toggled.
         self._model = model
         self._guard = CheckpointingGuard(model)
-        self._intake = GradientIntake(
-            model, self._parameters, self.arena, self.backend, measure_on_arrival=config.max_grad_norm is None
-        )
+        self._intake: GradientSlots | UpdateOnArrival
+        if config.update_in == "backward":
+            self._intake = UpdateOnArrival(model, self._parameters, self.arena, self._update_slot)
+        else:
+            self._intake = GradientSlots(
+                model,
+                self._parameters,
+                self.arena,
+                self.backend,
+                measure_on_arrival=config.max_grad_norm is None,
+                gemm=config.gemm_gradients,
+            )
         model.requires_grad_(False)
         model.zero_grad(set_to_none=True)
-        self._upload_hyperparameters()
         self._open_round({}, started=time.perf_counter())
 
     # ------------------------------------------------------------------------------------------------ what is seen
@@ -157,24 +177,39 @@ class MISA(torch.optim.Optimizer):
     @property
     def grad_norm(self) -> Tensor:
         """Global norm of the active gradients before clipping, a float32 scalar on the device."""
-        return self._control.grad_norm[0]
+        return self._kernels.control.grad_norm[0]
 
     @property
     def measure_on_arrival(self) -> bool:
         """Take each gradient's norm as it arrives, so that clipping by the caller cannot distort the scores.
 
         On unless ``max_grad_norm`` is given. Switch it off to save that pass when you clip with ``clip_grad_norm_``.
+        Always on with ``update_in="backward"``, which needs the norm to know a gradient that is not finite.
         """
-        return self._intake.measure_on_arrival
+        return self._intake.measure_on_arrival if isinstance(self._intake, GradientSlots) else True
 
     @measure_on_arrival.setter
     def measure_on_arrival(self, value: bool) -> None:
-        self._intake.measure_on_arrival = value
+        if isinstance(self._intake, GradientSlots):
+            self._intake.measure_on_arrival = value
+
+    @property
+    def last_micro_batch(self) -> bool:
+        """With ``update_in="backward"``: whether the next backward pass is the last of its step, as it is by default.
+
+        Under accumulation set it to False before every backward but the last: gradients then add up in ``p.grad``, as
+        ordinary tensors, until the last pass uses them. Without effect with ``update_in="step"``.
+        """
+        return self._intake.last_micro_batch if isinstance(self._intake, UpdateOnArrival) else True
+
+    @last_micro_batch.setter
+    def last_micro_batch(self, value: bool) -> None:
+        if isinstance(self._intake, UpdateOnArrival):
+            self._intake.last_micro_batch = value
 
     def memory(self) -> dict[str, int]:
         """Bytes by category: the model's weights and everything this optimizer holds (host memory named as such)."""
-        kept = sum(kept_state.nbytes for kept_state in self._kept_states.values())
-        return {"weights": self._model_bytes, **self.arena.bytes(), "host_moments": kept}
+        return {"weights": self._model_bytes, **self.arena.bytes(), **self.host.bytes()}
 
     def on_switch(self, callback: Callable[[SwitchEvent], None]) -> CallbackHandle:
         """Call ``callback(event)`` after each switch; the returned handle's ``remove()`` stops that."""
@@ -194,17 +229,27 @@ class MISA(torch.optim.Optimizer):
 
         Returns:
             The norm before clipping, a float32 scalar on the device.
+
+        Raises:
+            ValueError: a finite bound with ``update_in="backward"``, where the updates have been made by then.
         """
         self._intake.collect()
-        arena = self.arena
-        sum_of_squares(arena.grad, arena.step_sumsq, arena.table, backend=self.backend)
-        global_norm(arena.step_sumsq, arena.table, self._control, backend=self.backend)
-        self._norms_ready, self._clip_next = True, max_norm
-        return self.grad_norm.clone()
+        if isinstance(self._intake, GradientSlots):
+            self._kernels.measure()
+            self._measured_contents = self._intake.contents()
+            self._clip_next = max_norm
+        elif max_norm < math.inf:
+            raise ValueError(
+                f"clip_grad_norm_({max_norm}): with update_in='backward' every matrix was updated before the global "
+                "norm is known. Train without clipping (misa train: --max_grad_norm 0) or use update_in='step'."
+            )
+        return self._kernels.global_norm().clone()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the active matrices; at the end of the T-th step of a round, draw the next ones.
+
+        With ``update_in="backward"`` the updates were made as the gradients arrived, and this ends the step.
 
         Args:
             closure: re-evaluates the model and returns the loss, as in every torch optimizer.
@@ -216,40 +261,15 @@ class MISA(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        arena, table, backend = self.arena, self.arena.table, self.backend
         ends_round = self.inner_step + 1 >= self.tracker.round_length
         if ends_round:  # any unit may come next, so all have to be in their places before anything is written
             for name in self._parameters:
                 self._intake.check_in_place(name)
-        stale = self._intake.collect()
-        self._upload_hyperparameters()
-        norms_on_arrival: Tensor | None = None
-        if stale and self._intake.measured:  # clipped by the caller: the scores stay those of the raw gradients
-            norms_on_arrival = arena.step_sumsq.clone()  # one float a tile
-        if stale and not self._norms_ready:
-            sum_of_squares(arena.grad, arena.step_sumsq, table, backend=backend)
-        finalise(
-            arena.step_sumsq,
-            self._hyper,
-            self._bias,
-            table,
-            self._control,
-            skip_nonfinite=self.config.skip_nonfinite,
-            backend=backend,
-        )
-        adamw(
-            arena.grad,
-            arena.exp_avg,
-            arena.exp_avg_sq,
-            arena.residual,
-            arena.tile_sumsq,
-            table,
-            backend=backend,
-            measured=norms_on_arrival,
-        )
-        if self.config.score == "squared_mean_norm":
-            self._add_norms_after_clipping()
-        self._norms_ready, self._clip_next = False, None
+        if isinstance(self._intake, GradientSlots):
+            self._update_slots(self._intake)
+        else:
+            self._intake.collect()
+            self._kernels.global_norm()
         self._intake.forget()
         self.total_steps += 1
         self.inner_step += 1
@@ -257,29 +277,26 @@ class MISA(torch.optim.Optimizer):
             self._switch()
         return loss
 
-    def _add_norms_after_clipping(self) -> None:
-        # The published code adds norms, not squares, and reads them after clipping.
-        norms = torch.zeros_like(self._norm_sums)
-        reduce_slots(self.arena.step_sumsq, norms, self.arena.table, self._control, root=True, backend=self.backend)
-        self._norm_sums += torch.where(norms > 0, norms * self._control.clip_coef, norms)  # skipped step: 0, not 0·nan
+    def _update_slots(self, intake: GradientSlots) -> None:
+        """Norms, unless they are known, and the update of all slots."""
+        stale = intake.collect()
+        self._set_hyperparameters()
+        norms_on_arrival: Tensor | None = None
+        if stale and intake.measured:  # clipped by the caller: the scores stay those of the raw gradients
+            norms_on_arrival = self.arena.step_sumsq.clone()  # one float a tile
+        if stale and self._measured_contents != intake.contents():
+            self._kernels.measure()
+        self._kernels.step(norms_on_arrival)
+        self._measured_contents, self._clip_next = [], None
 
-    def _upload_hyperparameters(self) -> None:
-        rows = [
-            hyper_row(float(g["lr"]), tuple(g["betas"]), float(g["eps"]), float(g["weight_decay"]))
-            for g in self.param_groups
-        ]
-        if rows != self._hyper_values:
-            upload(rows, self._hyper)
-            self._hyper_values = rows
-        betas = [tuple(group["betas"]) for group in self.param_groups]
-        if betas != self._bias_betas:
-            table = bias_table(betas, enabled=bool(self.config.bias_correction), device="cpu")
-            self._bias = (table.pin_memory() if self._hyper.is_cuda else table).to(
-                self._hyper.device, non_blocking=True
-            )
-            self._bias_betas = betas
+    def _update_slot(self, index: int, gradient: Tensor) -> None:
+        """``update_in="backward"``: use one gradient in the backward pass that made it."""
+        self._set_hyperparameters()
+        self._kernels.step_slot(index, gradient)
+
+    def _set_hyperparameters(self) -> None:
         clip = self._clip_next if self._clip_next is not None else self.config.max_grad_norm
-        self._control.max_norm.fill_(float("inf") if clip is None else clip)
+        self._kernels.set_hyperparameters(self.param_groups, clip)
 
     # ---------------------------------------------------------------------------------------------------- a switch
 
@@ -290,41 +307,16 @@ class MISA(torch.optim.Optimizer):
 
     def _close_round(self) -> dict[str, int]:
         """Account for the round that ends. Returns each bound parameter's number of Adam steps."""
-        arena, table = self.arena, self.arena.table
-        if self.config.closing_momentum:
-            fixed = len(self._always)  # they go on with their moments; line 16 is for what is about to be cleared
-            kept_steps = table.slot_step[:fixed].clone()
-            table.slot_step[:fixed].zero_()
-            closing_step(
-                arena.exp_avg,
-                arena.exp_avg_sq,
-                arena.residual,
-                self._hyper,
-                self._bias,
-                table,
-                backend=self.backend,
-            )
-            table.slot_step[:fixed].copy_(kept_steps)
-        if self.config.score == "mean_square":
-            reduce_slots(arena.tile_sumsq, self._norm_sums, table, self._control, root=False, backend=self.backend)
-        count = len(arena.slots)
-        report = torch.cat(
-            [
-                self._norm_sums[:count].double(),
-                table.slot_measured[:count].double(),
-                table.slot_step[:count].double(),
-                self._control.skipped_steps.double(),
-            ]
-        ).tolist()  # the one synchronisation of a round
-        sums, measured, steps = report[:count], report[count : 2 * count], report[2 * count : 3 * count]
-        self.skipped_steps = int(report[-1])
-        self._norm_sums.zero_()
+        if self.config.closing_momentum:  # line 16 is for what is about to be cleared
+            self._kernels.closing_step(spared=len(self._always))
+        report = self._kernels.report()
+        self.skipped_steps = report.skipped
         slots = [[self._intake.slot_of[name] for name in self.units[index].params] for index in self.tracker.active]
         self.tracker.update(
-            [sum(sums[slot] for slot in unit) for unit in slots],
-            [int(max(measured[slot] for slot in unit)) for unit in slots],
+            [sum(report.sums[slot] for slot in unit) for unit in slots],
+            [max(report.measured[slot] for slot in unit) for unit in slots],
         )
-        return {name: int(steps[index]) for index, name in enumerate(arena.names)}
+        return dict(zip(self.arena.names, report.steps, strict=True))
 
     def _open_round(self, steps: dict[str, int], started: float) -> None:
         """Draw the next units and move them in.
@@ -344,10 +336,7 @@ class MISA(torch.optim.Optimizer):
             kept = [name for name in kept if name in self._always]
         self._bind(wanted, {name: steps[name] for name in kept})
         for name in wanted:
-            kept_state = self._kept_states.pop(name, None)
-            if kept_state is not None:
-                self.arena.restore_slot(self._intake.slot_of[name], kept_state)
-                moved += kept_state.nbytes
+            moved += self.host.enter(name, self._intake.slot_of[name])
         self.inner_step = 0
         numel = sum(self.units[index].numel for index in self.tracker.active)
         event = SwitchEvent(
@@ -375,7 +364,7 @@ class MISA(torch.optim.Optimizer):
             callback(event)
 
     def _leave(self, leaving: list[str], steps: dict[str, int]) -> int:
-        """Freeze parameters and round their masters to the storage dtype. Returns bytes copied to the host."""
+        """Freeze parameters and give up, or keep on the host, what belongs to them. Returns bytes copied there."""
         moved = 0
         for name in leaving:
             index, parameter = self._intake.slot_of[name], self._parameters[name]
@@ -383,12 +372,15 @@ class MISA(torch.optim.Optimizer):
             if self.arena.residual is not None and self.config.leave_rounding == "stochastic":
                 bits = self.arena.residual[slot.start : slot.start + slot.numel]
                 round_stochastic_(slot.weight, bits, self._rounding_seed(name), backend=self.backend)
-            if self.config.revisit == "keep":
-                self._kept_states[name] = self.arena.slot_state(index, steps[name])
-                moved += self._kept_states[name].nbytes
-            parameter.requires_grad_(False)
-            parameter.grad = None
+            moved += self.host.leave(name, index, steps[name])
+            self._freeze(parameter)
         return moved
+
+    @staticmethod
+    def _freeze(parameter: nn.Parameter) -> None:
+        parameter.requires_grad_(False)
+        parameter.grad = None
+        parameter.grad_dtype = parameter.dtype
 
     def _rounding_seed(self, name: str) -> int:
         # one stream per (seed, round, parameter), the same in every process: Python's own hash() is salted
@@ -440,5 +432,5 @@ class MISA(torch.optim.Optimizer):
         self._guard.remove()
         self._intake.remove()
         for name in self.arena.names:
-            self._parameters[name].grad = None
+            self._freeze(self._parameters[name])
         self._model.requires_grad_(True)

@@ -8,7 +8,7 @@ Layout of ``state_dict()["misa"]``, plain Python values and tensors only:
     slots [[parameter name, first element]]            who lies where in the arena
     buffers {gradients excluded}                       moments and residual bits, up to the last slot
     rounds {slot_step, slot_measured, tile_sumsq, norm_sums}   what the round has accumulated so far
-    kept {name: [exp_avg, exp_avg_sq, step]}           moments of inactive parameters (revisit="keep")
+    host {name: [step, {category: tensor}]}            what is kept of inactive parameters (host.py)
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from misa_engine.arena import SlotState
 from misa_engine.config import FREE_ON_LOAD
 
 if TYPE_CHECKING:
     from misa_engine.optimizer import MISA
 
-VERSION = 1
+VERSION = 2
 
 
 def pack(optimizer: MISA) -> dict[str, Any]:
@@ -35,15 +34,15 @@ def pack(optimizer: MISA) -> dict[str, Any]:
         "units": [[unit.name, unit.numel] for unit in optimizer.units],
         "always": list(optimizer.partition.always),
         "total": optimizer.partition.total,
-        "dtype": str(arena.grad.dtype),
+        "dtype": str(optimizer.dtype),
         "tracker": optimizer.tracker.state_dict(),
         "inner_step": optimizer.inner_step,
         "total_steps": optimizer.total_steps,
         "skipped_steps": optimizer.skipped_steps,
         "slots": [[name, slot.start] for name, slot in zip(arena.names, arena.slots, strict=True)],
-        "buffers": {name: buffer[: arena.used] for name, buffer in _buffers(optimizer).items()},
+        "buffers": {name: arena.stretch(buffer, 0, arena.used) for name, buffer in _buffers(optimizer).items()},
         "round": _round_tensors(optimizer),
-        "kept": {name: [kept.exp_avg, kept.exp_avg_sq, kept.step] for name, kept in optimizer._kept_states.items()},
+        "host": optimizer.host.state_dict(),
     }
 
 
@@ -112,17 +111,13 @@ def unpack(optimizer: MISA, saved: dict[str, Any]) -> None:
     optimizer.tracker.load_state_dict(saved["tracker"])
     names = [name for name, _ in saved["slots"]]
     for name in set(optimizer.arena.names) - set(names):
-        optimizer._parameters[name].requires_grad_(False)
-        optimizer._parameters[name].grad = None
+        optimizer._freeze(optimizer._parameters[name])
     optimizer._bind(names, {}, [start for _, start in saved["slots"]])
     for name, buffer in _buffers(optimizer).items():
         buffer[: saved["buffers"][name].numel()].copy_(saved["buffers"][name])
     for name, tensor in _round_tensors(optimizer).items():
         tensor.copy_(saved["round"][name])
-    optimizer._kept_states = {
-        name: SlotState(exp_avg.cpu(), exp_avg_sq.cpu(), int(step))
-        for name, (exp_avg, exp_avg_sq, step) in saved["kept"].items()
-    }
+    optimizer.host.load_state_dict(saved["host"])
     optimizer.inner_step = int(saved["inner_step"])
     optimizer.total_steps = int(saved["total_steps"])
     optimizer.skipped_steps = int(saved["skipped_steps"])
@@ -134,7 +129,7 @@ def _is_live(optimizer: MISA, saved: dict[str, Any]) -> bool:
 
 def _buffers(optimizer: MISA) -> dict[str, Tensor]:
     named = optimizer.arena.buffers()
-    del named["gradients"]  # dead between two steps
+    named.pop("gradients", None)  # dead between two steps
     return named
 
 
@@ -144,6 +139,6 @@ def _round_tensors(optimizer: MISA) -> dict[str, Tensor]:
         "slot_step": arena.table.slot_step,
         "slot_measured": arena.table.slot_measured,
         "tile_sumsq": arena.tile_sumsq,
-        "norm_sums": optimizer._norm_sums,
-        "skipped_on_device": optimizer._control.skipped_steps,
+        "norm_sums": optimizer._kernels.norm_sums,
+        "skipped_on_device": optimizer._kernels.control.skipped_steps,
     }

@@ -1,5 +1,6 @@
 """The whole optimizer on the Triton backend, in Triton's interpreter, against the same run on the reference backend."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 pytest.importorskip("triton", reason="the Triton backend needs triton")
 
 SCRIPT = """
-import sys
+import json, sys
 import torch
 from training import batches, tiny, train, weights
 from misa_engine import MISA
@@ -18,7 +19,8 @@ from misa_engine import MISA
 def run(backend):
     model = tiny(dtype=getattr(torch, sys.argv[1]))
     options = {"delta": 0.3, "inner_steps": 2, "cold_start": "none", "always_train": ("model.norm",), "lr": 1e-2}
-    optimizer = MISA(model, preset=sys.argv[2], weight_decay=0.1, backend=backend, **options)
+    options |= json.loads(sys.argv[2])
+    optimizer = MISA(model, weight_decay=0.1, backend=backend, **options)
     assert optimizer.backend == backend
     data = batches()
     train(model, optimizer, data, 3)
@@ -37,11 +39,22 @@ print("equal")
 """
 
 
-@pytest.mark.parametrize(("dtype", "preset"), [("bfloat16", "engine"), ("float32", "paper"), ("bfloat16", "official")])
-def test_a_run_in_the_interpreter_equals_the_reference_bit_for_bit(dtype, preset):
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        ("bfloat16", {"preset": "engine"}),
+        ("float32", {"preset": "paper"}),
+        ("bfloat16", {"preset": "official"}),
+        ("bfloat16", {"state_dtype": "int8", "grad_dtype": "float32"}),
+        ("bfloat16", {"preset": "paper", "state_dtype": "int8", "update_in": "backward"}),
+        ("bfloat16", {"rule": "cyclic", "revisit": "offload", "leave_rounding": "keep", "inner_steps": 1}),
+    ],
+    ids=str,
+)
+def test_a_run_in_the_interpreter_equals_the_reference_bit_for_bit(dtype, options):
     tests = Path(__file__).parent
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, dtype, preset],
+        [sys.executable, "-c", SCRIPT, dtype, json.dumps(options)],
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(tests), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -1,6 +1,7 @@
 import copy
 import io
 import math
+import statistics
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from training import batches, changed, loss_of, tiny, train, weights
 
 from misa_engine import MISA, MisaConfig
+from misa_engine.arena import arena_bytes
 from misa_engine.config import PRESETS
 from misa_engine.partition import check_budget, partition
 from misa_engine.sampling import RULES, ImportanceTracker
@@ -82,6 +84,61 @@ def test_a_thousand_rounds_of_training_stay_within_the_budget_and_allocate_nothi
     assert {name: buffer.data_ptr() for name, buffer in optimizer.arena.buffers().items()} == pointers
     assert optimizer.memory() == held
     assert len(optimizer.events) <= 1000
+
+
+def test_switching_allocates_nothing_once_every_unit_has_left_once():
+    model = tiny("llama", torch.bfloat16, num_hidden_layers=1)
+    kept = {"state_dtype": "int8", "revisit": "offload", "leave_rounding": "keep"}
+    optimizer = MISA(model, lr=1e-3, delta=0.35, inner_steps=1, rule="shuffle", **kept)
+    pointers = {name: buffer.data_ptr() for name, buffer in optimizer.arena.buffers().items()}
+    ids = next(batches(length=4))
+    train(model, optimizer, iter([ids] * 30), 30)
+    held = optimizer.memory()
+    train(model, optimizer, iter([ids] * 200), 200)
+    assert optimizer.memory() == held and held["host_moments"] > 0 and held["host_residual_bits"] > 0
+    assert {name: buffer.data_ptr() for name, buffer in optimizer.arena.buffers().items()} == pointers
+
+
+def test_arena_bytes_are_known_without_allocating():
+    for dtype, options in [
+        (torch.float32, {}),
+        (torch.bfloat16, {"state_dtype": "int8"}),
+        (torch.bfloat16, {"grad_dtype": "float32", "master": "none"}),
+        (torch.bfloat16, {"update_in": "backward"}),
+    ]:
+        optimizer = MISA(tiny(dtype=dtype), delta=DELTA, **options)
+        arena = optimizer.arena
+        predicted = arena_bytes(
+            arena.capacity,
+            arena.table.slot_group.numel(),
+            dtype=dtype,
+            split=dtype == torch.bfloat16 and options.get("master") != "none",
+            state_dtype=options.get("state_dtype", "float32"),
+            grad_dtype=torch.float32 if "grad_dtype" in options else None,
+            hold_gradients="update_in" not in options,
+        )
+        assert predicted == arena.bytes()
+        tensors = [*vars(arena).values(), *vars(arena.table).values()]
+        assert sum(predicted.values()) == sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor))
+
+
+def test_a_gradient_that_arrives_after_clipping_is_measured_again():
+    def run(clip_early):
+        model = tiny()
+        optimizer = MISA(model, lr=1e-2, delta=DELTA, cold_start="none")
+        data = batches()
+        loss_of(model, next(data)).backward()
+        if clip_early:
+            optimizer.clip_grad_norm_(0.01)
+        loss_of(model, next(data)).backward()
+        if not clip_early:
+            optimizer.clip_grad_norm_(0.01)
+        optimizer.step()
+        return weights(model), float(optimizer.grad_norm)
+
+    (early, norm_early), (late, norm_late) = run(True), run(False)
+    assert norm_early == norm_late
+    assert all(torch.equal(early[name], late[name]) for name in early)
 
 
 def test_gradients_are_views_of_the_arena_in_every_zero_grad_mode():
@@ -504,6 +561,31 @@ def test_resume_anywhere_in_a_round_is_bitwise_exact(preset, dtype, stop):
     assert resumed.inner_step == optimizer.inner_step and resumed.total_steps == optimizer.total_steps
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("preset", ["engine", "paper"])
+def test_resume_with_8_bit_moments_is_bitwise_exact(preset, dtype):
+    options = {
+        "lr": 1e-2,
+        "delta": DELTA,
+        "inner_steps": 4,
+        "preset": preset,
+        "state_dtype": "int8",
+        "max_grad_norm": 1.0,
+    }
+    whole, parts = tiny(dtype=dtype), tiny(dtype=dtype)
+    train(whole, MISA(whole, **options), batches(), 25)
+    first, data = MISA(parts, **options), batches()
+    train(parts, first, data, 18)
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    first.remove()
+    file.seek(0)
+    second = MISA(parts, **options)
+    second.load_state_dict(torch.load(file, weights_only=True))
+    train(parts, second, data, 7)
+    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), parts.parameters(), strict=True))
+
+
 def test_loading_leaves_only_the_saved_active_set_trainable():
     model = tiny()
     optimizer = MISA(model, delta=DELTA, inner_steps=2, seed=1)
@@ -561,3 +643,28 @@ def test_learning_rate_travels_in_the_parameter_groups():
     other = MISA(tiny(), lr=1e-2, delta=DELTA)
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert other.param_groups[0]["lr"] == 5e-3
+
+
+def test_8_bit_moments_learn_like_float32_ones():
+    # Three seeds each, a Markov chain over 64 tokens: the difference of the means must be within the spread of seeds.
+    ends = {"float32": [], "int8": []}
+    for state_dtype, losses in ends.items():
+        for seed in range(3):
+            generator = torch.Generator().manual_seed(seed)
+            successor = torch.randint(3, 64, (64, 2), generator=torch.Generator().manual_seed(9))
+            model = tiny("llama", torch.bfloat16)
+            options = {"lr": 3e-3, "delta": 0.4, "inner_steps": 10, "include_outside": True, "seed": seed}
+            optimizer = MISA(model, state_dtype=state_dtype, max_grad_norm=1.0, **options)
+
+            def chain(generator=generator, successor=successor):
+                while True:
+                    ids = torch.randint(3, 64, (16, 1), generator=generator)
+                    for _ in range(23):
+                        choice = torch.randint(2, (16, 1), generator=generator)
+                        ids = torch.cat([ids, successor[ids[:, -1:].squeeze(1)].gather(1, choice)], 1)
+                    yield ids
+
+            losses.append(statistics.mean(train(model, optimizer, chain(), 150)[-10:]))
+    plain, eight = ends["float32"], ends["int8"]
+    assert max(plain) < 2.5  # from log 64 = 4.16: it has learnt, and the floor is log 2 = 0.69
+    assert abs(statistics.mean(plain) - statistics.mean(eight)) < max(plain) - min(plain) + 0.02

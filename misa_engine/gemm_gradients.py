@@ -1,0 +1,159 @@
+"""The weight gradient of an active linear layer, written by the GEMM that computes it straight into its arena slot.
+
+Left to itself, autograd computes dW = dYᵀ·X into a new tensor (112 MiB for an MLP matrix of Llama-3-8B) and then copies
+or adds it to where it belongs: with accumulation about 8 bytes of traffic per parameter and micro-batch more than
+
+    first micro-batch    slot  = dYᵀ·X
+    every later use      slot += dYᵀ·X        one rounding, inside the GEMM
+
+For that an active layer's ``forward`` is replaced, on the instance, by one whose backward does this and reports no
+weight gradient to autograd. It steps aside, and autograd and the parameter's hook do their work, wherever the GEMM is
+not known to be the whole story: under autocast, with another dtype of input, in modules that changed ``forward`` themselves
+and in compiled ones, where a new ``forward`` at each switch would be a new graph. Weights used elsewhere too (tied, reused) add up in the slot whichever way they come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+#: name -> (slot in the parameter's shape, whether the gradient is added to its content)
+FindSlot = Callable[[str], tuple[Tensor, bool]]
+
+
+class GemmGradients:
+    """Replaces and restores ``forward`` of the linear layers whose weights are active.
+
+    Args:
+        model: the model.
+        find_slot: where the gradient of a parameter goes, and whether to add it to what is there.
+        written: called with the parameter's name when its slot was written.
+    """
+
+    def __init__(self, model: nn.Module, find_slot: FindSlot, written: Callable[[str], None]):
+        self._model, self._find_slot, self._written = model, find_slot, written
+        shared = {id(parameter): name for name, parameter in model.named_parameters()}  # tied ones once
+        self._modules: dict[str, list[nn.Module]] = {}
+        for module in model.modules():
+            name = shared.get(id(getattr(module, "weight", None)))
+            if name is not None and _transposed(module) is not None:
+                self._modules.setdefault(name, []).append(module)
+        self._replaced: list[nn.Module] = []
+
+    def bind(self, names: Iterable[str]) -> None:
+        """Let exactly the layers with these weights write into the arena."""
+        for module in self._replaced:
+            if isinstance(module.__dict__.get("forward"), _ForwardIntoSlot):
+                del module.forward
+        self._replaced = []
+        compiled = {
+            inner
+            for module in self._model.modules()
+            if getattr(module, "_compiled_call_impl", None) is not None
+            for inner in module.modules()
+        }
+        for name in names:
+            for module in self._modules.get(name, ()):
+                # someone else's forward (accelerate's offloading) stays
+                if module not in compiled and "forward" not in module.__dict__:
+                    transposed = _transposed(module)
+                    assert transposed is not None
+                    module.forward = _ForwardIntoSlot(module, name, transposed, self)
+                    self._replaced.append(module)
+
+    def write(self, name: str, left: Tensor, right: Tensor) -> None:
+        """Compute slot (+)= leftᵀ·right.
+
+        Args:
+            name: the parameter.
+            left: (tokens, rows of the weight).
+            right: (tokens, columns of the weight).
+        """
+        slot, add = self._find_slot(name)
+        if slot.dtype == left.dtype:
+            torch.addmm(slot, left.t(), right, out=slot) if add else torch.mm(left.t(), right, out=slot)
+        elif slot.is_cuda:  # float32 slots of a bfloat16 model: the GEMM's own accumulator, not rounded in between
+            if add:
+                torch.addmm(slot, left.t(), right, out_dtype=slot.dtype, out=slot)
+            else:
+                torch.mm(left.t(), right, out_dtype=slot.dtype, out=slot)
+        else:  # no such GEMM on a CPU
+            product = torch.mm(left.t().to(slot.dtype), right.to(slot.dtype))
+            slot.add_(product) if add else slot.copy_(product)
+        self._written(name)
+
+
+def _transposed(module: nn.Module) -> bool | None:
+    """Whether the weight is stored (in, out), as Conv1D does; None for any other than these two kinds of module."""
+    forward = type(module).forward
+    if forward is nn.Linear.forward:
+        return False
+    if type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils":
+        return True
+    return None
+
+
+class _ForwardIntoSlot:
+    """Stands in for ``module.forward`` while the module's weight is active."""
+
+    def __init__(self, module: nn.Module, name: str, transposed: bool, gradients: GemmGradients):
+        self._module, self._name, self._transposed, self._gradients = module, name, transposed, gradients
+
+    def __call__(self, x: Tensor) -> Tensor:
+        weight: Tensor = self._module.weight  # type: ignore[assignment]
+        if (
+            not torch.is_grad_enabled()
+            or not weight.requires_grad
+            or torch.compiler.is_compiling()
+            or torch.is_autocast_enabled(x.device.type)
+            or x.dtype != weight.dtype
+        ):
+            return type(self._module).forward(self._module, x)
+        bias: Tensor | None = self._module.bias  # type: ignore[assignment]
+        return _LinearIntoSlot.apply(x, weight, bias, self._transposed, self._name, self._gradients)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copied or pickled model has the class's own forward: its weights are in nobody's arena.
+        return _own_forward, (self._module,)
+
+
+def _own_forward(module: nn.Module) -> MethodType:
+    return MethodType(type(module).forward, module)
+
+
+class _LinearIntoSlot(torch.autograd.Function):
+    """y = x·Wᵀ + b (W stored (out, in), or (in, out) when ``transposed``) with dW written into its slot."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,  # (..., in)
+        weight: Tensor,  # (out, in); (in, out) when transposed
+        bias: Tensor | None,  # (out,)
+        transposed: bool,
+        name: str,
+        gradients: GemmGradients,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.transposed, ctx.name, ctx.gradients = transposed, name, gradients
+        return F.linear(x, weight.t() if transposed else weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        dx = None
+        if needs_x:
+            dx = torch.matmul(dy, weight.t() if ctx.transposed else weight)
+        rows, tokens = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+        if needs_weight:
+            ctx.gradients.write(ctx.name, *((tokens, rows) if ctx.transposed else (rows, tokens)))
+        db = rows.sum(0) if needs_bias else None
+        return dx, None, db, None, None, None
