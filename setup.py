@@ -6,15 +6,19 @@ A top-level package named ``kernels`` would shadow the Hub's ``kernels``, which 
 from setuptools import setup
 
 PLOTS = ["matplotlib>=3.9"]
-TRAIN = ["trl>=1.10", "pyyaml>=6", *PLOTS]
+# Liger's kernels are Triton's: pure Python on top of torch and triton, nothing to compile, unused without a GPU.
+LIGER = "liger-kernel>=0.8; platform_system == 'Linux'"
+TRAIN = ["trl>=1.10", "pyyaml>=6", LIGER, *PLOTS]
+# The methods that bench/ measures beside ours; a row of its table says which one is missing.
+BENCH = ["peft>=0.17", "bitsandbytes>=0.48", "badam>=1.4", *PLOTS]
 
 setup(
     name="misa_engine",
     version="0.1.0",
     description="Train all weights of a language model on one consumer GPU by module-wise importance sampling (MISA)",
     python_requires=">=3.10",
-    packages=["misa_engine", "misa_engine.kernels"],
-    package_dir={"misa_engine": "misa_engine", "misa_engine.kernels": "kernels"},
+    packages=["misa_engine", "misa_engine.kernels", "misa_engine.bench"],
+    package_dir={"misa_engine": "misa_engine", "misa_engine.kernels": "kernels", "misa_engine.bench": "bench"},
     package_data={"misa_engine": ["py.typed", "recipes/*.yaml"]},
     install_requires=[
         "torch>=2.11",
@@ -28,6 +32,7 @@ setup(
     ],
     extras_require={
         "train": TRAIN,
+        "bench": BENCH,
         "test": [
             *TRAIN,
             "pytest>=8",

@@ -14,6 +14,7 @@ import inspect
 import json
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, make_dataclass
 from pathlib import Path
@@ -45,6 +46,9 @@ SFT_DEFAULTS: dict[str, Any] = {
     "report_to": "none",
     "save_total_limit": 2,  # a checkpoint of an 8B model takes 16 GB
 }
+
+#: Names under which torch's allocator is configured; the older two are read first, so ours must not hide behind them.
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 
 #: Any of these gives a run evaluation data.
 EVAL_DATA = ("eval_dataset", "eval_split", "eval_fraction")
@@ -94,6 +98,10 @@ class RunArguments:
 
     optimizer: str = option("misa, or adamw: torch's fused AdamW on all weights, to compare with", default="misa")
     overwrite_output_dir: bool = option("delete the run that --output_dir holds; other files stay", default=False)
+    max_vram_gb: float | None = option(
+        "GiB that the run may take: fills in micro-batch, checkpointing, state_dtype and delta where they are not "
+        "given, or refuses before anything is loaded"
+    )
     dry_run: bool = option("print units, budget, first draw and memory, then stop; nothing is written", default=False)
 
 
@@ -152,8 +160,7 @@ class TrainArguments:
 def parse_train(argv: Sequence[str], config: str | None = None) -> TrainArguments:
     """Parse flags over a YAML file or recipe; raise UserError for anything unknown or invalid."""
     values = _read_config(config) if config else {}
-    for name, value in (values.pop("env", None) or {}).items():
-        os.environ.setdefault(name, str(value))  # before torch is imported: it reads its allocator's settings once
+    set_environment(values.pop("env", None) or {})
     parser = build_parser()
     merged = _parse(parser, _yaml_tokens(parser, values, config), f"{config}: ") if values else {}
     hints = {name: hint for cls in parser.dataclass_types for name, hint in get_type_hints(cls).items()}
@@ -168,6 +175,18 @@ def parse_train(argv: Sequence[str], config: str | None = None) -> TrainArgument
     for text, where in ((model, "config_overrides"), (misa, "parameter_groups"), (misa, "static_weights")):
         setattr(text, where, _from_json(where, getattr(text, where)))
     return TrainArguments(model, data, run, misa_config(misa, sft), sft, given)
+
+
+def set_environment(wanted: Mapping[str, Any]) -> None:
+    """The configuration's variables where the shell has none, and growing memory segments unless either says otherwise.
+
+    To be called before torch is imported: its allocator reads the environment once.
+    """
+    for name, value in wanted.items():
+        os.environ.setdefault(name, str(value))
+    if sys.platform == "linux" and not any(name in os.environ for name in ALLOCATOR_VARIABLES):
+        # sequences of changing length split fixed segments: a peer saw 16.4 GiB reserved become 10.8 (torchtune#1185)
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def build_parser() -> Any:
@@ -320,6 +339,8 @@ def _fill_defaults(merged: dict[str, Any], parser: Any) -> None:
             merged.setdefault("eval_steps", 0.1)
     for name, value in SFT_DEFAULTS.items():
         merged.setdefault(name, value)
+    if "per_device_train_batch_size" in merged:  # evaluation must not need more memory than training (TRL's default: 8)
+        merged.setdefault("per_device_eval_batch_size", merged["per_device_train_batch_size"])
     if merged["bf16"]:
         import torch
 

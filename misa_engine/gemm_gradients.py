@@ -8,8 +8,9 @@ or adds it to where it belongs: with accumulation about 8 bytes of traffic per p
 
 For that an active layer's ``forward`` is replaced, on the instance, by one whose backward does this and reports no
 weight gradient to autograd. It steps aside, and autograd and the parameter's hook do their work, wherever the GEMM is
-not known to be the whole story: under autocast, with another dtype of input, in modules that changed ``forward`` themselves
-and in compiled ones, where a new ``forward`` at each switch would be a new graph. Weights used elsewhere too (tied, reused) add up in the slot whichever way they come.
+not known to be the whole story: under autocast, with another dtype of input, in modules that changed ``forward``
+themselves, and in compiled ones, where a new ``forward`` at each switch would be a new graph. Weights used elsewhere
+too (tied, reused) add up in the slot whichever way they come.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,8 +44,19 @@ def run(arguments: TrainArguments, config: str | None = None) -> int:
 
     trust = sft.trust_remote_code
     model_config = loading.load_config(model_options, trust)
-    loading.resolve_dtype(model_options.dtype, model_config, sft.device)
+    dtype = loading.resolve_dtype(model_options.dtype, model_config, sft.device)
     sft.max_length = loading.fitting_length(sft.max_length, "max_length" in arguments.given, model_config)
+    _choose_forward(arguments, model_config.model_type)
+    planned = None
+    limit_gib = arguments.run.max_vram_gb
+    if limit_gib is not None:
+        from misa_engine import vram
+
+        before = arguments.misa
+        with bad_input("--max_vram_gb"):
+            arguments, planned = vram.fit(arguments, model_config, dtype, limit_gib)
+        print(vram.describe(planned, before), flush=True)
+        vram.enforce(limit_gib, sft.device)
     tokenizer = loading.load_tokenizer(model_options, trust_remote_code=trust)
     train_data, eval_data = _load_data(arguments, tokenizer)
 
@@ -66,6 +78,9 @@ def run(arguments: TrainArguments, config: str | None = None) -> int:
     existed = out.exists()
     try:
         trainer = _build_trainer(arguments, model, tokenizer, train_data, eval_data)
+        trainer.check_loss()  # before anything is deleted
+        if planned is not None:
+            vram.dry_step(trainer, planned)
     except BaseException:
         if not existed and out.is_dir() and not any(out.iterdir()):
             out.rmdir()  # the Trainer makes it before it checks the rest of its arguments
@@ -98,6 +113,17 @@ def _quiet(arguments: TrainArguments) -> None:
     disable_progress_bar()
     if "disable_tqdm" not in given:
         sft.disable_tqdm = True
+
+
+def _choose_forward(arguments: TrainArguments, model_type: str) -> None:
+    """Liger's kernels where they run and the user has not said otherwise."""
+    from misa_engine.lean import lean_options
+
+    sft, given = arguments.sft, arguments.given
+    wanted = sft.use_liger_kernel if "use_liger_kernel" in given else None
+    loss_type = sft.loss_type if "loss_type" in given else None
+    for name, value in lean_options(model_type, sft.device, wanted=wanted, loss_type=loss_type).items():
+        setattr(sft, name, value)
 
 
 def _resume_point(wanted: str | None, out: Path) -> Path | None:
@@ -229,7 +255,8 @@ def _build_trainer(arguments: TrainArguments, model: Any, tokenizer: Any, train_
 
     self_max_length = arguments.sft.max_length
     try:
-        with bad_input():
+        with bad_input(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="`use_liger_kernel=True` is deprecated")  # our choice, not theirs
             trainer = CommandTrainer(
                 model=model,
                 args=arguments.sft,
@@ -257,6 +284,11 @@ def _compile_layers(trainer: Any, model: Any, arguments: TrainArguments) -> None
     if container is None:
         raise UserError("--torch_compile works layer by layer, and this model has no list of layers: leave it out.")
     options = {"backend": sft.torch_compile_backend, "mode": sft.torch_compile_mode}
+    import torch._dynamo
+
+    # One graph for each pattern of active matrices in a layer: 8 (the default limit) with at most one of 7 matrices,
+    # twice that because the lowest active layer's input needs no gradient, more with pairs.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     for layer in model.get_submodule(container).children():
         layer.compile(**{name: value for name, value in options.items() if value})
     trainer.args.torch_compile = False

@@ -30,6 +30,8 @@ MAIN_SFT_OPTIONS = {
     "adam_beta2": "(default: 0.999)",
     "adam_epsilon": "(default: 1e-08)",
     "bf16": "bf16 autocast, for a model held in float32 (default: off)",
+    "per_device_eval_batch_size": "sequences per forward pass of an evaluation; as for training unless given",
+    "use_liger_kernel": "Liger's RMSNorm, SwiGLU and RoPE; on a GPU on unless it is missing or lacks the family",
     "gradient_checkpointing": "recompute activations in the backward pass (default: on)",
     "eval_strategy": "no, steps or epoch (default with evaluation data: steps, every tenth of the run)",
     "save_steps": "steps between checkpoints; below 1 a share of the run (default: 500)",

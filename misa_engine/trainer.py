@@ -20,10 +20,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.liger import apply_liger_kernel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from misa_engine import checkpoints
 from misa_engine.config import MisaConfig, check_choice
+from misa_engine.lean import LossCheck
 from misa_engine.optimizer import MISA
 from misa_engine.recorder import RunRecorder, describe_run, sampler_metrics
 
@@ -148,7 +150,7 @@ class MisaMixin(_Base):
         for argument in (*args, *kwargs.values()):
             if isinstance(argument, TrainingArguments) and optimizer == "misa":
                 check_arguments(argument)
-                config_from_arguments(argument, misa)  # its errors belong before the model is touched
+                self._check_clipping(argument, config_from_arguments(argument, misa))  # before the model is touched
         if kwargs.get("optimizer_cls_and_kwargs") is not None or any(kwargs.get("optimizers") or ()):
             raise ValueError(
                 f"{type(self).__name__} makes its own optimizer; leave out optimizers and optimizer_cls_and_kwargs, or "
@@ -161,6 +163,7 @@ class MisaMixin(_Base):
         self._max_norm = self.misa_config.max_grad_norm or self.args.max_grad_norm or math.inf
         self._staged_checkpoint: Path | None = None
         self._push_later: list[str] = []
+        self._loss_checked = False
         self.add_callback(_RunCallback(self))
 
     @property
@@ -195,6 +198,21 @@ class MisaMixin(_Base):
             self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
         return self.optimizer
 
+    @staticmethod
+    def _check_clipping(args: TrainingArguments, config: MisaConfig) -> None:
+        if config.update_in == "backward" and args.max_grad_norm:
+            raise ValueError(
+                f"max_grad_norm={args.max_grad_norm} in the training arguments (1.0 unless set) needs the norm of all "
+                "gradients, but update_in='backward' updates each matrix as its gradient arrives. Set max_grad_norm=0, "
+                "or use update_in='step'."
+            )
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """One micro-batch, as in Trainer; tells MISA whether it is the last of its step."""
+        if self.misa is not None:
+            self.misa.last_micro_batch = self.accelerator.sync_gradients
+        return super().training_step(*args, **kwargs)
+
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         misa = self.misa
         if misa is None:
@@ -218,7 +236,8 @@ class MisaMixin(_Base):
             **kwargs: as in ``Trainer.train``.
 
         Raises:
-            ValueError: the checkpoint is missing, incomplete, or of another model or configuration.
+            ValueError: the checkpoint is missing, incomplete, or of another model or configuration; or the trainer's
+                loss is not the plain one (see ``misa_engine.lean``).
             CheckpointError: a checkpoint could not be written.
         """
         run_dir = self._out
@@ -234,8 +253,28 @@ class MisaMixin(_Base):
             checkpoint = Path(resume_from_checkpoint)
         if checkpoint is not None:
             self._check_checkpoint(checkpoint)
+        self.check_loss()
         self.recorder.arm()
         return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+
+    def check_loss(self) -> None:
+        """Put the lean forward in and hold it to the plain loss: once, before the optimizer exists.
+
+        ``train()`` does this; call it before to know earlier.
+
+        Raises:
+            UserError: the losses, or their gradients, differ (see ``misa_engine.lean``).
+        """
+        if self._loss_checked or self.optimizer is not None or self.model_init is not None:
+            return
+        self._loss_checked = True
+        if self.args.bf16_full_eval and self.place_model_on_device:  # only then the model is not there yet
+            self._move_model_to_device(self.model, self.args.device)
+        check = LossCheck.before(self)
+        if self.args.use_liger_kernel:  # as super().train() would, in the midst of it; twice is once
+            apply_liger_kernel(self.model, self.args.liger_kernel_config)
+        if check is not None:
+            check.compare()
 
     def _check_checkpoint(self, checkpoint: Path) -> None:
         reason = checkpoints.why_incomplete(checkpoint)
@@ -289,6 +328,10 @@ class MisaMixin(_Base):
         return True
 
     # ---- saving ----
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        with checkpoints.sharded_saving(self.model):
+            super()._save(output_dir, state_dict)
 
     def _get_output_dir(self, trial: Any) -> str:
         # While a checkpoint is being written, the Trainer's own code composes its paths inside the staging folder.

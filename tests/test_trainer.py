@@ -181,7 +181,8 @@ class CountLayerForwards(TrainerCallback):
             layer.self_attn.register_forward_pre_hook(lambda *_, index=index: self.count(index))
 
     def count(self, index: int) -> None:
-        self.counts[-1][index] += 1
+        if self.counts:  # the check of the loss comes before the first step
+            self.counts[-1][index] += 1
 
     def on_step_begin(self, args, state, control, **kwargs):
         trains = [any(p.requires_grad for p in layer.parameters()) for layer in self.layers]
