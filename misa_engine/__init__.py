@@ -12,12 +12,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from misa_engine.config import MisaConfig
     from misa_engine.optimizer import MISA
+    from misa_engine.planner import plan
     from misa_engine.trainer import MisaFactory, MisaTrainer
 
 __version__ = "0.1.0"
-__all__ = ["MISA", "MisaConfig", "MisaFactory", "MisaTrainer", "__version__"]
+__all__ = ["MISA", "MisaConfig", "MisaFactory", "MisaTrainer", "__version__", "plan"]
 
-_HOMES = {"MISA": "optimizer", "MisaConfig": "config", "MisaFactory": "trainer", "MisaTrainer": "trainer"}
+_HOMES = {
+    "MISA": "optimizer",
+    "MisaConfig": "config",
+    "MisaFactory": "trainer",
+    "MisaTrainer": "trainer",
+    "plan": "planner",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The ``misa`` command: ``misa train`` and ``misa report``.
+"""The ``misa`` command: ``misa train``, ``misa plan`` and ``misa report``.
 
 Exit codes: 0 done, 2 bad input, 130 interrupted, 1 anything else; no traceback without ``--debug``. Torch and TRL are
 imported inside the commands, so that ``misa --help`` answers at once.
@@ -20,6 +20,7 @@ USAGE = """\
 usage: misa <command> [options]
 
   misa train    train a causal language model with MISA     (misa train --help)
+  misa plan     bytes by category and what fits a card   (misa plan --help)
   misa report   draw the pictures of a run again            (misa report OUT)
 
   --version     print the version
@@ -134,6 +135,9 @@ def _demo(options: list[str]) -> int:
         place["output_dir"] = options[0].partition("=")[2] or (options[1] if len(options) == 2 else "")
         if not place["output_dir"]:
             raise UserError("--output_dir needs a directory")
+    from misa_engine.arguments import set_environment
+
+    set_environment({})
     from misa_engine.demo import run_demo
 
     return run_demo(**place)
@@ -142,6 +146,16 @@ def _demo(options: list[str]) -> int:
 def _need(package: str, extra: str) -> None:
     if find_spec(package) is None:
         raise UserError(f"{package} is not installed: pip install 'misa_engine[{extra}]'")
+
+
+# ---- misa plan ----
+
+
+def plan(words: list[str]) -> int:
+    """``misa plan``: bytes by category and what fits, before anything is loaded."""
+    from misa_engine.plan_command import run_plan
+
+    return run_plan(words)
 
 
 # ---- misa report ----
@@ -168,7 +182,7 @@ def report(words: list[str]) -> int:
     return DONE
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": train, "report": report}
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": train, "plan": plan, "report": report}
 
 if __name__ == "__main__":
     sys.exit(main())

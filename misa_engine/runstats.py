@@ -120,13 +120,13 @@ def _source_files(model: nn.Module) -> list[Path]:
 
 
 class StepClock:
-    """Time of each optimizer step, without ever waiting for the device.
+    """Time of the latest 10,000 optimizer steps, without ever waiting for the device.
 
     On CUDA each step is bracketed by two events; those that have completed are read whenever the next step begins.
     """
 
     def __init__(self, device: torch.device, warm_up: int = 3):
-        self.seconds: list[float] = []
+        self.seconds: deque[float] = deque(maxlen=10_000)  # a run of any length holds the same
         self._warm_up = warm_up
         self._cuda = device.type == "cuda"
         self._started: float | torch.cuda.Event | None = None

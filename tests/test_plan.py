@@ -1,0 +1,205 @@
+"""``misa plan`` and ``misa_engine.plan()``: what is printed, chosen and refused."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from models import TINY
+
+import misa_engine
+from misa_engine.cards import CARDS, MODELS, Card, published_config
+from misa_engine.cli import main
+from misa_engine.errors import UserError
+from misa_engine.memory import Pass
+from misa_engine.solve import Wishes, solve
+from misa_engine.worst_case import Subject
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def planned(capsys, *words):
+    assert main(["plan", *words, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def refused(capsys, *words):
+    assert main(["plan", *words]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("misa: error: ") and error.count("\n") == 1
+    return error
+
+
+# ---- what is printed ----
+
+
+def test_the_json_holds_what_machines_need(capsys):
+    found = planned(capsys, "--model", "llama-3-8b", "--gpu", "rtx4090", "--delta", "0.03")
+    assert found["parameters"] == 8_030_261_248 and found["delta_parameters"] == int(0.03 * 8_030_261_248)
+    assert sum(found["bytes"].values()) == found["total_bytes"] < CARDS["rtx4090"] << 20
+    assert {"weights", "gradients", "first_moment", "second_moment", "residual_bits"} <= set(found["bytes"])
+    assert {"activations", "temporaries", "cuda_context", "slack"} <= set(found["bytes"])
+    per_parameter = {"gradients": 2, "first_moment": 4, "second_moment": 4, "residual_bits": 2}
+    for category, size in per_parameter.items():  # one block of 1,024 elements more at most
+        assert 0 <= found["bytes"][category] - size * found["delta_parameters"] <= size * 1024
+    assert found["fits"] and 10_000 < found["max_tokens_per_micro_batch"] < 12_000
+    assert found["max_length"] == 8192  # the model's own limit
+
+
+def test_the_table_names_every_category_and_the_card(capsys):
+    assert main(["plan", "--model", "tinyllama", "--gpu", "rtx4060ti-16", "--batch", "4", "--length", "512"]) == 0
+    printed = capsys.readouterr().out
+    for words in ("weights", "residual bits", "activations", "cuda context", "together", "rtx4060ti-16", "4 x 512"):
+        assert words in printed
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_every_built_in_model_can_be_planned(capsys, name):
+    found = planned(capsys, "--model", name, "--gpu", "h100", "--length", "512")
+    assert found["fits"] and found["max_tokens_per_micro_batch"] >= 512
+
+
+def test_memory_options_change_their_own_categories(capsys):
+    base = planned(capsys, "--model", "tinyllama")["bytes"]
+    eight = planned(capsys, "--model", "tinyllama", "--state_dtype", "int8")["bytes"]
+    assert eight["first_moment"] * 4 == base["first_moment"] and eight["moment_scales"] * 64 == 2 * base["first_moment"]
+    late = planned(capsys, "--model", "tinyllama", "--update_in", "backward")["bytes"]
+    assert "gradients" not in late and late["temporaries"] >= base["temporaries"]
+    wide = planned(capsys, "--model", "tinyllama", "--grad_dtype", "float32")["bytes"]
+    assert wide["gradients"] == 2 * base["gradients"]
+    assert "residual_bits" not in planned(capsys, "--model", "tinyllama", "--master", "none")["bytes"]
+    kept = planned(capsys, "--model", "tinyllama", "--no_checkpointing")["bytes"]
+    assert kept["activations"] > 5 * base["activations"]
+    lean = planned(capsys, "--model", "tinyllama", "--no_checkpointing", "--use_liger_kernel")["bytes"]
+    assert lean["activations"] < 0.8 * kept["activations"]
+
+
+def test_a_directory_with_a_config_is_enough(capsys, tmp_path):
+    TINY["gpt2"]().config.save_pretrained(tmp_path)
+    found = planned(capsys, "--model", str(tmp_path), "--delta", "0.3", "--length", "32", "--loss", "plain")
+    assert found["method"] == "fake tensors" and found["fits"]
+
+
+def test_the_python_function_takes_a_config_and_options():
+    config = TINY["llama"]().config
+    found = misa_engine.plan(config, card="16GiB", delta=0.3, state_dtype="int8", run=Pass(2, 32))
+    assert found.fits and found.total_bytes == sum(found.bytes.values()) and found.misa.state_dtype == "int8"
+
+
+def test_the_picture_is_a_png(capsys, tmp_path):
+    assert main(["plan", "--model", "tinyllama", "--plot", str(tmp_path / "plan.png")]) == 0
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    assert "ends in .png" in refused(capsys, "--model", "tinyllama", "--plot", str(tmp_path / "plan.jpg"))
+    assert "cannot be written" in refused(capsys, "--model", "tinyllama", "--plot", "/nowhere/at/all/plan.png")
+
+
+def test_no_gpu_no_weights_and_no_network_are_touched():
+    script = "import sys; from misa_engine.cli import main; code = main(sys.argv[1:]); assert 'trl' not in sys.modules"
+    done = subprocess.run(
+        [sys.executable, "-c", script, "plan", "--model", "llama-3-8b", "--json"],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["model"] == "llama-3-8b"
+
+
+# ---- --max_vram_gb ----
+
+
+@pytest.mark.parametrize("limit", [17.8, 19.0, 20, 23, 30, 80])
+def test_a_solved_plan_fits_and_says_how_to_run_it(capsys, limit):
+    found = planned(capsys, "--model", "llama-3-8b", "--max_vram_gb", str(limit))
+    assert found["total_bytes"] <= limit * 2**30
+    command = found["command"]
+    assert command.startswith("misa train --model_name_or_path meta-llama/Meta-Llama-3-8B")
+    for option in ("delta", "state_dtype"):
+        assert f"--{option} {found[option]}" in command
+    assert f"--per_device_train_batch_size {found['batch']}" in command
+    assert f"--gradient_checkpointing {str(found['checkpointing']).lower()}" in command
+
+
+def test_what_costs_least_is_given_up_first(capsys):
+    order = [planned(capsys, "--model", "llama-3-8b", "--max_vram_gb", str(limit)) for limit in (80, 23, 19, 17.8)]
+    assert [plan["checkpointing"] for plan in order] == [False, True, True, True]
+    assert [plan["state_dtype"] for plan in order] == ["float32", "float32", "int8", "int8"]
+    assert [plan["delta"] for plan in order][:3] == [0.03] * 3 and order[3]["delta"] < 0.03
+    assert order[0]["batch"] * 2048 >= 2048 and order[1]["batch"] > order[2]["batch"] >= 1
+
+
+def test_given_options_are_kept(capsys):
+    words = (
+        "--state_dtype",
+        "float32",
+        "--checkpointing",
+        "true",
+        "--batch",
+        "2",
+        "--delta",
+        "0.01",
+        "--length",
+        "1024",
+    )
+    found = planned(capsys, "--model", "llama-3-8b", "--max_vram_gb", "60", *words)
+    assert (found["state_dtype"], found["checkpointing"], found["batch"]) == ("float32", True, 2)
+    assert (found["delta"], found["length"]) == (0.01, 1024)
+
+
+def test_one_more_sequence_would_not_fit():
+    subject, limit = Subject(published_config("llama-3-8b")), Card.of("23")
+    found = solve(subject, limit, misa_engine.MisaConfig(), Pass(), Wishes(checkpointing=True))
+    more = misa_engine.plan(subject, misa=found.misa, run=Pass(found.run.batch + 1, 2048))
+    assert found.total_bytes <= limit.total_bytes < more.total_bytes
+
+
+# ---- what is refused ----
+
+
+def test_an_impossible_plan_says_what_would_work(capsys):
+    error = refused(capsys, "--model", "llama-3-8b", "--max_vram_gb", "12")
+    assert "does not fit into 12.00 GiB" in error and "smallest card that works is a10" in error
+    error = refused(capsys, "--model", "llama-3-8b", "--max_vram_gb", "18.5", "--delta", "0.06")
+    delta = float(error.split("largest delta that works is ")[1].split()[0].rstrip("."))
+    assert 0.0073 < delta < 0.06
+    words = ("--model", "llama-3-8b", "--max_vram_gb", "18.5", "--delta")
+    assert planned(capsys, *words, str(delta))["fits"]
+    refused(capsys, *words, str(delta + 0.001))
+    assert "No known card works" in refused(capsys, "--model", "qwen2.5-14b", "--gpu", "8", "--batch", "64",
+                                            "--length", "32768", "--no_checkpointing")  # fmt: skip
+
+
+def test_a_plan_that_does_not_fit_its_card_is_printed_and_refused(capsys):
+    assert main(["plan", "--model", "llama-3-8b", "--gpu", "17", "--json"]) == 2
+    both = capsys.readouterr()
+    assert json.loads(both.out)["fits"] is False and "smallest card" in both.err
+
+
+@pytest.mark.parametrize(
+    ("words", "texts"),
+    [
+        (["--model", "lama-3-8b"], ["Did you mean llama-3-8b?", "tinyllama"]),
+        (["--model", "llama-3-8b", "--gpu", "rtx409"], ["Did you mean rtx4090?", "h100"]),
+        (["--model", "llama-3-8b", "--gpu", "-3"], ["unknown card"]),
+        (["--model", "./nowhere"], ["does not exist"]),
+        (["--model", "someone/unheard-of"], ["cannot be loaded", "llama-3-8b"]),
+        (["--model", "llama-3-8b", "--delta", "0.001"], ["smallest that works"]),
+        (["--model", "llama-3-8b", "--delta", "3"], ["(0, 1]"]),
+        (["--model", "llama-3-8b", "--detla", "0.1"], ["--delta"]),
+        (["--model", "llama-3-8b", "--state_dtype", "int4"], ["int4"]),
+        (["--model", "llama-3-8b", "--batch", "0"], ["0 x 2048"]),
+        ([], ["--model"]),
+    ],
+)
+def test_bad_input_gets_one_line(capsys, words, texts):
+    error = refused(capsys, *words)
+    assert all(text in error for text in texts)
+
+
+def test_sizes_of_cards():
+    assert Card.of("24").total_bytes == Card.of("24GiB").total_bytes == Card.of("24 gb").total_bytes == 24 << 30
+    assert Card.of("24564MiB").total_bytes == Card.of("RTX4090").total_bytes
+    assert Card.smallest(20 << 30).name == "a10" and Card.smallest(1 << 40) is None
+    with pytest.raises(UserError):
+        Card.of("0")
