@@ -1,9 +1,10 @@
-"""Are relative scores with η = 1 a better default than uniform draws? The demo's model and text, several seeds.
+"""Does an option of MISA change what is learnt? The demo's model and text, several seeds.
 
-    python bench/sampler_defaults.py --output bench/results/sampler_defaults.json
+    python bench/ablations.py sampler --output bench/results/sampler_defaults.json
+    python bench/ablations.py moments --output bench/results/moments_8bit.json
 
-Held-out loss after the same steps on the same batches; only the sampler's options and its seed differ. A model of 4
-million parameters from random weights answers for itself, not for fine-tuning an 8B model.
+Held-out loss after the same steps on the same batches; only the options of a setting and the sampler's seed differ. A
+model of 4 million parameters from random weights answers for itself, not for fine-tuning an 8B model.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from real_shape import environment
+from measure import environment
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 
 from misa_engine import MISA
@@ -24,12 +25,19 @@ from misa_engine.demo import LENGTH, OWN_OPTIONS, build_demo
 
 OPTIONS = {**OWN_OPTIONS["misa"], "max_grad_norm": 1.0}
 
-SETTINGS: dict[str, dict[str, Any]] = {
-    "uniform": {"rule": "uniform"},
-    "relative, eta 0.3": {"eta": 0.3},
-    "relative, eta 0.5": {"eta": 0.5},
-    "relative, eta 1": {"eta": 1.0},
-    "relative, eta 1, exponent at most 3": {"eta": 1.0, "exponent_cap": 3.0},
+QUESTIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "sampler": {
+        "uniform": {"rule": "uniform"},
+        "relative, eta 0.3": {"eta": 0.3},
+        "relative, eta 0.5": {"eta": 0.5},
+        "relative, eta 1": {"eta": 1.0},
+        "relative, eta 1, exponent at most 3": {"eta": 1.0, "exponent_cap": 3.0},
+    },
+    "moments": {
+        "float32 moments": {},
+        "8-bit moments": {"state_dtype": "int8"},
+        "float32 moments, offloaded in 8 bits": {"revisit": "offload"},
+    },
 }
 
 
@@ -39,9 +47,12 @@ def run(settings: dict[str, Any], seed: int, steps: int, start: Path, rows: dict
     options = {**OPTIONS, **settings}
     optimizer = MISA(model, lr=options.pop("learning_rate"), seed=seed, **options)
     schedule = get_cosine_schedule_with_warmup(optimizer, 20, steps)
+    losses_seen = []
     for step in range(steps):
         ids = rows["train"][torch.arange(4 * step, 4 * step + 4) % len(rows["train"])]
-        model(input_ids=ids, labels=ids).loss.backward()
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        losses_seen.append(loss.item())
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
@@ -52,6 +63,7 @@ def run(settings: dict[str, Any], seed: int, steps: int, start: Path, rows: dict
     return {
         "seed": seed,
         "heldout_loss": statistics.fmean(losses),
+        "training_loss_every_20": [statistics.fmean(losses_seen[k : k + 20]) for k in range(0, steps, 20)],
         "entropy_median": statistics.median(event.entropy for event in optimizer.events),
         "visits_least_most": [min(visits), max(visits)],
         "stale_rounds_max": max(event.stale_rounds_max for event in optimizer.events),
@@ -61,6 +73,7 @@ def run(settings: dict[str, Any], seed: int, steps: int, start: Path, rows: dict
 def main() -> None:
     """Run every setting with every seed and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("question", choices=QUESTIONS)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--output", type=Path, required=True)
@@ -75,7 +88,7 @@ def main() -> None:
             rows[name] = torch.tensor(tokens[: len(tokens) // LENGTH * LENGTH]).view(-1, LENGTH)
         rows["train"] = rows["train"][torch.randperm(len(rows["train"]), generator=torch.Generator().manual_seed(0))]
         results = []
-        for name, settings in SETTINGS.items():
+        for name, settings in QUESTIONS[arguments.question].items():
             runs = [run(settings, seed, arguments.steps, paths.model, rows) for seed in range(arguments.seeds)]
             losses = [one["heldout_loss"] for one in runs]
             results.append({"setting": name, "options": settings, "heldout_loss_median": statistics.median(losses)})

@@ -1,0 +1,1 @@
+"""Benchmarks and profiles against the baselines; installed as ``misa_engine.bench``, run by ``misa bench``."""

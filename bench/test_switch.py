@@ -1,0 +1,163 @@
+"""Switch cost: units that leave are rounded and frozen, others come with cleared moments. Commands: test_kernels.py.
+
+Ours is the whole switch of the real optimizer (accounts of the round with their one copy to the host, draw, rounding,
+host copies, table, ``requires_grad``), on matrices of Llama-3-8B where there is a GPU. "clones" is what the published
+code does instead: float32 clones of the weights that come, a new torch AdamW over them with new moments, and an emptied
+cache. Units take turns (rule "cyclic"), so that every way moves the same ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from misa_engine.bench import traffic
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from misa_engine import MISA
+from misa_engine.events import SwitchEvent
+
+#: (hidden, intermediate, layers, heads) and the parameters that train at a time. "large" has 8 of the 32 layers of
+#: Llama-3-8B, so that host copies of all moments fit an ordinary machine.
+MODELS = {
+    "tiny": ((64, 192, 2, 4), 40_000),
+    "small": ((512, 1536, 8, 8), 4_000_000),
+    "large": ((4096, 14336, 8, 32), 240_000_000),
+}
+OPTIONS: dict[str, Any] = dict(rule="cyclic", cold_start="none", inner_steps=10**6, max_grad_norm=1.0)
+
+WAYS: dict[str, dict[str, Any]] = {
+    "misa": {},
+    "misa, int8 moments": {"state_dtype": "int8"},
+    "misa, leave_rounding=keep": {"leave_rounding": "keep"},
+    "misa, revisit=offload": {"revisit": "offload"},
+    "misa, both": {"revisit": "offload", "leave_rounding": "keep"},
+}
+
+
+def build_model(shape: str, device: torch.device) -> tuple[nn.Module, float]:
+    """A bfloat16 Llama with random weights, and the share of it that trains at a time."""
+    (hidden, intermediate, layers, heads), active = MODELS[shape]
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 4,
+        vocab_size=1024,
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).bfloat16()
+    model.to_empty(device=device)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    return model, active / sum(parameter.numel() for parameter in model.parameters())
+
+
+def one_step(optimizer: MISA) -> None:
+    """Give every active parameter a gradient, and use it."""
+    for index, name in enumerate(optimizer.arena.names):
+        view = optimizer.arena.gradient_view(index)
+        optimizer._parameters[name].grad = view.fill_(1e-3)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def device_bytes(optimizer: MISA, event: SwitchEvent, numel: dict[str, int]) -> float:
+    """What a switch must move: cleared moments of those that come, rounding of those that leave, host copies."""
+    config, residual = optimizer.config, optimizer.arena.residual is not None
+    rounded = residual and config.leave_rounding == "stochastic"
+    came = sum(numel[name] for name in event.came) * traffic.enter(residual, config.state_dtype)
+    left = sum(numel[name] for name in event.left) * (traffic.round_stochastic() if rounded else 0.0)
+    return came + left + event.moved_bytes
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_switch(measure: Any, device: torch.device, shape: str, way: str) -> None:
+    """The switch of the real optimizer. Host buffers exist, as after a first pass over all units."""
+    model, delta = build_model(shape, device)
+    optimizer = MISA(model, delta=delta, **OPTIONS, **WAYS[way])
+    numel = {unit.name: unit.numel for unit in optimizer.units}
+    seen: set[str] = set()
+    while len(seen) < len(optimizer.units):
+        seen.update(optimizer.active)
+        one_step(optimizer)
+        optimizer._switch()
+    optimizer.events.clear()
+
+    def moved() -> float:
+        return sum(device_bytes(optimizer, event, numel) for event in optimizer.events) / len(optimizer.events)
+
+    def facts() -> dict[str, Any]:
+        sizes = optimizer.memory()
+        return {
+            "host_mb_moved": sum(event.moved_bytes for event in optimizer.events) / len(optimizer.events) / 1e6,
+            "host_mb_held": sum(size for name, size in sizes.items() if name.startswith("host_")) / 1e6,
+        }
+
+    group = f"switch, {optimizer.budget / 1e6:g}M of bfloat16 parameters"
+    measure(optimizer._switch, moved, group, way, setup=lambda: one_step(optimizer), facts=facts)
+    optimizer.remove()
+
+
+def test_switch_by_clones(measure: Any, device: torch.device, shape: str) -> None:
+    """The same units, the way of the published code."""
+    model, delta = build_model(shape, device)
+    optimizer = MISA(model, delta=delta, **OPTIONS)  # only to know which units take turns
+    named = dict(model.named_parameters())
+    budget, turns = optimizer.budget, []
+    for _ in range(200):
+        turns.append([named[name] for name in optimizer.arena.names])
+        optimizer._switch()
+    optimizer.remove()
+    optimizer = None  # type: ignore[assignment]
+    model.requires_grad_(False)
+    clones = Clones(iter(turns))
+    counted: list[int] = []
+
+    def work() -> None:
+        counted.append(clones.switch())
+
+    def moved() -> float:
+        return sum(counted) / len(counted) * traffic.enter_as_clone(torch.bfloat16)
+
+    measure(work, moved, f"switch, {budget / 1e6:g}M of bfloat16 parameters", "clones", setup=clones.step)
+
+
+class Clones:
+    """The published code's way between two rounds, written anew: float32 clones and a new optimizer each time."""
+
+    def __init__(self, turns: Iterator[list[nn.Parameter]]):
+        self._turns = turns
+        self._active: list[nn.Parameter] = []
+        self.switch()
+
+    def switch(self) -> int:
+        """Change to the next parameters. Returns how many come."""
+        for parameter in self._active:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        self._active = next(self._turns)
+        self._masters = [parameter.detach().clone().float() for parameter in self._active]
+        self._optimizer = torch.optim.AdamW(self._masters, lr=1e-5)
+        for master in self._masters:  # otherwise a part of the first step
+            moments = {"exp_avg": torch.zeros_like(master), "exp_avg_sq": torch.zeros_like(master)}
+            self._optimizer.state[master] = {"step": torch.zeros(()), **moments}
+        for parameter in self._active:
+            parameter.requires_grad_(True)
+        if self._masters[0].is_cuda:
+            torch.cuda.empty_cache()
+        return sum(parameter.numel() for parameter in self._active)
+
+    def step(self) -> None:
+        """A step with clones of the gradients, and the weights copied back."""
+        for parameter, master in zip(self._active, self._masters, strict=True):
+            master.grad = torch.full_like(parameter, 1e-3).clone().float()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        with torch.no_grad():
+            for parameter, master in zip(self._active, self._masters, strict=True):
+                parameter.copy_(master)

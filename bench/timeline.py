@@ -1,0 +1,134 @@
+"""The memory of two optimizer steps, one of them with a switch, allocation by allocation.
+
+On CUDA the allocator's own history is replayed into bytes over time; weights and optimizer buffers do not change while
+it is recorded, so that what lies above them is activations, logits and temporaries. On a CPU the resident memory at
+each phase stands in for it.
+"""
+
+from __future__ import annotations
+
+import pickle
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from baselines import Method
+from measure import held_bytes, synchronize
+from torch import Tensor
+
+#: Points of the line that is kept; each is the highest of its stretch of time.
+POINTS = 2000
+_HISTORY = 400_000  # allocator events: 2 steps x 2 micro-batches x 32 layers make about 30,000
+
+
+def record_timeline(
+    method: Method,
+    batches: Iterator[Tensor],
+    accumulation: int,
+    device: torch.device,
+    weights_bytes: int,
+    snapshot: Path | None = None,
+) -> dict[str, Any]:
+    """Train two steps around a switch and return the memory over their time.
+
+    Args:
+        method: what trains; steps are made until the next one ends with a switch.
+        batches: endless token ids.
+        accumulation: micro-batches a step.
+        device: where the model is.
+        weights_bytes: of the model, the lowest layer of the picture.
+        snapshot: where the allocator's raw history goes (CUDA only), for pytorch.org/memory_viz.
+
+    Returns:
+        ``points`` [[seconds, bytes]], ``phases`` [{phase, begin_s, end_s}], ``base_bytes`` by what never changes.
+    """
+    optimizer, switch_every = method.optimizer, method.settings.inner_steps
+    while getattr(optimizer, "inner_step", switch_every - 1) != switch_every - 1:
+        method.step(list(islice(batches, accumulation)))
+    cuda = device.type == "cuda"
+    marks: list[tuple[str, float]] = []
+    sampled: list[tuple[float, int]] = []
+
+    def mark(phase: str) -> None:
+        marks.append((phase, time.time()))
+        if not cuda:
+            sampled.append((time.time(), held_bytes(device)[0]))
+
+    switches: list[tuple[float, float]] = []
+
+    def on_switch(event: Any) -> None:
+        now = time.time()
+        switches.append((now - event.milliseconds / 1e3, now))
+
+    handle = optimizer.on_switch(on_switch) if hasattr(optimizer, "on_switch") else None
+    two_steps = [list(islice(batches, accumulation)) for _ in range(2)]
+    synchronize(device)
+    before = held_bytes(device)[0]
+    if cuda:
+        torch.cuda.memory._record_memory_history(enabled="all", context=None, max_entries=_HISTORY)
+    for micro_batches in two_steps:
+        method.step(micro_batches, mark)
+        mark("between")
+    synchronize(device)
+    mark("end")
+    points: Sequence[tuple[float, int]] = sampled
+    if cuda:
+        history = torch.cuda.memory._snapshot()
+        torch.cuda.memory._record_memory_history(enabled=None)
+        points = replay(history["device_traces"][device.index or 0], before)
+        if snapshot is not None:
+            snapshot.parent.mkdir(parents=True, exist_ok=True)
+            snapshot.write_bytes(pickle.dumps(history))
+    if handle is not None:
+        handle.remove()
+    begin = marks[0][1]
+    base = {"weights": weights_bytes, **method.optimizer_bytes()}
+    return {
+        "points": [[round(at - begin, 6), held] for at, held in thin(points, POINTS)],
+        "phases": phases(marks, switches, begin),
+        "base_bytes": base,
+        "before_bytes": before,
+        "peak_bytes": max((held for _, held in points), default=before),
+    }
+
+
+def replay(trace: Iterable[Mapping[str, Any]], before: int) -> list[tuple[float, int]]:
+    """Bytes allocated after each event of the allocator's history.
+
+    Args:
+        trace: entries with ``action``, ``size`` in bytes and ``time_us`` since the epoch.
+        before: bytes that were allocated when recording began.
+    """
+    points, held = [], before
+    for entry in trace:
+        if entry["action"] == "alloc":
+            held += entry["size"]
+        elif entry["action"] == "free_completed":
+            held -= entry["size"]
+        else:
+            continue
+        points.append((entry["time_us"] / 1e6, held))
+    return points
+
+
+def thin(points: Sequence[tuple[float, int]], most: int) -> list[tuple[float, int]]:
+    """At most ``most`` points: of each stretch of equal count, the highest."""
+    stretch = -(-len(points) // most) if points else 1
+    return [max(points[i : i + stretch], key=lambda point: point[1]) for i in range(0, len(points), stretch)]
+
+
+def phases(
+    marks: Sequence[tuple[str, float]], switches: Sequence[tuple[float, float]], begin: float
+) -> list[dict[str, Any]]:
+    """Named stretches of time in seconds from ``begin``; a switch is cut out of the end of its step."""
+    result: list[dict[str, Any]] = []
+    for (phase, at), (_, end) in zip(marks, marks[1:], strict=False):
+        inside = next((s for s in switches if phase == "step" and at <= s[1] <= end), None)
+        cut = max(at, inside[0]) if inside else end
+        result.append({"phase": phase, "begin_s": round(at - begin, 6), "end_s": round(cut - begin, 6)})
+        if inside:
+            result.append({"phase": "switch", "begin_s": round(cut - begin, 6), "end_s": round(end - begin, 6)})
+    return [one for one in result if one["phase"] != "between"]

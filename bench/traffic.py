@@ -1,0 +1,125 @@
+"""Bytes that a pass over the parameters must move, from the dtypes alone.
+
+Every kernel benchmark divides these bytes by its time, so the rows of different schemes can be compared with each other
+and with a copy. A pass reads each of its inputs and writes each of its outputs once; an unfused optimizer makes many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import torch
+from misa_engine.kernels.blockwise8 import GROUP
+
+#: Something of which there is one for each parameter, or, with a number, one for so many parameters.
+Stored: TypeAlias = torch.dtype | tuple[torch.dtype, int]
+
+F32, BF16, I16, I8, U8 = torch.float32, torch.bfloat16, torch.int16, torch.int8, torch.uint8
+
+#: Both moments as the arena holds them.
+MOMENTS: dict[str, list[Stored]] = {"float32": [F32, F32], "int8": [I8, U8, (F32, GROUP), (F32, GROUP)]}
+
+
+def held(values: Sequence[Stored]) -> float:
+    """Bytes per parameter of ``values``."""
+    return sum(value[0].itemsize / value[1] if isinstance(value, tuple) else float(value.itemsize) for value in values)
+
+
+def moved(reads: Sequence[Stored], writes: Sequence[Stored]) -> float:
+    """Bytes per parameter of one pass."""
+    return held(reads) + held(writes)
+
+
+# ---- norms and clipping ----
+
+
+def norm(grad: torch.dtype) -> float:
+    """Read every gradient once."""
+    return moved([grad], [])
+
+
+def clip(grad: torch.dtype) -> float:
+    """Multiply every gradient in place, as ``torch.nn.utils.clip_grad_norm_`` does even by a factor of 1."""
+    return moved([grad], [grad])
+
+
+# ---- updates ----
+
+
+def fused(weight: torch.dtype, grad: torch.dtype, moments: Sequence[Stored], extra: Sequence[Stored] = ()) -> float:
+    """One pass that updates the weight, both moments and ``extra`` (residual bits, compensation) in place."""
+    in_place = [weight, *moments, *extra]
+    return moved([grad, *in_place], in_place)
+
+
+def fused_with_master(weight: torch.dtype, grad: torch.dtype) -> float:
+    """Scheme a of one pass over a float32 master and moments that writes the model's weight too."""
+    in_place = [F32, F32, F32]
+    return moved([grad, *in_place], [*in_place, weight])
+
+
+def torch_with_master(weight: torch.dtype, grad: torch.dtype) -> float:
+    """Gradient to float32, torch's fused AdamW on the master, master to the weight: three passes."""
+    return moved([grad], [F32]) + fused(F32, F32, [F32, F32]) + moved([F32], [weight])
+
+
+def eager_adamw(dtype: torch.dtype) -> float:
+    """AdamW of torch without fusion, operation by operation (``foreach`` on a GPU, a loop over tensors on a CPU)."""
+    operations = {
+        "w *= 1 - lr·wd": (1, 1),
+        "m = lerp(m, g)": (2, 1),
+        "v *= β2": (1, 1),
+        "v += (1-β2)·g·g": (2, 1),
+        "d = √v": (1, 1),
+        "d /= c": (1, 1),
+        "d += ε": (1, 1),
+        "w += m / d": (3, 1),
+    }
+    return sum(moved([dtype] * reads, [dtype] * writes) for reads, writes in operations.values())
+
+
+# ---- between the model, the arena and the host ----
+
+
+def split() -> float:
+    """float32 -> bfloat16 and the 16 bits below, or back."""
+    return moved([F32], [BF16, I16])
+
+
+def round_stochastic() -> float:
+    """Both halves read, both written."""
+    return moved([BF16, I16], [BF16, I16])
+
+
+def compress() -> float:
+    """float32 moments -> 8-bit ones, or back."""
+    return moved(MOMENTS["float32"], MOMENTS["int8"])
+
+
+def enter(residual: bool, state: str) -> float:
+    """What a switch writes for a parameter that comes: zeroed moments and residual bits."""
+    return moved([], [*MOMENTS[state], *([I16] if residual else [])])
+
+
+def enter_as_clone(weight: torch.dtype) -> float:
+    """What the published code does for it: a float32 copy of the weight and new float32 moments."""
+    return moved([weight], [F32, *MOMENTS["float32"]])
+
+
+def accumulate(way: str, weight: torch.dtype, slot: torch.dtype, micro_batches: int) -> float:
+    """Bytes per weight that the gradients of ``micro_batches`` take from the GEMM to their sum, inputs not counted.
+
+    Args:
+        way: "gemm" writes into the slot and adds there; "hook" copies the first temporary into the slot and adds the
+            others; "plain" keeps the first temporary as ``.grad``.
+        weight: dtype of the weight and of temporaries.
+        slot: dtype of the sum.
+        micro_batches: at least 1.
+    """
+    later = micro_batches - 1
+    if way == "gemm":
+        return moved([], [slot]) + later * moved([slot], [slot])
+    temporary = micro_batches * moved([], [weight])
+    first = moved([weight], [slot]) if way == "hook" else 0.0
+    return temporary + first + later * moved([weight, slot], [slot])

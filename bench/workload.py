@@ -1,0 +1,125 @@
+"""What is trained: model shapes with random weights, batches of random tokens, and a loss without full logits.
+
+Memory and speed depend on shapes alone, so no weights are needed; such a model says nothing about quality.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from misa_engine.cards import published_config
+from misa_engine.lean import lean_options
+
+#: For a CPU: every code path in seconds. The published shapes are those of ``misa_engine.cards``.
+SMALL_SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "model_type": "llama",
+        "vocab_size": 384,
+        "hidden_size": 128,
+        "intermediate_size": 352,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+    "tiny-qwen": {
+        "model_type": "qwen2",
+        "vocab_size": 384,
+        "hidden_size": 128,
+        "intermediate_size": 352,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+}
+#: Tokens whose logits exist at a time: 256 of a vocabulary of 128,256 are 0.13 GB in float32.
+LOSS_CHUNK = 256
+
+
+def model_config(shape: str) -> PreTrainedConfig:
+    """The published configuration of a model, or one of SMALL_SHAPES.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    if shape in SMALL_SHAPES:
+        return AutoConfig.for_model(**SMALL_SHAPES[shape])
+    return published_config(shape)
+
+
+def build_model(
+    shape: str, device: torch.device, *, checkpointing: bool, dtype: torch.dtype | None = None, seed: int = 0
+) -> PreTrainedModel:
+    """A model with random weights, made in its final dtype on its final device.
+
+    Nothing is copied or converted, so that an 8B model takes 15 GiB while it is made, too.
+
+    Args:
+        shape: a name that ``model_config`` knows.
+        device: where it is made and stays.
+        checkpointing: recompute each layer in the backward pass.
+        dtype: None is bfloat16 on CUDA and float32 elsewhere.
+        seed: of the weights; the global generators are seeded.
+    """
+    torch.manual_seed(seed)
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    config = model_config(shape)
+    config.use_cache = False
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # With non-reentrant checkpointing nothing needs it, and every method's backward may stop where it can.
+        model.disable_input_require_grads()
+    return model
+
+
+def token_batches(model: Any, batch: int, length: int, device: torch.device, seed: int = 0) -> Iterator[Tensor]:
+    """Endless random token ids (batch, length), the same for every method."""
+    generator = torch.Generator(device=device).manual_seed(seed)
+    vocabulary = model.config.vocab_size
+    while True:
+        yield torch.randint(vocabulary, (batch, length), generator=generator, device=device)
+
+
+# ---- loss ----
+
+
+def make_loss(model: PreTrainedModel, device: torch.device) -> tuple[str, Callable[[Tensor], Tensor]]:
+    """The leanest loss that can run here: Liger's fused linear cross-entropy on CUDA, else one in chunks.
+
+    Returns:
+        What it is called in a row, and token ids (batch, length) -> mean next-token loss.
+    """
+    if lean_options(model.config.model_type, device, sft=False):
+        from transformers.integrations.liger import apply_liger_kernel
+
+        apply_liger_kernel(model, None)
+        return "liger", lambda ids: model(input_ids=ids, labels=ids, use_cache=False).loss
+    return "chunked", lambda ids: chunked_loss(model, ids)
+
+
+def chunked_loss(model: PreTrainedModel, ids: Tensor, chunk: int = LOSS_CHUNK) -> Tensor:
+    """Mean next-token loss; the logits of ``chunk`` tokens exist at a time and are made again in the backward pass.
+
+    Args:
+        model: a causal language model of transformers without soft-capped logits.
+        ids: (batch, length) token ids.
+        chunk: tokens a piece.
+    """
+    head = model.get_output_embeddings()
+
+    def piece(hidden: Tensor, targets: Tensor) -> Tensor:
+        return cross_entropy(head(hidden).float(), targets, reduction="sum")
+
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
+    targets = ids[:, 1:].flatten()
+    pieces = zip(hidden.split(chunk), targets.split(chunk), strict=True)
+    losses = [checkpoint(piece, h, t, use_reentrant=False, preserve_rng_state=False) for h, t in pieces]
+    return torch.stack(losses).sum() / len(targets)
