@@ -27,8 +27,8 @@ from .norm import chunk_size, first_grad_tile, square_root, tile_sums_into
 from .split_float import join_into, split_into
 from .tiles import BLOCK, HYPER, Slot, TileTable
 
-#: 8 programs of 128 threads then fit the 65,536 registers of a multiprocessor. Only with 8-bit moments on sm_80 and with
-#: unaligned weights would the compiler take more (69-71), and it spills nothing when held to 64. AMD has no such option.
+#: 8 programs of 128 threads then fit the 65,536 registers of a multiprocessor. The compiler would take 69-71 with 8-bit
+#: moments on sm_80 and with unaligned weights; held to 64 it spills nothing. AMD has no such option.
 REGISTERS = {} if torch.version.hip else {"maxnreg": 64}
 
 

@@ -9,7 +9,7 @@ Softsign spends the codes on the small first moments (steps of a/254 at zero, of
 is what the update divides by.
 
 * Scales are float32. Moments start at zero in each round, so v is (1-β2)·g² at first; a float16 scale underflows
-  there: with gradients of 1e-6 the sum of 50 updates is off by 57%, with float32 scales by 0.7% at every size.
+  there: with gradients of 1e-6 the sum of 50 updates is off by 57%, with float32 scales by 1% at every size.
 * v > 0 is never stored as 0. Beside an m that is not zero it would make m/(√v + ε) the size of m/ε: with gradients of
   1e-3 and ε = 1e-8 a step of 1e4 learning rates. Raised to s/255, a small √v only makes its step smaller.
 * A group of zeros has scale 0 and decodes to exactly 0. Scales divide, they are not inverted: 1/a overflows for

@@ -9,8 +9,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-GROUP = tl.constexpr(64)
-HUGE = tl.constexpr(1e36)
+from . import blockwise8
+
+GROUP = tl.constexpr(blockwise8.GROUP)
+HUGE = tl.constexpr(blockwise8.HUGE)
 
 
 @triton.jit
@@ -73,7 +75,7 @@ def compress_kernel(
 ):
     """Quantise one tile."""
     if ALIGNED:
-        n = tl.multiple_of(n, 16)
+        n = n // 16 * 16  # keeps n; ``multiple_of`` has no effect on an argument, and the accesses would be scalar
     tile = tl.program_id(0).to(tl.int64)
     at = tile * BLOCK + tl.arange(0, BLOCK)
     group = tile * (BLOCK // GROUP) + tl.arange(0, BLOCK // GROUP)
@@ -100,7 +102,7 @@ def expand_kernel(
 ):
     """Decode one tile."""
     if ALIGNED:
-        n = tl.multiple_of(n, 16)
+        n = n // 16 * 16  # keeps n; ``multiple_of`` has no effect on an argument, and the accesses would be scalar
     tile = tl.program_id(0).to(tl.int64)
     at = tile * BLOCK + tl.arange(0, BLOCK)
     group = tile * (BLOCK // GROUP) + tl.arange(0, BLOCK // GROUP)

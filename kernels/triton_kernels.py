@@ -325,7 +325,7 @@ def round_stochastic_kernel(
     """Round (weight, lo) up or down to the weight's 16 bits at random; lo <- 0."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     if ALIGNED:
-        numel = tl.multiple_of(numel, 16)
+        numel = numel // 16 * 16  # keeps it; ``multiple_of`` has no effect on an argument: accesses would be scalar
     inside = at < numel
     index = at + first_index
     bits = _mix((index & 0xFFFFFFFF).to(tl.uint32) ^ key1.to(tl.uint32))

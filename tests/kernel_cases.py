@@ -1,4 +1,4 @@
-"""Small arenas for the kernel tests, and the comparisons that have to run in Triton's interpreter.
+"""The comparisons of the kernels with their references that have to run in Triton's interpreter.
 
 The interpreter is chosen by an environment variable before the kernels are imported, so these comparisons run in a
 process of their own: ``TRITON_INTERPRET=1 python tests/kernel_cases.py`` prints {case: complaint or ""} as JSON.
@@ -11,179 +11,34 @@ import math
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 import torch
+from kernel_arena import (
+    BF16,
+    EVEN_SIZES,
+    F32,
+    NAN,
+    ODD_SIZES,
+    Arena,
+    complain,
+    make_arena,
+    moments_to_store,
+    own_gradient,
+    random_gradients,
+    random_weights,
+    same_bits,
+)
 from misa_engine.kernels import norm
-from misa_engine.kernels.adamw import adamw, closing_step
+from misa_engine.kernels.adamw import adamw
+from misa_engine.kernels.blockwise8 import GROUP, compress, expand
 from misa_engine.kernels.norm import finalise, global_norm, reduce_slots, sum_of_squares
 from misa_engine.kernels.split_float import round_stochastic_
 from misa_engine.kernels.split_float import split as split_halves
-from misa_engine.kernels.tiles import BLOCK, Control, Slot, TileTable, bias_table, hyper_row
-from torch import Tensor
-
-NAN = float("nan")
-BETAS = [(0.9, 0.999), (0.8, 0.99)]
-EVEN_SIZES = (2 * BLOCK + 48, 512, BLOCK, 16)
-ODD_SIZES = (1, 33, 2 * BLOCK + 7, BLOCK)
+from misa_engine.kernels.tiles import BLOCK
 
 # Zeros, subnormals, the smallest and largest normal numbers, ties and neighbours of ties between two bfloat16 values.
 BOUNDARY_BITS = [0x0, 0x1, 0x7FFFFF, 0x800000, 0x3F800000, 0x3F808000, 0x3F818000, 0x3F807FFF, 0x3F808001]
 BOUNDARY_BITS += [0x3F817FFF, 0x3F818001, 0x33800000, 0x7F000000, 0x7F7F7FFF, 0x7F7F8000, 0x7F7FFFFF, 0x00808000]
-
-
-@dataclass
-class Arena:
-    """Buffers, tables and slots as arena.py lays them out; unused capacity and padding are poisoned with NaN."""
-
-    table: TileTable
-    control: Control
-    grad: Tensor
-    m: Tensor
-    v: Tensor
-    lo: Tensor | None
-    tile_sumsq: Tensor
-    partial: Tensor
-    hyper: Tensor
-    bias: Tensor
-    backend: str
-    memory: list[Tensor] = field(default_factory=list)  # holds the weights and a guard element on either side
-
-    @property
-    def slots(self) -> tuple[Slot, ...]:
-        return self.table.slots
-
-    @property
-    def weights(self) -> list[Tensor]:
-        return [slot.weight for slot in self.slots]
-
-    def of(self, buffer: Tensor) -> list[Tensor]:
-        return [buffer[slot.start : slot.start + slot.numel] for slot in self.slots]
-
-    def state(self) -> dict[str, Tensor]:
-        """Everything that a step may change, without the padding of the slots, on the CPU."""
-        buffers = {"m": self.m, "v": self.v, "lo": self.lo}
-        named = {f"weight {index}": weight.clone() for index, weight in enumerate(self.weights)}
-        for name, buffer in buffers.items():
-            if buffer is not None:
-                named |= {f"{name} {index}": part.clone() for index, part in enumerate(self.of(buffer))}
-        named |= {name: getattr(self.table, name).clone() for name in ("slot_step", "slot_measured")}
-        return {name: tensor.cpu() for name, tensor in named.items()}
-
-    def everything(self) -> list[Tensor]:
-        """Clones of all memory, padding and guards included."""
-        parts = [self.m, self.v, self.tile_sumsq, *self.memory]
-        parts += [self.table.slot_step, self.table.slot_measured]
-        return [part.clone() for part in parts + ([] if self.lo is None else [self.lo])]
-
-    def set_gradients(self, gradients: Sequence[Tensor]) -> None:
-        for part, gradient in zip(self.of(self.grad), gradients, strict=True):
-            part.copy_(gradient)
-
-    def measure(self) -> None:
-        sum_of_squares(self.grad, self.partial, self.table, backend=self.backend)
-
-    def update(self, *, skip_nonfinite: bool = True, normed: bool = True, measured: Tensor | None = None) -> None:
-        partial = self.partial if normed else None
-        finalise(
-            partial,
-            self.hyper,
-            self.bias,
-            self.table,
-            self.control,
-            skip_nonfinite=skip_nonfinite,
-            backend=self.backend,
-        )
-        buffers = self.grad, self.m, self.v, self.lo, self.tile_sumsq
-        adamw(*buffers, self.table, backend=self.backend, measured=measured)
-
-    def close(self) -> None:
-        closing_step(self.m, self.v, self.lo, self.hyper, self.bias, self.table, backend=self.backend)
-
-
-def make_arena(
-    weights: Sequence[Tensor],
-    *,
-    backend: str = "reference",
-    grad_dtype: torch.dtype | None = None,
-    split: bool = True,
-    lr: float = 1e-3,
-    eps: float = 1e-8,
-    weight_decay: float = 0.1,
-    bias_correction: bool = True,
-    gap: int = 1,
-    device: str = "cpu",
-    first_tile: int = 0,
-) -> Arena:
-    """Lay copies of ``weights`` out with ``gap`` unused tiles between them; the slots alternate between two groups."""
-    start, slots, memory = first_tile * BLOCK, [], []
-    for index, weight in enumerate(weights):
-        guard = 16 if weight.numel() % 16 == 0 else 1  # keeps the address of even sizes aligned
-        held = torch.full((weight.numel() + 2 * guard,), NAN, dtype=weight.dtype, device=device)
-        held[guard:-guard] = weight.to(device)
-        memory.append(held)
-        slots.append(Slot(held[guard:-guard], start, weight.numel(), index % 2))
-        start += (slots[-1].n_tiles + gap) * BLOCK
-    table = TileTable.allocate(start // BLOCK + 1, len(slots) + 1, device)
-    table.bind(slots)
-    table.slot_present[: len(slots)] = 1
-    capacity = start + BLOCK
-    arena = Arena(
-        table=table,
-        control=Control.allocate(device),
-        grad=torch.full((capacity,), NAN, dtype=grad_dtype or weights[0].dtype, device=device),
-        m=torch.full((capacity,), NAN, device=device),
-        v=torch.full((capacity,), NAN, device=device),
-        lo=torch.full((capacity,), 12345, dtype=torch.int16, device=device) if split else None,
-        tile_sumsq=torch.zeros(capacity // BLOCK, device=device),
-        partial=torch.full((capacity // BLOCK,), NAN, device=device),
-        hyper=torch.tensor(
-            [hyper_row(lr, BETAS[0], eps, weight_decay), hyper_row(3 * lr, BETAS[1], 100 * eps, 0.0)], device=device
-        ),
-        bias=bias_table(BETAS, enabled=bias_correction, device=device),
-        backend=backend,
-        memory=memory,
-    )
-    for buffer in (arena.m, arena.v, arena.lo):
-        for part in arena.of(buffer) if buffer is not None else ():
-            part.zero_()
-    return arena
-
-
-def random_weights(sizes: Sequence[int], *dtypes: torch.dtype, seed: int = 0) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        (torch.randn(numel, generator=generator) * 0.1).to(dtypes[index % len(dtypes)])
-        for index, numel in enumerate(sizes)
-    ]
-
-
-def random_gradients(sizes: Sequence[int], step: int, scale: float = 1e-2) -> list[Tensor]:
-    """Exactly representable in bfloat16, so that both gradient dtypes hold the same numbers."""
-    generator = torch.Generator().manual_seed(1000 + step)
-    return [(torch.randn(numel, generator=generator) * scale).bfloat16().float() for numel in sizes]
-
-
-def bits(x: Tensor) -> Tensor:
-    views = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
-    return x.view(views[x.dtype]) if x.dtype in views else x
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(bits(a), bits(b))
-
-
-def complain(got: dict[str, Tensor], expected: dict[str, Tensor]) -> str:
-    """Name the first tensor that differs, and where; NaN equals NaN whatever its payload."""
-    for name, value in got.items():
-        wanted = expected[name]
-        differs = bits(value) != bits(wanted)
-        if value.is_floating_point():
-            differs &= ~(value.isnan() & wanted.isnan())
-        if differs.any():
-            at = int(differs.nonzero()[0])
-            return f"{name}[{at}]: {value[at].item()!r} != {wanted[at].item()!r}, {int(differs.sum())} in all"
-    return ""
 
 
 def run_scenario(reference: Arena, other: Arena) -> str:
@@ -220,11 +75,16 @@ def run_scenario(reference: Arena, other: Arena) -> str:
 
 
 def scenario(
-    sizes: Sequence[int], *dtypes: torch.dtype, split: bool, grad_dtype: torch.dtype, bias_correction: bool = True
+    sizes: Sequence[int],
+    *dtypes: torch.dtype,
+    split: bool,
+    grad_dtype: torch.dtype,
+    bias_correction: bool = True,
+    int8: bool = False,
 ) -> Callable[..., str]:
     def case(device: str = "cpu") -> str:
         weights = random_weights(sizes, *dtypes)
-        options = dict(split=split, grad_dtype=grad_dtype, bias_correction=bias_correction)
+        options = dict(split=split, grad_dtype=grad_dtype, bias_correction=bias_correction, int8=int8)
         reference = make_arena(weights, backend="reference", **options)
         kernel = make_arena(weights, backend="triton", device=device, **options)
         assert kernel.table.aligned == (sizes is EVEN_SIZES)
@@ -238,8 +98,9 @@ def boundary_values(device: str = "cpu") -> str:
     positive = torch.tensor(BOUNDARY_BITS, dtype=torch.int32).view(torch.float32)
     values = torch.cat([positive, -positive, torch.tensor([math.inf, -math.inf, NAN])])
     weights, gradients = (part.reshape(-1).clone() for part in torch.meshgrid(values, values, indexing="ij"))
-    for dtype, split in ((torch.float32, False), (torch.bfloat16, True), (torch.bfloat16, False)):
-        options = dict(split=split, grad_dtype=torch.float32)
+    variants = ((torch.float32, False, False), (torch.bfloat16, True, False), (torch.bfloat16, False, False))
+    for dtype, split, int8 in (*variants, (torch.float32, False, True)):
+        options = dict(split=split, grad_dtype=torch.float32, int8=int8)
         arenas = [make_arena([weights.to(dtype)], backend="reference", **options)]
         arenas.append(make_arena([weights.to(dtype)], backend="triton", device=device, **options))
         for step in range(3):
@@ -252,7 +113,7 @@ def boundary_values(device: str = "cpu") -> str:
                     unspecified = state["weight 0"].isnan()
                     state["lo 0"].masked_fill_(unspecified, 0)
             if complaint := complain(states[1], states[0]):
-                return f"{dtype}, split={split}, step {step}: {complaint}"
+                return f"{dtype}, split={split}, int8={int8}, step {step}: {complaint}"
     return ""
 
 
@@ -320,6 +181,77 @@ def one_slot_and_given_norms() -> str:
     return complain(after, arenas[0].state())
 
 
+def own_gradients(device: str = "cpu") -> str:
+    """Each slot from a gradient of its own, as long as the slot, against all of them from the arena."""
+    for sizes, int8, grad_dtype in ((EVEN_SIZES, True, BF16), (ODD_SIZES, False, F32)):
+        arenas = [
+            make_arena(random_weights(sizes, BF16), backend=backend, int8=int8, grad_dtype=grad_dtype, device=place)
+            for backend, place in (("reference", "cpu"), ("triton", device))
+        ]
+        whole, apart = arenas
+        for step in range(2):
+            gradients = random_gradients(sizes, step)
+            whole.set_gradients(gradients)
+            whole.measure()
+            whole.update()
+            for gradient, slot in zip(gradients, apart.slots, strict=True):
+                place = dict(backend="triton", tiles=slot.tiles, grad_start=slot.start)
+                held = own_gradient(gradient, grad_dtype, device)
+                sum_of_squares(held, apart.partial, apart.table, **place)
+            used = whole.table.length > 0
+            torch.testing.assert_close(apart.partial.cpu()[used], whole.partial[used], rtol=1e-6, atol=0.0)
+            tables = apart.hyper, apart.bias, apart.table, apart.control
+            finalise(None, *tables, skip_nonfinite=True, backend="triton")
+            for gradient, slot in zip(gradients, apart.slots, strict=True):
+                place = dict(backend="triton", tiles=slot.tiles, grad_start=slot.start)
+                held = own_gradient(gradient, grad_dtype, device)
+                adamw(held, apart.m, apart.v, apart.lo, apart.tile_sumsq, apart.table, **place, **apart.scales)
+        if complaint := complain(apart.state(), whole.state()):
+            return f"int8={int8}: {complaint}"
+        torch.testing.assert_close(apart.tile_sumsq.cpu(), whole.tile_sumsq, rtol=1e-6, atol=0.0)
+    return ""
+
+
+def compress_and_expand(device: str = "cpu") -> str:
+    for numel in (4 * BLOCK, 2 * BLOCK + 7 * GROUP + 13):
+        stored = []
+        for backend, place in (("reference", "cpu"), ("triton", device)):
+            m, v = (moment.to(place) for moment in moments_to_store(numel))
+            groups = -(-numel // GROUP)
+            # One group too many, to see that nothing is written behind the last one.
+            codes = [torch.full((numel + GROUP,), 99, dtype=dtype, device=place) for dtype in (torch.int8, torch.uint8)]
+            scales = [torch.full((groups + 1,), NAN, device=place) for _ in range(2)]
+            parts = [code[:numel] for code in codes] + [scale[:groups] for scale in scales]
+            compress(m, v, *parts, backend=backend)
+            decoded = [torch.full((numel + GROUP,), NAN, device=place) for _ in range(2)]
+            expand(*parts, *(moment[:numel] for moment in decoded), backend=backend)
+            assert all(moment[:numel].isfinite().all() and moment[numel:].isnan().all() for moment in decoded)
+            names = ("m8", "v8", "m_scale", "v_scale", "m", "v")
+            stored.append({name: x.cpu() for name, x in zip(names, [*codes, *scales, *decoded], strict=True)})
+        if complaint := complain(stored[1], stored[0]):
+            return f"numel {numel}: {complaint}"
+    return ""
+
+
+def padding_in_8_bits_becomes_zero(device: str = "cpu") -> str:
+    """Whatever the padding held, and gradients of NaN there: no scale sees it, and it is zero after a step."""
+    arena, clean = (
+        make_arena(random_weights(ODD_SIZES, BF16), backend="triton", int8=True, device=device) for _ in "ab"
+    )
+    padding = [slice(slot.start + slot.numel, slot.tiles.stop * BLOCK) for slot in arena.slots]
+    empty = [slice(-(-part.start // GROUP), part.stop // GROUP) for part in padding]
+    for step in range(3):
+        for part, groups in zip(padding, empty, strict=True):
+            arena.m[part], arena.v[part] = 77, 200
+            arena.m_scale[groups], arena.v_scale[groups] = 1.0, 2.0
+        for other in (arena, clean):
+            other.set_gradients(random_gradients(ODD_SIZES, step))
+            other.update(normed=False)
+    for part, groups in zip(padding, empty, strict=True):
+        assert not any(x.any() for x in (arena.m[part], arena.v[part], arena.m_scale[groups], arena.v_scale[groups]))
+    return complain(arena.state(), clean.state())
+
+
 def two_runs_agree() -> str:
     sizes, states = (2 * BLOCK + 48, 512), []
     for _ in range(2):
@@ -347,8 +279,6 @@ def stochastic_rounding() -> str:
     return ""
 
 
-F32, BF16 = torch.float32, torch.bfloat16
-
 #: Comparisons of the kernel, on any device, with the reference on the CPU.
 DEVICE_CASES: dict[str, Callable[..., str]] = {
     "float32": scenario(EVEN_SIZES, F32, split=False, grad_dtype=F32),
@@ -358,8 +288,15 @@ DEVICE_CASES: dict[str, Callable[..., str]] = {
     "bfloat16_split_float32_gradients": scenario(EVEN_SIZES, BF16, split=True, grad_dtype=F32, bias_correction=False),
     "bfloat16_without_master": scenario(ODD_SIZES, BF16, split=False, grad_dtype=BF16),
     "both_weight_dtypes": scenario(ODD_SIZES, BF16, F32, split=True, grad_dtype=F32),
+    "int8_float32": scenario(ODD_SIZES, F32, split=False, grad_dtype=F32, int8=True),
+    "int8_bfloat16_split": scenario(EVEN_SIZES, BF16, split=True, grad_dtype=BF16, int8=True),
+    "int8_bfloat16_split_odd_sizes": scenario(ODD_SIZES, BF16, split=True, grad_dtype=F32, int8=True),
+    "int8_bfloat16_without_master": scenario(EVEN_SIZES, BF16, split=False, grad_dtype=BF16, int8=True),
     "boundary_values": boundary_values,
     "ties_round_to_even": ties_round_to_even,
+    "own_gradients": own_gradients,
+    "compress_and_expand": compress_and_expand,
+    "padding_in_8_bits_becomes_zero": padding_in_8_bits_becomes_zero,
 }
 
 INTERPRETER_CASES: dict[str, Callable[..., str]] = DEVICE_CASES | {

@@ -9,12 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from kernel_cases import (
+from kernel_arena import (
     BETAS,
     BF16,
     EVEN_SIZES,
     F32,
-    INTERPRETER_CASES,
     ODD_SIZES,
     bits,
     complain,
@@ -23,6 +22,7 @@ from kernel_cases import (
     random_weights,
     same_bits,
 )
+from kernel_cases import INTERPRETER_CASES
 from misa_engine.kernels.adamw import adamw, square_root
 from misa_engine.kernels.norm import finalise
 from misa_engine.kernels.split_float import join, split

@@ -12,7 +12,8 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed: there is nothing to compile", allow_module_level=True)
 
 import triton
-from misa_engine.kernels import triton_kernels
+from misa_engine.kernels import triton_blockwise8, triton_kernels
+from misa_engine.kernels.adamw import REGISTERS
 from misa_engine.kernels.norm import TILES_PER_PROGRAM
 from misa_engine.kernels.tiles import BLOCK
 from triton.backends.compiler import GPUTarget
@@ -23,22 +24,35 @@ ARCHITECTURES = {80: "sm_80", 89: "sm_89", 90: "sm_90a"}
 PRECISE = {"enable_fp_fusion": False}
 
 TABLE = {"wptr": "*i64", "length": "*i32", "slot": "*i32", "slot_bf16": "*i32", "slot_coef": "*fp32"}
-ADAMW = {"m": "*fp32", "v": "*fp32", "tile_sumsq": "*fp32", "first_tile": "i32"} | TABLE
-FLAGS = {"ALIGNED": True, "CLOSING": False, "BLOCK": BLOCK, "measured": None}
+ADAMW = {"m": "*fp32", "v": "*fp32", "tile_sumsq": "*fp32", "first_tile": "i32", "grad_tile": "i32"} | TABLE
+MOMENTS8 = {"m": "*i8", "v": "*u8", "m_scale": "*fp32", "v_scale": "*fp32"}
+NO_SCALES = {"m_scale": None, "v_scale": None}
+FLAGS = {"ALIGNED": True, "CLOSING": False, "BLOCK": BLOCK, "measured": None} | NO_SCALES
 SPLIT = ADAMW | {"grad": "*bf16", "lo": "*i16"}, FLAGS | {"BF16": True}
+SPLIT_F32_GRAD = SPLIT[0] | {"grad": "*fp32"}, SPLIT[1]
 NO_MASTER = ADAMW | {"grad": "*bf16"}, FLAGS | {"BF16": True, "lo": None}
 FLOAT32 = ADAMW | {"grad": "*fp32"}, FLAGS | {"BF16": False, "lo": None}
 CLOSING = ADAMW | {"lo": "*i16"}, FLAGS | {"BF16": True, "CLOSING": True, "grad": None}
 UNALIGNED = SPLIT[0], SPLIT[1] | {"ALIGNED": False}
 CLOSING[0].pop("tile_sumsq")
 CLOSING[1]["tile_sumsq"] = None
+INT8_SPLIT, INT8_NO_MASTER, INT8_FLOAT32, INT8_CLOSING = (
+    (types | MOMENTS8, {name: value for name, value in constants.items() if name not in NO_SCALES})
+    for types, constants in (SPLIT, NO_MASTER, FLOAT32, CLOSING)
+)
 
-#: 16-byte loads and stores of a thread's 8 elements: bf16 takes one, float32 two (m, v 4 + 4, grad, weight, lo).
+#: 16-byte loads and stores of a thread's 8 elements: bf16 takes one, float32 two (m, v 4 + 4, grad, weight, lo). Then
+#: those of 8 bytes, for 8-bit moments, and scalars a thread more than without them: the two scales.
 VARIANTS = {
-    "split": (SPLIT, 7, 6),
-    "no_master": (NO_MASTER, 6, 5),
-    "float32": (FLOAT32, 8, 6),
-    "closing": (CLOSING, 6, 2),
+    "split": (SPLIT, 7, 6, 0, 0),
+    "no_master": (NO_MASTER, 6, 5, 0, 0),
+    "float32": (FLOAT32, 8, 6, 0, 0),
+    "float32_gradients": (SPLIT_F32_GRAD, 8, 6, 0, 0),
+    "closing": (CLOSING, 6, 2, 0, 0),
+    "int8_split": (INT8_SPLIT, 3, 2, 2, 2),
+    "int8_no_master": (INT8_NO_MASTER, 2, 1, 2, 2),
+    "int8_float32": (INT8_FLOAT32, 4, 2, 2, 2),
+    "int8_closing": (INT8_CLOSING, 2, 2, 2, 0),
 }
 
 COUNTS = {"n_tiles": "i32", "n_slots": "i32", "n_rows": "i32"}
@@ -48,16 +62,27 @@ FINALISE = {"max_norm": "*fp32", "clip_coef": "*fp32", "skip": "*i32", "skipped_
 FINALISE = FINALISE | NORM | PER_SLOT | COUNTS
 CLOSING_SLOTS = PER_SLOT | {"n_slots": "i32", "n_rows": "i32"}
 SUMS = {"grad": "*bf16", "partial": "*fp32", "length": "*i32", "first_tile": "i32", "end_tile": "i32"}
+SUMS |= {"grad_tile": "i32"}
+CODEC = {"m": "*fp32", "v": "*fp32", "m8": "*i8", "v8": "*u8", "m_scale": "*fp32", "v_scale": "*fp32", "n": "i32"}
 REDUCE = {"tile_values": "*fp32", "out": "*fp32", "slot_first_tile": "*i32", "slot_n_tiles": "*i32"}
 REDUCE |= {"slot_present": "*i32", "skip": "*i32"}
 ROUND = {"weight": "*i16", "lo": "*i16", "numel": "i32", "first_index": "i32", "key1": "i32", "key2": "i32"}
 SMALL_KERNELS = {
-    "sum_of_squares_kernel": (SUMS, {"ROWS": TILES_PER_PROGRAM, "BLOCK": BLOCK}, {"num_warps": 4}),
+    "sum_of_squares_kernel": (SUMS, {"ALIGNED": True, "ROWS": TILES_PER_PROGRAM, "BLOCK": BLOCK}, {"num_warps": 4}),
     "global_norm_kernel": (NORM | {"n_tiles": "i32"}, {}, {"num_warps": 16}),
     "finalise_kernel": (FINALISE, {"SKIP_NONFINITE": True}, {"num_warps": 16} | PRECISE),
     "closing_coefficients_kernel": (CLOSING_SLOTS, {}, {"num_warps": 4} | PRECISE),
     "reduce_slots_kernel": (REDUCE, {"ROOT": True}, {"num_warps": 4}),
     "round_stochastic_kernel": (ROUND, {"ALIGNED": True, "BLOCK": BLOCK}, {"num_warps": 4}),
+    "compress_kernel": (CODEC, {"ALIGNED": True, "BLOCK": BLOCK}, {"num_warps": 4} | PRECISE),
+    "expand_kernel": (CODEC, {"ALIGNED": True, "BLOCK": BLOCK}, {"num_warps": 4} | PRECISE),
+}
+#: 16-byte and 8-byte loads and stores of a thread, in the kernels that move much.
+WIDE_ACCESSES = {
+    "sum_of_squares_kernel": {"ld.global.v4.b32": TILES_PER_PROGRAM},
+    "round_stochastic_kernel": {"ld.global.v4.b32": 2, "st.global.v4.b32": 2},
+    "compress_kernel": {"ld.global.v4.b32": 4, "st.global.v2.b32": 2},
+    "expand_kernel": {"ld.global.v2.b32": 2, "st.global.v4.b32": 4},
 }
 
 
@@ -67,8 +92,12 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_ALWAYS_COMPILE", "1")
 
 
+def kernel_named(name: str):
+    return getattr(triton_blockwise8 if name in ("compress_kernel", "expand_kernel") else triton_kernels, name)
+
+
 def compile_for(architecture: int, kernel: str, types: dict, constants: dict, options: dict):
-    function = getattr(triton_kernels, kernel)
+    function = kernel_named(kernel)
     names = function.arg_names
     assert set(names) == set(types) | set(constants), set(names) ^ (set(types) | set(constants))
     source = ASTSource(
@@ -81,11 +110,19 @@ def compile_for(architecture: int, kernel: str, types: dict, constants: dict, op
 
 
 def compile_adamw(architecture: int, variant: tuple[dict, dict]):
-    return compile_for(architecture, "adamw_kernel", *variant, {"num_warps": 4} | PRECISE)
+    return compile_for(architecture, "adamw_kernel", *variant, {"num_warps": 4} | PRECISE | REGISTERS)
 
 
 def global_accesses(ptx: str) -> Counter:
     return Counter(re.findall(r"\b((?:ld|st)\.global[.\w:]*)", ptx))
+
+
+def precise_arithmetic(ptx: str) -> set[str]:
+    """One IEEE rounding an operation and subnormals kept, or the GPU would differ from the reference."""
+    single = {f"{name}{rounding}.f32" for name in ("mul", "add", "sub") for rounding in ("", ".rn")}
+    arithmetic = set(re.findall(r"\b(?:fma|mul|add|sub|div|sqrt|rsqrt|rcp)[.\w]*\.f32\b", ptx))
+    assert arithmetic <= single | {"div.rn.f32", "sqrt.rn.f32"}, arithmetic
+    return arithmetic
 
 
 def assembled(compiled, architecture: int, tmp_path: Path, *flags: str) -> dict[str, int]:
@@ -106,28 +143,27 @@ def assembled(compiled, architecture: int, tmp_path: Path, *flags: str) -> dict[
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_update_uses_16_byte_accesses_and_spills_nothing(variant, architecture, tmp_path):
-    description, loads, stores = VARIANTS[variant]
+    description, loads, stores, loads8, stores8 = VARIANTS[variant]
     compiled = compile_adamw(architecture, description)
     accesses = global_accesses(compiled.asm["ptx"])
     assert accesses.pop("ld.global.v4.b32", 0) == loads
     assert accesses.pop("st.global.v4.b32", 0) == stores
+    assert accesses.pop("ld.global.v2.b32", 0) == loads8
+    assert accesses.pop("st.global.v2.b32", 0) == stores8
     # What is left is one scalar for each table entry, coefficient and the tile's sum; a tile would be 8 of a kind.
     assert set(accesses) <= {"ld.global.b32", "ld.global.b64", "st.global.b32"}
-    assert accesses["ld.global.b64"] == 1 and accesses["st.global.b32"] <= 1
-    assert accesses["ld.global.b32"] <= 12  # length, slot, dtype, 8 coefficients, running sum
-    # One IEEE rounding an operation and subnormals kept, or the GPU would differ from the reference.
-    arithmetic = set(re.findall(r"\b(?:fma|mul|add|div|sqrt|rsqrt)[.\w]*\.f32\b", compiled.asm["ptx"]))
-    assert arithmetic <= {"mul.f32", "mul.rn.f32", "add.f32", "add.rn.f32", "div.rn.f32", "sqrt.rn.f32"}, arithmetic
-    assert {"div.rn.f32", "sqrt.rn.f32"} <= arithmetic
+    assert accesses["ld.global.b64"] == 1 and accesses["st.global.b32"] <= 1 + stores8
+    assert accesses["ld.global.b32"] <= 12 + loads8  # length, slot, dtype, 8 coefficients, running sum; two scales
+    assert {"div.rn.f32", "sqrt.rn.f32"} <= precise_arithmetic(compiled.asm["ptx"])
     report = assembled(compiled, architecture, tmp_path, "--fmad=false")
     assert report["spilled_bytes"] == 0 and report["registers"] <= 64, report
 
 
-def test_unaligned_weights_are_scalar_but_the_arena_is_not(tmp_path):
+def test_unaligned_weights_and_gradients_are_scalar_but_the_arena_is_not(tmp_path):
     compiled = compile_adamw(89, UNALIGNED)
     accesses = global_accesses(compiled.asm["ptx"])
-    assert accesses["ld.global.b16"] == 8 and accesses["st.global.b16"] == 8
-    assert accesses["ld.global.v4.b32"] == 6 and accesses["st.global.v4.b32"] == 5
+    assert accesses["ld.global.b16"] == 16 and accesses["st.global.b16"] == 8
+    assert accesses["ld.global.v4.b32"] == 5 and accesses["st.global.v4.b32"] == 5
     report = assembled(compiled, 89, tmp_path, "--fmad=false")
     assert report["spilled_bytes"] == 0 and report["registers"] <= 64, report
 
@@ -137,25 +173,30 @@ def test_other_kernels_compile_without_spills(kernel, tmp_path):
     compiled = compile_for(89, kernel, *SMALL_KERNELS[kernel])
     report = assembled(compiled, 89, tmp_path)
     assert report["spilled_bytes"] == 0 and report["registers"] <= 128, report
-    if kernel == "sum_of_squares_kernel":
-        assert global_accesses(compiled.asm["ptx"])["ld.global.v4.b32"] == TILES_PER_PROGRAM
+    accesses = global_accesses(compiled.asm["ptx"])
+    wide = {name: number for name, number in accesses.items() if ".v" in name}
+    assert wide == WIDE_ACCESSES.get(kernel, wide), accesses
+    if kernel in ("compress_kernel", "expand_kernel"):
+        precise_arithmetic(compiled.asm["ptx"])
 
 
 @pytest.mark.parametrize(
     ("kernel", "buffers"),
     [
-        ("adamw_kernel", ("grad", "m", "v", "lo")),
+        ("adamw_kernel", ("grad", "m", "v", "lo", "m_scale", "v_scale")),
         ("sum_of_squares_kernel", ("grad",)),
         ("round_stochastic_kernel", ("weight", "lo")),
+        ("compress_kernel", ("m", "v", "m8", "v8", "m_scale", "v_scale")),
+        ("expand_kernel", ("m", "v", "m8", "v8", "m_scale", "v_scale")),
     ],
 )
 def test_element_offsets_are_64_bit(kernel, buffers):
     """``program_id * BLOCK`` in int32 wraps at 2^31 elements, 2.1 billion active parameters, without a word."""
-    types, constants, options = SMALL_KERNELS.get(kernel, (*SPLIT, PRECISE))
+    types, constants, options = SMALL_KERNELS.get(kernel, (*INT8_SPLIT, PRECISE))
     code = compile_for(89, kernel, types, constants, options).asm["ttir"]
     signature = re.search(rf"@{kernel}\((.*?)\) attributes", code, re.DOTALL).group(1)
     arguments = re.findall(r"(%\w+): ", signature)
-    passed = [name for name in getattr(triton_kernels, kernel).arg_names if name in types]
+    passed = [name for name in kernel_named(kernel).arg_names if name in types]
     assert len(arguments) == len(passed)
     for name, argument in zip(passed, arguments, strict=True):
         if name in buffers:

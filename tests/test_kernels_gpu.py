@@ -4,17 +4,21 @@ import math
 
 import pytest
 import torch
-from kernel_cases import (
+from kernel_arena import (
     BF16,
-    DEVICE_CASES,
     EVEN_SIZES,
     F32,
     complain,
     make_arena,
+    moments_to_store,
+    own_gradient,
     random_gradients,
     random_weights,
     same_bits,
 )
+from kernel_cases import DEVICE_CASES
+from misa_engine.kernels.adamw import adamw
+from misa_engine.kernels.blockwise8 import GROUP, compress, expand
 from misa_engine.kernels.norm import reduce_slots
 from misa_engine.kernels.split_float import join, round_stochastic_, split
 from misa_engine.kernels.tiles import BLOCK
@@ -61,8 +65,9 @@ def warmed_up(sizes, **options):
     return arena
 
 
-def test_steps_never_wait_for_the_device_and_allocate_nothing(request):
-    arena = warmed_up(EVEN_SIZES)
+@pytest.mark.parametrize("int8", [False, True])
+def test_steps_never_wait_for_the_device_and_allocate_nothing(int8, request):
+    arena = warmed_up(EVEN_SIZES, int8=int8)
     norms = torch.zeros(arena.table.slot_group.numel(), device="cuda")
     reduce_slots(arena.partial, norms, arena.table, arena.control, root=True, backend="triton")
     request.getfixturevalue("error_on_synchronisation")
@@ -76,8 +81,9 @@ def test_steps_never_wait_for_the_device_and_allocate_nothing(request):
     assert torch.cuda.max_memory_allocated() == held
 
 
-def test_captured_graph_replays_the_step_and_survives_a_skip():
-    arena, plain = warmed_up(EVEN_SIZES), warmed_up(EVEN_SIZES)
+@pytest.mark.parametrize("int8", [False, True])
+def test_captured_graph_replays_the_step_and_survives_a_skip(int8):
+    arena, plain = (warmed_up(EVEN_SIZES, int8=int8) for _ in range(2))
     graph = torch.cuda.CUDAGraph()
     before = arena.everything()
     with torch.cuda.graph(graph):
@@ -95,10 +101,11 @@ def test_captured_graph_replays_the_step_and_survives_a_skip():
     assert arena.control.skipped_steps.item() == 1
 
 
-def test_two_runs_agree_bit_for_bit():
+@pytest.mark.parametrize("int8", [False, True])
+def test_two_runs_agree_bit_for_bit(int8):
     states = []
     for _ in range(2):
-        arena = make_arena(random_weights((5_000_000, 1000), BF16), backend="triton", device="cuda")
+        arena = make_arena(random_weights((5_000_000, 1000), BF16), backend="triton", device="cuda", int8=int8)
         arena.control.max_norm.fill_(0.1)
         for step in range(3):
             arena.set_gradients(random_gradients((5_000_000, 1000), step))
@@ -108,16 +115,38 @@ def test_two_runs_agree_bit_for_bit():
     assert complain(*states) == ""
 
 
-def test_slots_beyond_element_2_to_the_31_are_updated():
+@pytest.mark.parametrize("int8", [False, True])
+def test_slots_beyond_element_2_to_the_31_are_updated(int8):
     needs_free_memory(28)
     sizes = (3 * BLOCK + 16, 512)
-    far = make_arena(random_weights(sizes, BF16), backend="triton", device="cuda", first_tile=(1 << 31) // BLOCK)
-    near = make_arena(random_weights(sizes, BF16))
+    options = dict(backend="triton", device="cuda", first_tile=(1 << 31) // BLOCK)
+    far = make_arena(random_weights(sizes, BF16), int8=int8, **options)
+    near = make_arena(random_weights(sizes, BF16), int8=int8)
     for step in range(2):
         for arena in (far, near):
             arena.set_gradients(random_gradients(sizes, step))
             arena.update(normed=False)
+    for gradient, slot in zip(random_gradients(sizes, 2), far.slots, strict=True):
+        held = own_gradient(gradient, BF16, "cuda")
+        place = dict(backend="triton", tiles=slot.tiles, grad_start=slot.start)
+        adamw(held, far.m, far.v, far.lo, far.tile_sumsq, far.table, **place, **far.scales)
+    near.set_gradients(random_gradients(sizes, 2))
+    adamw(near.grad, near.m, near.v, near.lo, None, near.table, backend="reference", **near.scales)
     assert complain(far.state(), near.state()) == ""
+
+
+def test_moments_of_millions_of_elements_are_stored_as_on_the_cpu():
+    moments = moments_to_store(5_000_017)
+    numel, groups = moments[0].numel(), -(-moments[0].numel() // GROUP)
+    results = []
+    for device, backend in (("cpu", "reference"), ("cuda", "triton"), ("cuda", "reference")):
+        codes = [torch.empty(numel, dtype=dtype, device=device) for dtype in (torch.int8, torch.uint8)]
+        parts = [*codes, *(torch.empty(groups, device=device) for _ in range(2))]
+        compress(*(moment.to(device) for moment in moments), *parts, backend=backend)
+        decoded = [torch.empty(numel, device=device) for _ in range(2)]
+        expand(*parts, *decoded, backend=backend)
+        results.append({str(index): part.cpu() for index, part in enumerate([*parts, *decoded])})
+    assert complain(results[1], results[0]) == "" and complain(results[2], results[0]) == ""
 
 
 def test_240_million_parameters_follow_fused_adamw():
