@@ -1,7 +1,7 @@
 """Does an option of MISA change what is learnt? The demo's model and text, several seeds.
 
-    python bench/ablations.py sampler --output bench/results/sampler_defaults.json
-    python bench/ablations.py moments --output bench/results/moments_8bit.json
+    python -m misa_engine.bench.ablations sampler --output bench/results/sampler_defaults.json
+    python -m misa_engine.bench.ablations moments --output bench/results/moments_8bit.json
 
 Held-out loss after the same steps on the same batches; only the options of a setting and the sampler's seed differ. A
 model of 4 million parameters from random weights answers for itself, not for fine-tuning an 8B model.
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import environment
+from misa_engine.bench.measure import environment
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 
 from misa_engine import MISA

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from measure import installed
+from misa_engine.bench.measure import installed
 from torch import Tensor, nn
 
 Loss = Callable[[Tensor], Tensor]

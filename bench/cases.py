@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from baselines import BASELINES, Method, Settings, Unavailable, build
-from measure import (
+from misa_engine.bench.baselines import BASELINES, Method, Settings, Unavailable, build
+from misa_engine.bench.measure import (
     held_bytes,
     is_out_of_memory,
     limit_memory,
@@ -21,8 +21,8 @@ from measure import (
     spread,
     synchronize,
 )
-from timeline import record_timeline
-from workload import build_model, make_loss, token_batches
+from misa_engine.bench.timeline import record_timeline
+from misa_engine.bench.workload import build_model, make_loss, token_batches
 
 CPU_NOTE = "cpu: no memory claim"
 Report = Callable[[dict[str, Any]], None]

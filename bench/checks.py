@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from cases import Case
-from workload import model_config
+from misa_engine.bench.cases import Case
+from misa_engine.bench.workload import model_config
 
 from misa_engine.cards import Card
 from misa_engine.lean import lean_options

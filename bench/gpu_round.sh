@@ -17,7 +17,7 @@ tests_s=120
 failed=0
 
 # offline machines have the dependencies but not this package
-python3 -c "import misa_engine.kernels" 2>/dev/null \
+python3 -c "import misa_engine.bench" 2>/dev/null \
   || python3 -m pip install -q --no-deps --no-build-isolation -e . || exit 1
 
 if python3 -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
@@ -28,6 +28,6 @@ else
 fi
 left=$((limit_s - SECONDS))
 # the round ends by itself at its deadline; timeout is there for what hangs
-timeout $((left + 15)) python3 bench/memory_round.py --output "$out" --deadline_s $((left - 25)) || failed=1
+timeout $((left + 15)) python3 -m misa_engine.bench.memory_round --output "$out" --deadline_s $((left - 25)) || failed=1
 echo "GPU round: $SECONDS s in all, results in $out"
 exit $failed

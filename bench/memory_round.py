@@ -1,8 +1,8 @@
 """Memory and speed of MISA and of its peers on real 7-8B shapes, under the memory limit of a 24 GB card.
 
-    python bench/memory_round.py --output bench/results/memory          # everything, about six minutes on one GPU
-    python bench/memory_round.py --output DIR --cases qwen               # only cases whose name contains a word
-    python bench/memory_round.py --render bench/results/memory/memory_round.json
+    python -m misa_engine.bench.memory_round --output DIR                   # everything, about six minutes on one GPU
+    python -m misa_engine.bench.memory_round --output DIR --cases qwen      # only cases whose name contains a word
+    python -m misa_engine.bench.memory_round --render bench/results/memory/memory_round.json
 
 Each case runs in a fresh process under the same conditions. Results are written after every case, so that whatever
 ends the round leaves what was measured. Without a CUDA device a tiny shape goes through the same code; its numbers say
@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from baselines import BASELINES
-from cases import Case, empty_row
-from checks import GIB, JUDGED, ask_plan, judge, reserve_bytes
-from measure import environment
-from processes import make_processes
-from render import markdown, pictures, print_tables
+from misa_engine.bench.baselines import BASELINES
+from misa_engine.bench.cases import Case, empty_row
+from misa_engine.bench.checks import GIB, JUDGED, ask_plan, judge, reserve_bytes
+from misa_engine.bench.measure import environment
+from misa_engine.bench.processes import make_processes
+from misa_engine.bench.render import markdown, pictures, print_tables
 
 #: An RTX 4090's memory as its driver states it, 24,564 MiB.
 CARD_GIB = 24564 / 1024

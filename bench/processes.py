@@ -20,9 +20,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cases import Case, empty_row, run_case
+from misa_engine.bench.cases import Case, empty_row, run_case
 
-SCRIPT = Path(__file__).resolve()
+#: How this file is started as a process of its own.
+SELF = (sys.executable, "-m", "misa_engine.bench.processes")
 #: What the server imports before it forks; the model files are those of the round's shapes.
 PRELOAD = (
     "misa_engine.optimizer",
@@ -75,7 +76,7 @@ class FreshProcesses:
         """Run a case and return its row, whatever becomes of the process."""
         with tempfile.TemporaryDirectory() as folder:
             target = Path(folder) / "row.json"
-            command = [sys.executable, str(SCRIPT), "--case", json.dumps(asdict(case)), str(target)]
+            command = [*SELF, "--case", json.dumps(asdict(case)), str(target)]
             process = subprocess.Popen(command, env=child_environment(), start_new_session=True,
                                        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # fmt: skip
             timed_out = False
@@ -96,7 +97,7 @@ class ForkServer:
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, str(SCRIPT), "--serve"],
+            [*SELF, "--serve"],
             env=child_environment(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from checks import GIB, MOST_RESERVED_BYTES
+from misa_engine.bench.checks import GIB, MOST_RESERVED_BYTES
 
 #: Okabe-Ito, told apart by colour-blind readers.
 BLUE, ORANGE, GREEN, PINK, YELLOW, SKY, GREY = (
@@ -80,7 +80,8 @@ def markdown(document: Mapping[str, Any], pictures: Sequence[Path] = ()) -> str:
         f"Driver {where['driver'] or 'none'}; {versions}.",
         f"Allocator limit: {document['limit']['bytes'] / GIB:.2f} GiB ({document['limit']['what']}).",
         "",
-        f"Command: `{where['command']}`. This page is generated: `python bench/memory_round.py --render FILE`.",
+        f"Command: `{where['command']}`.",
+        "This page is generated: `python -m misa_engine.bench.memory_round --render FILE`.",
         "",
         "## Checks",
         "",

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from baselines import Method
-from measure import held_bytes, synchronize
+from misa_engine.bench.baselines import Method
+from misa_engine.bench.measure import held_bytes, synchronize
 from torch import Tensor
 
 #: Points of the line that is kept; each is the highest of its stretch of time.

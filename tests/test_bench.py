@@ -2,26 +2,13 @@ import json
 import math
 import os
 import pickle
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from misa_engine.bench import baselines, cases, checks, measure, memory_round, processes, render, timeline, workload
+from misa_engine.bench.cases import Case, empty_row, largest, run_case
 from torch.nn.functional import cross_entropy
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
-
-import baselines
-import cases
-import checks
-import measure
-import memory_round
-import processes
-import render
-import timeline
-import workload
-from cases import Case, empty_row, largest, run_case
 
 CPU = torch.device("cpu")
 GIB = 1 << 30
