@@ -122,8 +122,11 @@ def _choose_forward(arguments: TrainArguments, model_type: str) -> None:
     sft, given = arguments.sft, arguments.given
     wanted = sft.use_liger_kernel if "use_liger_kernel" in given else None
     loss_type = sft.loss_type if "loss_type" in given else None
-    for name, value in lean_options(model_type, sft.device, wanted=wanted, loss_type=loss_type).items():
+    options = lean_options(model_type, sft.device, wanted=wanted, loss_type=loss_type)
+    for name, value in options.items():
         setattr(sft, name, value)
+    if options:  # it warns of each of its other backends (Ascend, CuTe) that is not installed
+        logging.getLogger("liger_kernel").setLevel(logging.ERROR)
 
 
 def _resume_point(wanted: str | None, out: Path) -> Path | None:

@@ -58,7 +58,7 @@ def fit(arguments: TrainArguments, config: Any, dtype: torch.dtype, limit_gib: f
         checkpointing=bool(getattr(sft, checkpointing)),
         loss=loss_of(sft),
         liger=bool(sft.use_liger_kernel),
-        padded=not sft.packing,
+        padded=not sft.packing and effective > 1,
     )
     wishes = Wishes(
         delta=misa.delta if "delta" in given else None,
@@ -131,6 +131,8 @@ def dry_step(trainer: Any, planned: Plan) -> None:
             arena = torch.empty(arena_bytes, dtype=torch.uint8, device=device)
             ids = torch.randint(size, (args.per_device_train_batch_size, width), device=device)
             batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+            if planned.run.padded and len(ids) > 1:  # a mask takes attention off its flash kernel
+                batch["attention_mask"][0, -1] = 0
             if getattr(args, "packing", False):  # as TRL's collator writes packed sequences: positions, no mask
                 del batch["attention_mask"]
                 batch["position_ids"] = torch.arange(width, device=device).expand_as(ids)

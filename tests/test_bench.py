@@ -370,6 +370,7 @@ def test_a_limit_is_a_share_of_the_card(monkeypatch):
         (f"{os.getpid()}, [N/A]", None),
         (None, None),
     ],
+    ids=["own process", "container", "two others", "not told", "no driver"],  # a process number differs by worker
 )
 def test_process_memory_is_what_the_driver_lists(monkeypatch, listing, wanted):
     monkeypatch.setattr(measure, "_output", lambda *command: listing)
