@@ -10,7 +10,18 @@ PLOTS = ["matplotlib>=3.9"]
 LIGER = "liger-kernel>=0.8; platform_system == 'Linux'"
 TRAIN = ["trl>=1.10", "pyyaml>=6", LIGER, *PLOTS]
 # The methods that bench/ measures beside ours; a row of its table says which one is missing.
-BENCH = ["peft>=0.17", "bitsandbytes>=0.48", "badam>=1.4", *PLOTS]
+# apollo-torch is left out on purpose: its licence is mostly CC-BY-NC.
+BENCH = [
+    "peft>=0.17",
+    "bitsandbytes>=0.48",
+    "badam>=1.4",
+    "galore-torch>=1.0",
+    "torch-optimi>=0.3",
+    "lomo-optim>=0.1.1",
+    "flashoptim>=0.1.4; platform_system == 'Linux'",
+    "torchao>=0.18",
+    *PLOTS,
+]
 
 setup(
     name="misa_engine",

@@ -6,184 +6,28 @@ row shows; the others still run.
 
 from __future__ import annotations
 
-import contextlib
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
+from misa_engine.bench import peers
 from misa_engine.bench.measure import installed
-from torch import Tensor, nn
+from misa_engine.bench.method import Loss, Mark, Method, Settings, Unavailable, state_bytes
+from misa_engine.bench.unfused import unfused_misa
+from torch import nn
 
-Loss = Callable[[Tensor], Tensor]
-Mark = Callable[[str], None]
-
-
-class Unavailable(Exception):
-    """The method cannot run here; the message is the status of its row."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What all methods share."""
-
-    lr: float = 1e-5
-    delta: float = 0.03
-    """Share of the model that MISA and our uniform rule train at a time."""
-    inner_steps: int = 50
-    """Steps between two switches, for every method that switches."""
-    max_grad_norm: float | None = 1.0
-    """Clip the global gradient norm; None does not clip."""
-    accumulation: int = 1
-    """Micro-batches a step."""
-    seed: int = 0
-    lora_rank: int = 16
-    misa: Mapping[str, Any] = field(default_factory=dict)
-    """Further options of MisaConfig, for the methods that are MISA."""
-
-
-@dataclass
-class Method:
-    """A model and what trains it."""
-
-    name: str
-    model: nn.Module
-    """What trains: the model itself or an adapter's wrapper around it."""
-    loss: Loss
-    """Token ids (batch, length) -> mean loss."""
-    optimizer: torch.optim.Optimizer
-    settings: Settings
-    optimizer_bytes: Callable[[], dict[str, int]]
-    """Bytes beyond the model's weights by category, gradients included as held between backward and step."""
-    clips_inside: bool = False
-    """The optimizer clips in its own update."""
-    switches: Callable[[], int] = lambda: 0
-    """Switches so far."""
-
-    @property
-    def trainable_parameters(self) -> int:
-        """Parameters that train now."""
-        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-
-    def step(self, micro_batches: Sequence[Tensor], mark: Mark = lambda phase: None) -> Tensor:
-        """One optimizer step over the micro-batches.
-
-        Args:
-            micro_batches: token ids, each (batch, length).
-            mark: called with the name of each phase when it begins: forward, backward, clip, step.
-
-        Returns:
-            The mean loss, detached, still on the device.
-        """
-        total = torch.zeros((), device=micro_batches[0].device)
-        for ids in micro_batches:
-            mark("forward")
-            loss = self.loss(ids) / len(micro_batches)
-            mark("backward")
-            loss.backward()
-            total += loss.detach()
-        if self.settings.max_grad_norm is not None and not self.clips_inside:
-            mark("clip")
-            trained = [p for p in self.model.parameters() if p.grad is not None]
-            torch.nn.utils.clip_grad_norm_(trained, self.settings.max_grad_norm)
-        mark("step")
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return total
-
-    def forget_gradients(self) -> None:
-        """Drop what an interrupted step left behind."""
-        self.model.zero_grad(set_to_none=True)
-
-
-# ---- accounts ----
-
-#: State key of an optimizer -> category.
-_CATEGORIES = {"exp_avg": "first_moment", "state1": "first_moment", "exp_avg_sq": "second_moment"}
-_CATEGORIES |= {"state2": "second_moment", "master": "master_weights"}
-
-
-def state_bytes(model: nn.Module, state: Mapping[Any, Mapping[str, Any]]) -> dict[str, int]:
-    """Bytes of a torch optimizer's state by category, and of the gradients that its model holds at a step."""
-    totals: dict[str, int] = defaultdict(int)
-    totals["gradients"] = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    seen: set[int] = set()  # bitsandbytes shares one quantisation map among all states
-    for entries in state.values():
-        for key, value in entries.items():
-            if isinstance(value, Tensor) and id(value) not in seen:
-                seen.add(id(value))
-                totals[_CATEGORIES.get(key, "scales_and_tables")] += value.nbytes
-    return dict(totals)
-
-
-def _ordinary(
-    name: str, model: nn.Module, loss: Loss, optimizer: torch.optim.Optimizer, settings: Settings, trained: nn.Module
-) -> Method:
-    account = lambda: state_bytes(trained, optimizer.state)  # noqa: E731  (one expression, used once)
-    return Method(name, trained, loss, optimizer, settings, account)
-
-
-# ---- all parameters ----
-
-
-def _adamw(model: nn.Module, loss: Loss, settings: Settings) -> Method:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, fused=True)
-    return _ordinary("adamw", model, loss, optimizer, settings, model)
-
-
-def _adamw8bit(model: nn.Module, loss: Loss, settings: Settings) -> Method:
-    import bitsandbytes
-
-    optimizer = bitsandbytes.optim.AdamW8bit(model.parameters(), lr=settings.lr)
-    return _ordinary("adamw8bit", model, loss, optimizer, settings, model)
-
-
-# ---- adapters ----
-
-
-def _lora(model: nn.Module, loss: Loss, settings: Settings) -> Method:
-    from peft import LoraConfig, get_peft_model
-
-    rank = settings.lora_rank
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    wrapped = get_peft_model(model, config)  # changes ``model`` in place, so the loss goes through the adapters
-    adapters = [p for p in wrapped.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(adapters, lr=settings.lr, fused=True)
-    return _ordinary("lora", model, loss, optimizer, settings, wrapped)
-
-
-# ---- blocks of layers ----
-
-
-def _badam(model: nn.Module, loss: Loss, settings: Settings) -> Method:
-    import logging
-    import os
-
-    with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet):  # it prints whenever it switches
-        from badam import BlockOptimizer
-
-        base = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=0.0)
-        optimizer = BlockOptimizer(
-            base_optimizer=base,
-            named_parameters_list=list(model.named_parameters()),
-            switch_block_every=settings.inner_steps,
-            switch_mode="random",
-            verbose=0,
-        )
-    logging.getLogger("badam.block_optim").setLevel(logging.WARNING)
-
-    def account() -> dict[str, int]:
-        totals = state_bytes(model, base.state)
-        masters = list(optimizer.param_idx2hp.values())
-        totals["master_weights"] = sum(p.nbytes for p in masters)
-        totals["gradients"] += sum(p.nbytes for p in masters)  # it makes an fp32 copy of each gradient before the step
-        return totals
-
-    return Method(
-        "badam", model, loss, optimizer, settings, account,
-        switches=lambda: optimizer.global_step // settings.inner_steps,
-    )  # fmt: skip
+__all__ = [
+    "BASELINES",
+    "Baseline",
+    "Loss",
+    "Mark",
+    "Method",
+    "Settings",
+    "Unavailable",
+    "build",
+    "default_methods",
+    "state_bytes",
+]
 
 
 # ---- our own ----
@@ -224,18 +68,29 @@ def _misa(name: str, **own: Any) -> Callable[[nn.Module, Loss, Settings], Method
     return build_misa
 
 
-def _lisa(model: nn.Module, loss: Loss, settings: Settings) -> Method:
-    """LISA (arXiv 2403.17919): two layers drawn uniformly, embeddings and head always trained."""
-    from misa_engine.partition import partition
-
+def _outer_weights(model: nn.Module) -> tuple[str, ...]:
+    """Names of the embeddings and the head."""
     outer = [getattr(model, f"get_{place}_embeddings")() for place in ("input", "output")]
     weights = {id(module.weight) for module in outer if module is not None}
-    always = tuple(name for name, parameter in model.named_parameters() if id(parameter) in weights)
-    parts = partition(model, "layer", always_train=always)
-    two_layers = sum(sorted(unit.numel for unit in parts.units)[-2:])
-    delta = min(1.0, (two_layers + 1) / parts.total)
-    own = {"granularity": "layer", "rule": "uniform", "always_train": always}
-    return _misa("lisa", **own)(model, loss, replace(settings, delta=delta))
+    return tuple(name for name, parameter in model.named_parameters() if id(parameter) in weights)
+
+
+def _by_layers(
+    name: str, layers: int, *, with_outer: bool = False, **own: Any
+) -> Callable[[nn.Module, Loss, Settings], Method]:
+    """Our engine with whole layers as units and a budget of the ``layers`` largest, whatever the settings' delta."""
+
+    def build_by_layers(model: nn.Module, loss: Loss, settings: Settings) -> Method:
+        from misa_engine.partition import partition
+
+        always = _outer_weights(model) if with_outer else ()
+        parts = partition(model, "layer", always_train=always)
+        largest = sum(sorted(unit.numel for unit in parts.units)[-layers:])
+        delta = min(1.0, (largest + 1) / parts.total)
+        options = {"granularity": "layer", "always_train": always, **own}
+        return _misa(name, **options)(model, loss, replace(settings, delta=delta))
+
+    return build_by_layers
 
 
 # ---- registry ----
@@ -249,26 +104,107 @@ class Baseline:
     summary: str
     needs: tuple[tuple[str, str], ...] = ()
     """(module, what pip installs) of each package that it needs."""
+    notes: str = ""
+    """What a reader of its row must know."""
+    opt_in: str = ""
+    """Why it runs only when it is named; the status of its row otherwise."""
 
     def missing(self) -> str | None:
         """The status of a row whose packages are not here; None when all are."""
         absent = [package for module, package in self.needs if not installed(module)]
-        return f"missing: pip install {' '.join(absent)}" if absent else None
+        licence = f" ({self.opt_in})" if self.opt_in else ""
+        return f"missing: pip install {' '.join(absent)}{licence}" if absent else None
 
+
+_ROUNDING_NOTE = "bf16 weights are rounded to nearest at each step"
+_LOMO_NOTE = "clipping takes a second backward pass; no accumulation"
 
 BASELINES: dict[str, Baseline] = {
     "misa": Baseline(_misa("misa"), "MISA, fp32 moments"),
     "misa-int8": Baseline(_misa("misa-int8", state_dtype="int8"), "MISA, 8-bit moments"),
     "misa-backward": Baseline(_misa("misa-backward", update_in="backward"), "MISA, update inside the backward pass"),
-    "uniform": Baseline(_misa("uniform", rule="uniform"), "MISA's engine, uniform draws"),
-    "lisa": Baseline(_lisa, "LISA: two layers, embeddings and head (our engine)"),
-    "adamw": Baseline(_adamw, "AdamW, all parameters, torch fused, states in the weights' dtype"),
-    "adamw8bit": Baseline(
-        _adamw8bit, "AdamW, all parameters, 8-bit states (bitsandbytes)", (("bitsandbytes", "bitsandbytes"),)
+    "unfused-misa": Baseline(
+        unfused_misa,
+        "MISA as the published code works: fp32 clones, eager AdamW, norms read on the host",
+        notes="same sampler as misa; scores are read after clipping, moments begin anew at each switch",
     ),
-    "lora": Baseline(_lora, "LoRA on all linear layers (peft), AdamW", (("peft", "peft"),)),
-    "badam": Baseline(_badam, "BAdam: one layer at a time, fp32 copies (badam)", (("badam", "badam"),)),
+    "uniform": Baseline(_misa("uniform", rule="uniform"), "MISA's engine, uniform draws"),
+    "lisa": Baseline(
+        _by_layers("lisa", 2, with_outer=True, rule="uniform"), "LISA: two layers, embeddings and head (our engine)"
+    ),
+    "lisa-layers": Baseline(
+        _by_layers("lisa-layers", 2, rule="uniform"), "LISA without embeddings and head: two layers (our engine)"
+    ),
+    "badam-like": Baseline(
+        _by_layers("badam-like", 1, rule="cyclic", revisit="clear"),
+        "BAdam's rule: one layer after the other, fresh moments (our engine)",
+    ),
+    "adamw": Baseline(
+        peers.adamw, "AdamW, all parameters, torch fused, states in the weights' dtype", notes=_ROUNDING_NOTE
+    ),
+    "adamw-fp32": Baseline(
+        peers.adamw_fp32,
+        "AdamW, all parameters, torch fused, fp32 states and master weights",
+        notes="on an fp32 model the same as adamw",
+    ),
+    "adamw8bit": Baseline(
+        peers.adamw8bit,
+        "AdamW, all parameters, 8-bit states (bitsandbytes)",
+        (("bitsandbytes", "bitsandbytes"),),
+        _ROUNDING_NOTE,
+    ),
+    "adamw8bit-ao": Baseline(
+        peers.adamw8bit_ao,
+        "AdamW, all parameters, 8-bit states (torchao)",
+        (("torchao", "torchao"),),
+        f"{_ROUNDING_NOTE}; compiled at its first step, on a CPU by a C++ compiler (a minute)",
+    ),
+    "flashadamw": Baseline(
+        peers.flashadamw,
+        "FlashAdamW: 8-bit states, 24-bit master weights (flashoptim, CUDA)",
+        (("flashoptim", "flashoptim"),),
+    ),
+    "kahan": Baseline(
+        peers.kahan,
+        "AdamW with Kahan summation, states in the weights' dtype (torch-optimi)",
+        (("optimi", "torch-optimi"),),
+        "the compensation is for bf16 weights; fp32 weights have none",
+    ),
+    "lora": Baseline(peers.adapters("lora"), "LoRA on all linear layers (peft), AdamW", (("peft", "peft"),)),
+    "dora": Baseline(
+        peers.adapters("dora", use_dora=True), "DoRA on all linear layers (peft), AdamW", (("peft", "peft"),)
+    ),
+    "galore": Baseline(
+        peers.galore,
+        "GaLore AdamW: gradients of the layers' matrices at a low rank (galore-torch)",
+        (("galore_torch", "galore-torch"), ("bitsandbytes", "bitsandbytes")),
+        "one SVD a matrix at the first and each 200th step, outside the timed steps of a short run",
+    ),
+    "apollo": Baseline(
+        peers.apollo,
+        "APOLLO-Mini: one learning rate a matrix from a rank-1 projection (apollo-torch)",
+        (("apollo_torch", "apollo-torch"),),
+        opt_in="opt-in: its licence is mostly CC-BY-NC, no commercial use; name it, --methods apollo",
+    ),
+    "badam": Baseline(peers.badam, "BAdam: one layer at a time, fp32 copies (badam)", (("badam", "badam"),)),
+    "lomo": Baseline(
+        peers.in_backward("lomo", "Lomo"),
+        "LOMO: SGD inside the backward pass (lomo-optim)",
+        (("lomo_optim", "lomo-optim"),),
+        f"no moments, so the same learning rate means smaller steps than Adam's; {_LOMO_NOTE}",
+    ),
+    "adalomo": Baseline(
+        peers.in_backward("adalomo", "AdaLomo"),
+        "AdaLomo: factored second moment, inside the backward pass (lomo-optim, CUDA)",
+        (("lomo_optim", "lomo-optim"),),
+        f"the learning rate is relative to a weight's rms; {_LOMO_NOTE}",
+    ),
 }
+
+
+def default_methods() -> list[str]:
+    """All methods but those that must be named."""
+    return [name for name, baseline in BASELINES.items() if not baseline.opt_in]
 
 
 def build(name: str, model: nn.Module, loss: Loss, settings: Settings) -> Method:
@@ -281,7 +217,7 @@ def build(name: str, model: nn.Module, loss: Loss, settings: Settings) -> Method
         settings: shared by all methods.
 
     Raises:
-        Unavailable: a package is missing, or the combination is not supported; the message is a row's status.
+        Unavailable: a package is missing or broken, or the combination is not supported; the message is a row's status.
         ValueError: the name is unknown.
     """
     if name not in BASELINES:
@@ -289,4 +225,9 @@ def build(name: str, model: nn.Module, loss: Loss, settings: Settings) -> Method
     status = BASELINES[name].missing()
     if status is not None:
         raise Unavailable(status)
-    return BASELINES[name].build(model, loss, settings)
+    try:
+        method = BASELINES[name].build(model, loss, settings)
+    except ImportError as error:  # installed, for another torch, CUDA or platform
+        raise Unavailable(f"cannot be imported: {error}") from error
+    method.notes = BASELINES[name].notes
+    return method

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from misa_engine.bench import compare
 from misa_engine.bench.baselines import BASELINES, Method, Settings, Unavailable, build
 from misa_engine.bench.measure import (
     held_bytes,
@@ -22,7 +23,7 @@ from misa_engine.bench.measure import (
     synchronize,
 )
 from misa_engine.bench.timeline import record_timeline
-from misa_engine.bench.workload import build_model, make_loss, token_batches
+from misa_engine.bench.workload import build_model, load_weights, make_loss, token_batches
 
 CPU_NOTE = "cpu: no memory claim"
 Report = Callable[[dict[str, Any]], None]
@@ -35,7 +36,7 @@ class Case:
     name: str
     """Of the row, unique in a round."""
     kind: str
-    """A key of KINDS: train, longest or switches."""
+    """A key of KINDS: train, longest or switches (the memory round); throughput, loss or pretrain (misa bench)."""
     shape: str
     method: str = "misa"
     batch: int = 2
@@ -65,11 +66,27 @@ class Case:
     timeout_s: int = 120
     snapshot: str | None = None
     """Where the raw allocator snapshot goes; None keeps none."""
+    loss: str = "lean"
+    """lean: in chunks, or Liger's; plain: the model's own, as every method computes it in a small model."""
+    lr: float = Settings.lr
+    seed: int = 0
+    """Of the weights and of the method's own choices."""
+    data: str = "stdlib"
+    """throughput, loss: what is trained on (see ``corpus``)."""
+    data_seed: int = 0
+    eval_every: int = 20
+    """loss: steps between two points of the curve."""
+    start_from: str | None = None
+    """A safetensors file with the weights to begin with."""
+    save_to: str | None = None
+    """pretrain: where the weights go."""
 
     @property
     def settings(self) -> Settings:
         """What the method gets of it."""
         return Settings(
+            lr=self.lr,
+            seed=self.seed,
             delta=self.delta,
             inner_steps=self.inner_steps,
             max_grad_norm=self.max_grad_norm,
@@ -116,12 +133,14 @@ def run_case(case: Case, report: Report) -> None:
             raise Unavailable(status)
         limit_memory(device, case.limit_bytes)
         started = time.perf_counter()
-        model = build_model(case.shape, device, checkpointing=case.checkpointing)
+        model = build_model(case.shape, device, checkpointing=case.checkpointing, seed=case.seed)
+        if case.start_from:
+            load_weights(model, case.start_from)
         synchronize(device)
         row["build_s"] = time.perf_counter() - started
         row["parameters"] = sum(p.numel() for p in model.parameters())
         row["weights_bytes"] = sum(p.nbytes for p in model.parameters())
-        row["loss_kind"], loss = make_loss(model, device)
+        row["loss_kind"], loss = make_loss(model, device, case.loss)
         method = build(case.method, model, loss, case.settings)
         row["trainable_parameters"] = method.trainable_parameters
         report(row)
@@ -266,4 +285,7 @@ KINDS: dict[str, Callable[[Case, Method, torch.device, dict[str, Any], Report], 
     "train": _train,
     "longest": _longest,
     "switches": _switches,
+    "throughput": compare.throughput,
+    "loss": compare.held_out_loss,
+    "pretrain": compare.pretrain,
 }

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from misa_engine.bench.bandwidth import CopyBandwidth, device_seconds
+from misa_engine.bench.bandwidth import CopyBandwidth, event_seconds
 from misa_engine.bench.kernel_table import markdown
 from misa_engine.bench.measure import environment, synchronize
 
@@ -123,7 +123,7 @@ def measure(benchmark: Any, request: pytest.FixtureRequest, device: torch.device
         if benchmark.disabled:
             return
         by_events = device.type == "cuda" and setup is None
-        seconds = device_seconds(work, device) if by_events else benchmark.stats.stats.median
+        seconds = event_seconds(work) if by_events else benchmark.stats.stats.median
         benchmark.extra_info.update(
             timed_by="events" if by_events else "clock",
             seconds=seconds,

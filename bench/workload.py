@@ -38,6 +38,25 @@ SMALL_SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2,
     },
 }
+SMALL_SHAPES["llama-90m"] = {
+    "model_type": "llama",
+    "vocab_size": 8192,
+    "hidden_size": 768,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 12,
+    "tie_word_embeddings": True,
+}
+SMALL_SHAPES["llama-8m"] = {
+    "model_type": "llama",
+    "vocab_size": 384,
+    "hidden_size": 320,
+    "intermediate_size": 864,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 5,
+    "num_key_value_heads": 5,
+}
 #: Tokens whose logits exist at a time: 256 of a vocabulary of 128,256 are 0.13 GB in float32.
 LOSS_CHUNK = 256
 
@@ -91,12 +110,31 @@ def token_batches(model: Any, batch: int, length: int, device: torch.device, see
 # ---- loss ----
 
 
-def make_loss(model: PreTrainedModel, device: torch.device) -> tuple[str, Callable[[Tensor], Tensor]]:
+def load_weights(model: PreTrainedModel, file: str) -> None:
+    """Put the weights of a safetensors file, by parameter name, in place of the model's."""
+    from safetensors.torch import load_file
+
+    saved = load_file(file)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(saved[name])
+
+
+def make_loss(
+    model: PreTrainedModel, device: torch.device, kind: str = "lean"
+) -> tuple[str, Callable[[Tensor], Tensor]]:
     """The leanest loss that can run here: Liger's fused linear cross-entropy on CUDA, else one in chunks.
+
+    Args:
+        model: a causal language model.
+        device: where it trains.
+        kind: "lean", or "plain" for the model's own.
 
     Returns:
         What it is called in a row, and token ids (batch, length) -> mean next-token loss.
     """
+    if kind == "plain":
+        return "plain", lambda ids: model(input_ids=ids, labels=ids, use_cache=False).loss
     if lean_options(model.config.model_type, device, sft=False):
         from transformers.integrations.liger import apply_liger_kernel
 

@@ -1,4 +1,4 @@
-"""The ``misa`` command: ``misa train``, ``misa plan`` and ``misa report``.
+"""The ``misa`` command: ``misa train``, ``misa plan``, ``misa bench`` and ``misa report``.
 
 Exit codes: 0 done, 2 bad input, 130 interrupted, 1 anything else; no traceback without ``--debug``. Torch and TRL are
 imported inside the commands, so that ``misa --help`` answers at once.
@@ -21,6 +21,8 @@ usage: misa <command> [options]
 
   misa train    train a causal language model with MISA     (misa train --help)
   misa plan     bytes by category and what fits a card   (misa plan --help)
+  misa bench    memory, speed and loss beside the baselines (misa bench --help)
+  misa profile  trace, time and bytes by phase, overhead    (misa profile --help)
   misa report   draw the pictures of a run again            (misa report OUT)
 
   --version     print the version
@@ -158,6 +160,27 @@ def plan(words: list[str]) -> int:
     return run_plan(words)
 
 
+# ---- misa bench ----
+
+
+def bench(words: list[str]) -> int:
+    """``misa bench``: MISA beside what one would use instead."""
+    from misa_engine.bench.command import run
+
+    return run(words)
+
+
+# ---- misa profile ----
+
+
+def profile(words: list[str]) -> int:
+    """``misa profile``: where a step of MISA or of a baseline spends its time and memory."""
+    _need("transformers", "train")
+    from misa_engine.bench.profile_command import run
+
+    return run(words)
+
+
 # ---- misa report ----
 
 
@@ -182,7 +205,13 @@ def report(words: list[str]) -> int:
     return DONE
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": train, "plan": plan, "report": report}
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": train,
+    "plan": plan,
+    "bench": bench,
+    "profile": profile,
+    "report": report,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -205,6 +205,7 @@ class GradientSlots(GradientIntake):
 
     def _slot_for_gemm(self, name: str) -> tuple[Tensor, bool]:
         """Where the gradient of ``name`` goes, and whether it is added to what is there."""
+        self.check_in_place(name)
         view, parameter = self._views[self.slot_of[name]], self._parameters[name]
         if parameter.grad is not None and parameter.grad is not view:  # put there by the caller
             view.copy_(parameter.grad)

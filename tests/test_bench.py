@@ -32,7 +32,7 @@ def last_row(case):
 
 
 def test_the_registry_has_every_method_with_a_summary():
-    assert set(baselines.BASELINES) == set(METHODS)
+    assert set(METHODS) < set(baselines.BASELINES)
     assert all(baseline.summary for baseline in baselines.BASELINES.values())
     assert set(memory_round.PEERS) == set(METHODS) - {"misa", "misa-int8"}
 
@@ -173,7 +173,8 @@ def test_a_training_row_has_every_field():
 
 
 def test_a_missing_package_is_a_row(monkeypatch):
-    absent = baselines.Baseline(baselines._adamw, "needs what is not here", (("no_such_module", "no-such-package"),))
+    needs = (("no_such_module", "no-such-package"),)
+    absent = replace(baselines.BASELINES["adamw"], summary="needs what is not here", needs=needs)
     monkeypatch.setitem(baselines.BASELINES, "absent", absent)
     monkeypatch.setattr(cases, "build_model", lambda *a, **k: pytest.fail("a model was built for nothing"))
     row = last_row(replace(TINY, method="absent"))

@@ -1,0 +1,341 @@
+"""``misa profile``: a trace, a memory snapshot and a table of time and bytes by phase, for MISA or any baseline."""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from misa_engine.bench.baselines import BASELINES, build
+from misa_engine.bench.ledger import overhead
+from misa_engine.bench.measure import environment, synchronize
+from misa_engine.bench.method import Method, Settings, Unavailable
+from misa_engine.bench.phases import MARKS, OWN, PHASES, PREFIX, WINDOW, Cost, account, annotate
+from misa_engine.bench.timeline import record_timeline
+from misa_engine.bench.workload import SMALL_SHAPES, build_model, make_loss, model_config, token_batches
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from misa_engine.cards import MODELS
+from misa_engine.errors import DONE, UserError, did_you_mean
+
+USAGE = "misa profile --model NAME --output DIR [--method NAME] [--length N] [--batch B] [--ledger] [options]"
+LEDGER_STEPS = 20
+HEADINGS = ("phase", "ms a step", "share", "allocated MiB a step", "peak MiB", "launches a step", "host reads a step")
+MIB = 1 << 20
+
+
+def run(words: list[str]) -> int:
+    """The whole command; returns its exit code."""
+    options = _parser().parse_args(words)
+    device = _checked(options)
+    output = Path(options.output).expanduser()
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {output}: no such directory can be made ({error.strerror}).") from error
+    method, batches = _workload(options, device)
+    document: dict[str, Any] = {"environment": environment(device), "settings": vars(options)}
+    if options.ledger:
+        document["ledger"] = _ledger(method, batches, options.steps)
+    else:
+        document |= profile_method(method, batches, options.steps, options.inner_steps, output / "trace.json.gz")
+        weights = sum(p.nbytes for p in method.model.parameters())
+        snapshot = output / "memory_snapshot.pickle" if device.type == "cuda" else None
+        document["timeline"] = record_timeline(method, batches, method.settings.accumulation, device, weights, snapshot)
+    name = "ledger" if options.ledger else "profile"
+    (output / f"{name}.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
+    (output / f"{name}.md").write_text(markdown(document), encoding="utf-8")
+    _print(document)
+    print("\n".join(str(path) for path in sorted(output.iterdir())))
+    return DONE
+
+
+# ---- what runs ----
+
+
+def _checked(options: argparse.Namespace) -> torch.device:
+    """The device, if everything that was asked for exists. Fills in what was left open."""
+    if options.method not in BASELINES:
+        hint = did_you_mean(options.method, BASELINES)
+        raise UserError(f"unknown method {options.method!r}.{hint} Known: {', '.join(BASELINES)}.")
+    try:
+        model_config(options.model)
+    except ValueError as error:
+        known = (*SMALL_SHAPES, *MODELS)
+        hint = did_you_mean(options.model, known)
+        raise UserError(f"unknown model {options.model!r}.{hint} Known: {', '.join(known)}.") from error
+    try:
+        device = torch.device(options.device or ("cuda:0" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise UserError(f"--device {options.device}: not a device; give cpu or cuda:0.") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {options.device}: only cpu and cuda can be profiled.")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device {options.device}: no CUDA device is visible. Use --device cpu.")
+    options.steps = options.steps or (LEDGER_STEPS if options.ledger else 3)
+    if min(options.steps, options.batch, options.inner_steps, options.accumulation) < 1 or options.length < 2:
+        raise UserError("steps, batch, inner_steps and accumulation must be at least 1 and length at least 2.")
+    if not 0 < options.delta <= 1:
+        raise UserError(f"--delta {options.delta}: a share of the model above 0 and at most 1.")
+    options.device = str(device)
+    return device
+
+
+def _workload(options: argparse.Namespace, device: torch.device) -> tuple[Method, Iterator[Tensor]]:
+    """The method on its model, and its batches."""
+    missing = BASELINES[options.method].missing()
+    if missing is not None:
+        raise UserError(f"{options.method}: {missing}")
+    model = build_model(options.model, device, checkpointing=options.checkpointing)
+    _, loss = make_loss(model, device)
+    settings = Settings(
+        delta=options.delta,
+        # a profile's rounds are as long as the profile, so that any such stretch of steps holds one switch
+        inner_steps=options.inner_steps if options.ledger else options.steps,
+        # an update inside the backward pass knows no global norm to clip
+        max_grad_norm=None if options.method == "misa-backward" else options.max_grad_norm or None,
+        accumulation=options.accumulation,
+    )
+    try:
+        method = build(options.method, model, loss, settings)
+    except Unavailable as error:
+        raise UserError(f"{options.method}: {error}") from error
+    return method, token_batches(method.model, options.batch, options.length, device)
+
+
+def _ledger(method: Method, batches: Iterator[Tensor], steps: int) -> dict[str, Any]:
+    from misa_engine import MISA
+
+    if not isinstance(method.optimizer, MISA):
+        raise UserError(f"--ledger compares MISA with its floor; {method.name} is not MISA. Leave --ledger out.")
+    return overhead(method.model, method.loss, method.optimizer, batches, steps)
+
+
+# ---- a profile ----
+
+
+class _Marks:
+    """One record_function range at a time, from mark to mark."""
+
+    def __init__(self) -> None:
+        self._open = ExitStack()
+
+    def __call__(self, phase: str | None) -> None:
+        self._open.close()
+        if phase is not None:
+            self._open.enter_context(_range(phase))
+
+
+def _range(label: str) -> Any:
+    return record_function(f"{PREFIX}{label}")
+
+
+def profile_method(
+    method: Method, batches: Iterator[Tensor], steps: int, inner_steps: int, trace_file: Path
+) -> dict[str, Any]:
+    """Profile ``steps`` steps of a method, one switch among them, after a warm-up of a round.
+
+    Args:
+        method: what trains; a round of it is ``steps`` steps long.
+        batches: endless token ids (batch, length).
+        steps: profiled steps.
+        inner_steps: steps over which the cost of a switch is spread in the overhead.
+        trace_file: where the trace goes; its name ends in .json.gz.
+
+    Returns:
+        ``results``, a row a phase, and ``summary``.
+    """
+    first = next(batches)
+    cuda = first.device.type == "cuda"
+    marks = _Marks()
+
+    def one_step() -> None:
+        marks("data")
+        micro_batches = [next(batches) for _ in range(method.settings.accumulation)]
+        method.step(micro_batches, lambda phase: marks(MARKS[phase]))
+        marks(None)
+
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    with annotate(method.optimizer, _range):
+        for _ in range(max(2, steps)):
+            one_step()
+        synchronize(first.device)
+        with profile(activities=activities, record_shapes=True, profile_memory=True) as profiler:
+            one_step()  # the profiler's own first time
+            synchronize(first.device)
+            before = method.switches()
+            with record_function(WINDOW):
+                for _ in range(steps):
+                    one_step()
+                with _range("rest (wait)"):
+                    synchronize(first.device)
+            switches = method.switches() - before
+    profiler.export_chrome_trace(str(trace_file))
+    with gzip.open(trace_file, "rt", encoding="utf-8") as file:
+        trace = json.load(file)
+    shapes = {tuple(p.shape) for p in method.model.parameters() if p.dim() == 2}
+    seconds, costs = account(trace, cuda=cuda, tokens=first.numel(), weight_shapes=shapes)
+    return {
+        "results": [_row(phase, costs[phase], seconds, steps) for phase in PHASES],
+        "summary": summary(seconds, costs, steps, switches, inner_steps) | {"method": method.name, "cuda": cuda},
+    }
+
+
+def _row(phase: str, cost: Cost, seconds: float, steps: int) -> dict[str, Any]:
+    return {
+        "phase": phase,
+        "time_s": cost.time_s / steps,
+        "share": cost.time_s / seconds,
+        "allocated_bytes": cost.allocated_bytes // steps,
+        "peak_bytes": cost.peak_bytes,
+        "launches": cost.launches / steps,
+        "host_reads": cost.host_reads / steps,
+    }
+
+
+def summary(
+    seconds: float, costs: Mapping[str, Cost], steps: int, switches: int, inner_steps: int
+) -> dict[str, float | int]:
+    """The numbers of a whole step.
+
+    Returns:
+        ``step_s`` as profiled; ``overhead``, the share of hooks, norm, update and 1/T of a switch in a step that holds
+        1/T of a switch; launches and host reads of a whole step, of the optimizer inside a round and of a switch.
+    """
+    switch = costs["switch"]
+    own = [costs[phase] for phase in OWN if phase != "switch"]
+    switch_share_s = switch.time_s / switches / inner_steps if switches else 0.0
+    own_s = sum(cost.time_s for cost in own) / steps + switch_share_s
+    step_s = (seconds - switch.time_s) / steps + switch_share_s
+    return {
+        "steps": steps,
+        "switches": switches,
+        "inner_steps": inner_steps,
+        "step_s": seconds / steps,
+        "overhead": own_s / step_s,
+        "launches_a_step": sum(cost.launches for cost in costs.values()) / steps,
+        "own_launches_a_step": sum(cost.launches for cost in own) / steps,
+        "host_reads_a_step": sum(cost.host_reads for cost in costs.values()) / steps,
+        "own_host_reads_a_step": sum(cost.host_reads for cost in own) / steps,
+        "host_reads_a_switch": switch.host_reads / switches if switches else 0.0,
+        "peak_bytes": max(cost.peak_bytes for cost in costs.values()),
+    }
+
+
+# ---- what is shown ----
+
+
+def _lines(document: Mapping[str, Any]) -> list[str]:
+    """The few numbers below the table."""
+    if "ledger" in document:
+        one = document["ledger"]
+        return [
+            f"floor {1e3 * one['floor_s']:.2f} ms, MISA {1e3 * one['misa_s']:.2f} ms: overhead {one['overhead']:+.2%}",
+            f"medians of {one['steps']} alternating steps each; a switch takes {1e3 * one['switch_s']:.2f} ms, "
+            f"1/{one['inner_steps']} of it counts",
+        ]
+    one = document["summary"]
+    launches, reads = ("kernel launches", "synchronising calls") if one["cuda"] else ("operators", "host reads")
+    return [
+        f"{one['steps']} steps, {one['switches']} switch(es), {1e3 * one['step_s']:.2f} ms a step under the profiler "
+        f"({'device' if one['cuda'] else 'CPU'} time by phase)",
+        f"the optimizer's own share of a step: {one['overhead']:.2%} (hooks, clip/norm, update and 1/"
+        f"{one['inner_steps']} of a switch)",
+        f"{launches} a step: {one['launches_a_step']:.0f}, of these the optimizer's {one['own_launches_a_step']:.0f}",
+        f"{reads} a step: {one['host_reads_a_step']:.1f}, of these the optimizer's {one['own_host_reads_a_step']:.1f}; "
+        f"a switch: {one['host_reads_a_switch']:.0f}",
+    ]
+
+
+def _cells(document: Mapping[str, Any]) -> tuple[Sequence[str], list[list[str]]]:
+    if "ledger" in document:
+        one = document["ledger"]
+        rows = [[part, f"{1e3 * s:.3f}", f"{s / one['floor_s']:.2%}"] for part, s in one["parts"].items()]
+        return ("part", "ms a step", "of the floor"), rows
+    return HEADINGS, [
+        [
+            row["phase"],
+            f"{1e3 * row['time_s']:.3f}",
+            f"{row['share']:.1%}",
+            f"{row['allocated_bytes'] / MIB:.1f}",
+            f"{row['peak_bytes'] / MIB:.1f}",
+            f"{row['launches']:.0f}",
+            f"{row['host_reads']:.1f}",
+        ]
+        for row in document["results"]
+    ]
+
+
+def _title(document: Mapping[str, Any]) -> str:
+    settings = document["settings"]
+    return (
+        f"{settings['method']} on {settings['model']}, {settings['batch']} x {settings['length']} tokens, "
+        f"checkpointing {'on' if settings['checkpointing'] else 'off'}"
+    )
+
+
+def markdown(document: Mapping[str, Any]) -> str:
+    """The page of a profile or a ledger."""
+    headings, rows = _cells(document)
+    facts = document["environment"]
+    table = [f"| {' | '.join(cells)} |" for cells in (headings, ["---"] * len(headings), *rows)]
+    origin = f"{facts['hardware']}, torch {facts['versions']['torch']}, {facts['date']}, `{facts['command']}`"
+    return "\n".join([f"# {_title(document)}", "", origin, "", *table, "", *(f"- {x}" for x in _lines(document)), ""])
+
+
+def _print(document: Mapping[str, Any]) -> None:
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ModuleNotFoundError:
+        print(markdown(document))
+        return
+    console = Console()
+    if not console.is_terminal:  # a log: rich would squeeze everything into 80 columns
+        console = Console(width=160)
+    headings, rows = _cells(document)
+    table = Table(title=_title(document))
+    for place, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if place else "left")
+    for cells in rows:
+        table.add_row(*cells)
+    console.print(table)
+    print("\n".join(_lines(document)))
+
+
+def _parser() -> argparse.ArgumentParser:
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> Any:
+            raise UserError(f"misa profile: {message}. See misa profile --help.")
+
+    parser = Parser(prog="misa profile", usage=USAGE, description=__doc__, allow_abbrev=False)
+    add = parser.add_argument
+    add("--model", required=True, help="configuration with random weights, such as llama-3-8b or tiny")
+    add("--output", required=True, metavar="DIR", help="where the trace, the JSON and the page go")
+    add("--method", default="misa", help=f"one of {', '.join(BASELINES)} (default: misa)")
+    add("--ledger", action="store_true", help="MISA against the same passes without an optimizer, in turns")
+    add("--length", type=int, default=512, help="tokens of a sequence (default: 512)")
+    add("--batch", type=int, default=1, help="sequences of a micro-batch (default: 1)")
+    add("--accumulation", type=int, default=1, help="micro-batches of a profiled step (default: 1)")
+    add("--steps", type=int, help=f"profiled steps (default: 3; with --ledger pairs of steps: {LEDGER_STEPS})")
+    add("--inner_steps", type=int, default=50, help="steps over which a switch is spread (default: 50)")
+    add("--delta", type=float, default=0.03, help="share that trains at a time (default: 0.03)")
+    add("--max_grad_norm", type=float, default=1.0, help="clip the global norm, 0 does not (default: 1)")
+    add("--checkpointing", nargs="?", const=True, default=True, type=_truth, metavar="BOOL",
+        help="recompute activations (default: on)")  # fmt: skip
+    add("--device", help="cpu or cuda:0 (default: cuda:0 where there is one)")
+    return parser
+
+
+def _truth(text: str) -> bool:
+    if text.lower() in ("true", "yes", "1", "on"):
+        return True
+    if text.lower() in ("false", "no", "0", "off"):
+        return False
+    raise argparse.ArgumentTypeError(f"true or false, not {text!r}")

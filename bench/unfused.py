@@ -1,0 +1,147 @@
+"""MISA in the published code's way of working, in plain PyTorch: what our engine is measured against.
+
+The method is that of the row ``misa``: partition, budget, sampling rule, inner steps, AdamW, backward pass cut at the
+lowest active matrix. What differs is how it is carried out:
+
+- At each switch every incoming matrix gets a float32 clone, and the clones a new AdamW without fused or foreach code.
+- At each step every gradient is copied to float32, and every weight is copied back from its clone.
+- Norms are read tensor by tensor on the host, one synchronisation each, after clipping.
+- ``empty_cache()`` at each switch.
+
+Not carried over: the published code keeps the moments of each matrix it ever visited on the device (memory grows for
+the whole run); here they begin anew with each round. A matrix that is drawn again begins anew, too, where ``misa``
+lets it keep its moments, and a leaving bf16 matrix stays rounded to nearest. No step is skipped for a non-finite gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from misa_engine.bench.method import Loss, Method, Settings, Unavailable
+from torch import nn
+
+from misa_engine.config import MisaConfig
+from misa_engine.partition import check_budget, partition
+from misa_engine.sampling import ImportanceTracker
+
+
+class UnfusedMISA(torch.optim.Optimizer):
+    """MISA step by step with clones, copies and an eager AdamW.
+
+    Args:
+        model: its inactive parameters do not require gradients afterwards.
+        config: everything that chooses what trains, and AdamW's numbers.
+
+    Attributes:
+        round: switches so far.
+        active: names of the matrices that train now.
+    """
+
+    def __init__(self, model: nn.Module, config: MisaConfig) -> None:
+        self.config = config
+        self._parts = partition(
+            model,
+            config.granularity,
+            always_train=config.always_train,
+            frozen=config.frozen,
+            include_outside=config.include_outside,
+            family=config.family,
+        )
+        self._weights = dict(model.named_parameters())
+        self._tracker = ImportanceTracker(
+            [unit.numel for unit in self._parts.units], check_budget(self._parts, config.delta), config
+        )
+        super().__init__(list(self._weights.values()), {"lr": config.lr})
+        self.round, self._steps = 0, 0
+        self._begin_round()
+
+    def _begin_round(self) -> None:
+        """Draw, clone what comes in, and make a new AdamW for the clones."""
+        units = [self._parts.units[index] for index in self._tracker.draw()]
+        self.active = [*(name for unit in units for name in unit.params), *self._parts.always]
+        for name, weight in self._weights.items():
+            weight.requires_grad_(name in self.active)
+            weight.grad = None
+        self.clones = {
+            name: nn.Parameter(self._weights[name].detach().to(torch.float32, copy=True)) for name in self.active
+        }
+        self.adamw = torch.optim.AdamW(
+            self.clones.values(),
+            lr=self.config.lr,
+            betas=self.config.betas,
+            eps=self.config.eps,
+            weight_decay=self.config.weight_decay,
+            foreach=False,
+            fused=False,
+        )
+        self._steps = 0
+        self._norm_sums = [0.0] * len(units)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        """Update the active matrices from their gradients; the last step of a round switches."""
+        squares = {}
+        for name, clone in self.clones.items():
+            gradient = self._weights[name].grad
+            clone.grad = torch.zeros_like(clone) if gradient is None else gradient.to(torch.float32, copy=True)
+            squares[name] = clone.grad.norm().item() ** 2
+        self._measure(squares)
+        for group in self.adamw.param_groups:
+            group["lr"] = self.param_groups[0]["lr"]
+        self.adamw.step()
+        self.adamw.zero_grad(set_to_none=True)
+        for name, clone in self.clones.items():
+            self._weights[name].copy_(clone)
+        self._steps += 1
+        if self._steps == self._tracker.round_length:
+            self._tracker.update(self._norm_sums, [self._steps] * len(self._norm_sums))
+            self.clones.clear()
+            del self.adamw
+            self._begin_round()
+            self.round += 1
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def _measure(self, squares: dict[str, float]) -> None:
+        """Add this step's ‖g‖² of each unit, or its root where the score is made of norms."""
+        for slot, index in enumerate(self._tracker.active):
+            square = sum(squares[name] for name in self._parts.units[index].params)
+            self._norm_sums[slot] += square if self.config.score == "mean_square" else square**0.5
+
+    def bytes_by_category(self) -> dict[str, int]:
+        """What it holds between a backward pass and the end of the step: gradients twice, clones, moments."""
+        clones = sum(clone.nbytes for clone in self.clones.values())
+        gradients = sum(self._weights[name].nbytes for name in self.active)
+        return {
+            "gradients": gradients + clones,
+            "master_weights": clones,
+            "first_moment": clones,
+            "second_moment": clones,
+            "scales_and_tables": 4 * len(self.clones),  # AdamW's step counters
+        }
+
+
+def unfused_misa(model: nn.Module, loss: Loss, settings: Settings) -> Method:
+    """The row ``unfused-misa``, with the options of the row ``misa``."""
+    options = {
+        "lr": settings.lr,
+        "delta": settings.delta,
+        "inner_steps": settings.inner_steps,
+        "seed": settings.seed,
+        "cold_start": "none",
+        **settings.misa,
+    }
+    try:
+        config = MisaConfig.from_dict(options)
+        plain = MisaConfig(closing_momentum=False, bias_correction=True)
+        for option in ("update_in", "state_dtype", "closing_momentum", "bias_correction", "parameter_groups"):
+            if getattr(config, option) != getattr(plain, option):
+                raise ValueError(f"unfused-misa has no {option}={getattr(config, option)!r}")
+        optimizer = UnfusedMISA(model, config)
+    except ValueError as error:
+        raise Unavailable(f"unsupported: {error}") from error
+    return Method(
+        "unfused-misa", model, loss, optimizer, settings, optimizer.bytes_by_category, switches=lambda: optimizer.round
+    )  # fmt: skip

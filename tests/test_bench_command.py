@@ -1,0 +1,216 @@
+"""``misa bench``: what is run, what the results hold, what is refused. Cases run in this process, on tiny shapes."""
+
+import json
+
+import pytest
+import torch
+from misa_engine.bench import suite
+from misa_engine.bench.cases import run_case
+from misa_engine.bench.compare import by_phase
+from misa_engine.bench.corpus import documents, rows
+from misa_engine.bench.suite import Bench, best_loss, loss_cases, merge
+
+from misa_engine.cli import main
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+FIELDS = ("method", "step_time_s", "tokens_per_s", "peak_bytes", "trainable_parameters", "heldout_loss", "status")
+
+
+class Here:
+    """Runs cases in this process."""
+
+    def run(self, case, timeout_s):
+        found = []
+        run_case(case, lambda row: found.append(json.loads(json.dumps(row))))
+        return found[-1]
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def here(monkeypatch):
+    monkeypatch.setattr(suite, "make_processes", lambda kind, device: Here())
+
+
+@pytest.fixture
+def results(here, tmp_path, capsys):
+    def get(*words):
+        code = main(["bench", *words, "--preset", "quick", "--output", str(tmp_path / "out")])
+        return code, json.loads((tmp_path / "out" / "results.json").read_text()), capsys.readouterr().out
+
+    return get
+
+
+def test_all_gives_one_complete_result_a_method_with_page_and_pictures(results, tmp_path):
+    code, document, printed = results("all", "--methods", "adamw,uniform,misa,misa-int8")
+    assert code == 0
+    assert [row["method"] for row in document["results"]] == ["adamw", "uniform", "misa", "misa-int8"]
+    for row in document["results"]:
+        assert set(FIELDS) <= set(row) and row["status"] == "ok"
+        assert set(row["step_time_s"]) == {"median", "p20", "p80"} and row["tokens_per_s"] > 0
+        assert row["timed_steps"] >= 8 and row["peak_bytes"] > 0 and 0 < row["heldout_loss"] < 7
+        assert {"forward", "backward", "step", "switch"} <= set(row["phases_s"])
+        points = row["curve"]
+        assert [point["tokens"] for point in points] == sorted(point["tokens"] for point in points)
+        assert points[0]["seconds"] == 0 < points[-1]["seconds"] and points[-1]["heldout_loss"] == row["heldout_loss"]
+    adamw, _, misa, eight = document["results"]
+    assert adamw["curve"][0]["heldout_loss"] == misa["curve"][0]["heldout_loss"]  # the same base model
+    assert misa["trainable_parameters"] < 0.1 * adamw["trainable_parameters"]
+    assert misa["timed_switches"] >= 1 and "overhead" in misa and "overhead" not in adamw
+    assert eight["optimizer_bytes"]["first_moment"] * 4 == misa["optimizer_bytes"]["first_moment"]
+    assert {"hardware", "versions", "commit", "command", "date"} <= set(document["environment"])
+    page = (tmp_path / "out" / "results.md").read_text()
+    for name in ("time_and_memory.png", "phases.png", "loss.png"):
+        assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG") and name in page
+    assert "misa-int8" in page and "misa-int8" in printed
+    before = page
+    assert main(["bench", "--render", str(tmp_path / "out" / "results.json")]) == 0
+    assert (tmp_path / "out" / "results.md").read_text() == before
+
+
+def test_a_method_that_cannot_run_is_a_row_and_the_others_still_run(results, monkeypatch):
+    monkeypatch.setattr("misa_engine.bench.baselines.installed", lambda module: module != "badam")
+    code, document, printed = results("throughput", "--methods", "badam,misa")
+    assert code == 0
+    status = {row["method"]: row["status"] for row in document["results"]}
+    assert status == {"badam": "missing: pip install badam", "misa": "ok"}
+    assert "missing: pip install badam" in printed
+
+
+def test_out_of_memory_is_a_row(results, monkeypatch):
+    from misa_engine.bench.baselines import Method
+
+    whole = Method.step
+
+    def step(self, *args, **kwargs):
+        if self.name == "adamw":
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return whole(self, *args, **kwargs)
+
+    monkeypatch.setattr(Method, "step", step)
+    _, document, _ = results("throughput", "--methods", "adamw,misa")
+    assert [row["status"] for row in document["results"]] == ["out of memory", "ok"]
+
+
+def test_every_method_sees_the_same_tokens_in_the_same_order(here, monkeypatch):
+    from misa_engine.bench.baselines import Method
+
+    seen = {}
+    whole = Method.step
+
+    def step(self, micro_batches, *args):
+        seen.setdefault(self.name, []).extend(micro_batches)
+        return whole(self, micro_batches, *args)
+
+    monkeypatch.setattr(Method, "step", step)
+    bench = Bench(**{**suite.PRESETS["quick"], "methods": ("adamw", "misa"), "suite": "throughput"})
+    for case in suite.throughput_cases(bench):
+        Here().run(case, 60)
+    n = min(map(len, seen.values()))
+    assert n >= bench.warm_up + bench.steps
+    assert all(torch.equal(a, b) for a, b in zip(seen["adamw"][:n], seen["misa"][:n], strict=True))
+
+
+def test_the_floor_changes_no_weight_and_no_slot(monkeypatch):
+    from misa_engine.bench import compare
+    from misa_engine.bench.baselines import Settings, build
+    from misa_engine.bench.workload import build_model, make_loss
+
+    device = torch.device("cpu")
+    model = build_model("tiny", device, checkpointing=False)
+    method = build("misa", model, make_loss(model, device, "plain")[1], Settings(delta=0.1))
+    ids = torch.randint(3, 200, (2, 32))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with compare._without_engine(method.optimizer):
+        compare._forward_backward(method, [ids, ids])
+    assert not method.optimizer.arena.grad.any()
+    assert all(torch.equal(before[name], p) and p.grad is None for name, p in model.named_parameters())
+    method.step([ids])
+    assert any(not torch.equal(before[name], p) for name, p in model.named_parameters())
+
+
+# ---- parts ----
+
+
+def test_a_switch_is_what_its_step_takes_longer_than_the_others():
+    phases = [{"forward": 1.0, "step": 2.0}, {"forward": 1.2, "step": 2.2}, {"forward": 1.1, "step": 5.1}]
+    found = by_phase(phases, [False, False, True])
+    assert found == {"forward": pytest.approx(1.1), "step": pytest.approx(2.1), "switch": pytest.approx(3.0)}
+
+
+def test_each_method_counts_with_its_best_learning_rate():
+    def row(lr, loss, status="ok"):
+        curve = [{"step": 1, "tokens": 1, "seconds": 1.0, "heldout_loss": loss}]
+        return {"status": status, "settings": {"lr": lr}, "heldout_loss": loss, "curve": curve}
+
+    runs = [
+        row(1e-3, 2.0),
+        row(1e-3, 2.4),
+        row(1e-3, 2.2),
+        row(1e-2, float("nan")),
+        row(3e-3, 2.3),
+        row(1e-4, 0, "failed"),
+    ]
+    best = best_loss(runs)
+    assert best["lr"] == 1e-3 and best["heldout_loss"] == 2.2 and best["heldout_loss_spread"] == [2.0, 2.4]
+    assert best["curve"][0]["heldout_loss"] == 2.2
+    assert best_loss([row(1e-3, 0, "out of memory")]) == {"heldout_loss": None, "loss_status": "out of memory"}
+
+
+def test_loss_cases_cover_methods_rates_and_seeds(tmp_path):
+    bench = Bench(methods=("adamw", "misa"), lrs=(1e-3, 1e-2), seeds=2)
+    cases = loss_cases(bench, tmp_path / "base")
+    assert len({case.name for case in cases}) == len(cases) == 8
+    assert {case.start_from for case in cases} == {str(tmp_path / "base")}
+    assert merge(bench, []) == []
+
+
+@pytest.mark.parametrize("source", ["stdlib", "arithmetic"])
+def test_held_out_text_is_from_other_documents(source):
+    train, held_out = rows(source, 64, seed=1)
+    assert train.shape[1] == held_out.shape[1] == 64 and len(train) > 5 * len(held_out) > 0
+    assert int(train.min()) >= 3 and int(train.max()) < 259
+    again, _ = rows(source, 64, seed=1)
+    assert torch.equal(train, again)
+    other = rows(source, 64, seed=2)[0][: len(train)]
+    assert not torch.equal(other, train[: len(other)])
+
+
+def test_arithmetic_is_right():
+    for line in documents("arithmetic")[0].splitlines()[:50]:
+        problem, answer = line.split("=")
+        assert eval(problem) == int(answer)  # noqa: S307  (our own digits and signs)
+
+
+# ---- what is refused ----
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["thruput", "--output", "x"], "Did you mean throughput?"),
+        (["--preset", "quik", "--output", "x"], "Did you mean quick?"),
+        (["--methods", "misa,lorra", "--output", "x"], "Did you mean lora?"),
+        (["--model", "llama-90", "--output", "x"], "Did you mean llama-90m?"),
+        (["--device", "cuda:0", "--output", "x"], "no CUDA device"),
+        (["--data", "/nowhere.txt", "--output", "x"], "neither stdlib, arithmetic nor a readable text file"),
+        (["--steps", "0", "--output", "x"], "at least 1"),
+        (["--stepz", "3", "--output", "x"], "--stepz"),
+        (["--preset", "quick"], "--output"),
+        (["--render", "/nowhere.json"], "nowhere.json"),
+    ],
+    ids=str,
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device changes what is refused")
+def test_bad_input_gets_one_line_before_anything_runs(here, capsys, words, text):
+    assert main(["bench", *words]) == 2
+    error = capsys.readouterr().err
+    assert text in error and error.count("\n") == 1
+
+
+def test_older_results_are_not_overwritten_in_silence(tmp_path, capsys):
+    (tmp_path / "results.json").write_text("{}")
+    assert main(["bench", "--preset", "quick", "--output", str(tmp_path)]) == 2
+    assert "--overwrite" in capsys.readouterr().err and (tmp_path / "results.json").read_text() == "{}"
