@@ -18,8 +18,9 @@ USAGE = """misa bench memory|throughput|loss|all --output DIR [--preset cpu] [op
 def run(words: list[str]) -> int:
     """The whole command; returns its exit code."""
     options = _parser().parse_args(words)
+    into = Path(options.into) if options.into else None
     if options.render:
-        return _render(Path(options.render))
+        return _render(Path(options.render), into)
     bench = settings_of(options)
     if not options.output:
         raise UserError("misa bench needs --output DIR, where results.json, the page and the pictures go.")
@@ -29,7 +30,7 @@ def run(words: list[str]) -> int:
     from misa_engine.bench.suite import run_bench
 
     run_bench(bench, output, lambda line: print(line, flush=True))
-    return _render(output / "results.json")
+    return _render(output / "results.json", into)
 
 
 def settings_of(options: argparse.Namespace) -> Any:
@@ -78,8 +79,8 @@ def settings_of(options: argparse.Namespace) -> Any:
     return bench
 
 
-def _render(path: Path) -> int:
-    """Tables, page and pictures from a stored run."""
+def _render(path: Path, into: Path | None = None) -> int:
+    """Tables, page and pictures from a stored run; ``into`` gets the page between its markers."""
     from misa_engine.bench import page
 
     try:
@@ -87,12 +88,19 @@ def _render(path: Path) -> int:
         drawn = page.pictures(document, path.parent)
     except OSError as error:
         raise UserError(f"--render {path}: {error}") from error
-    except (json.JSONDecodeError, KeyError) as error:
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise UserError(f"--render {path} is not the results.json of misa bench: {error!r}") from error
     except ModuleNotFoundError as error:
         drawn = []
         print(f"no pictures: {error}; pip install 'misa_engine[bench]'", file=sys.stderr)
-    (path.parent / "results.md").write_text(page.markdown(document, drawn), encoding="utf-8")
+    (path.parent / "results.md").write_text(
+        page.markdown(document, [Path(name.name) for name in drawn]), encoding="utf-8"
+    )
+    if into is not None:
+        try:
+            page.insert(document, drawn, into)
+        except (OSError, ValueError) as error:
+            raise UserError(f"--into {into}: {error}") from error
     page.print_tables(document)
     print("\n".join(str(name) for name in (path, path.parent / "results.md", *drawn)))
     return DONE
@@ -109,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", metavar="DIR", help="where results.json, results.md and pictures go")
     add("--overwrite", action="store_true", help="replace the results in DIR")
     add("--render", metavar="FILE", help="only draw tables and pictures of a stored results.json")
+    add("--into", metavar="FILE.md", help="also put the page between the markers in this file, as in README.md")
     add("--preset", help="cpu, quick, gpu or gpu-8b (default: gpu where there is one, else cpu)")
     add("--methods", type=lambda text: tuple(text.split(",")), metavar="A,B", help="methods, separated by commas")
     add("--model", help="configuration for time and memory, random weights")

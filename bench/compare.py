@@ -6,15 +6,17 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
 from misa_engine.bench.baselines import Method
 from misa_engine.bench.corpus import batches, rows
+from misa_engine.bench.ledger import overhead
 from misa_engine.bench.measure import memory_counters, spread, synchronize
 from torch import Tensor
+
+from misa_engine import MISA
 
 if TYPE_CHECKING:
     from misa_engine.bench.cases import Case
@@ -69,8 +71,8 @@ def throughput(case: Case, method: Method, device: torch.device, row: dict[str, 
     if device.type != "cpu":
         at_switch, phases = _marked_steps(case, method, device, stream)
     row["phases_s"] = by_phase(phases, at_switch)
-    if case.method.startswith("misa") and getattr(method.optimizer._intake, "_gemm", None):  # type: ignore[attr-defined]
-        row["overhead"] = _overhead(case, method, device, stream)
+    if isinstance(method.optimizer, MISA) and case.method.startswith("misa"):
+        row["overhead"] = overhead(method.model, method.loss, method.optimizer, stream, max(10, case.inner_steps))
     report(row)
 
 
@@ -99,39 +101,6 @@ def by_phase(found: list[dict[str, float]], switched: list[bool]) -> dict[str, f
     switches = [phases.get("step", 0.0) for phases, at_switch in zip(found, switched, strict=True) if at_switch]
     result["switch"] = max(0.0, statistics.median(switches) - result.get("step", 0.0)) if switches else 0.0
     return result
-
-
-def _overhead(case: Case, method: Method, device: torch.device, stream: Iterator[Tensor]) -> dict[str, Any]:
-    """MISA's step against the floor: the same forward and backward with the same active set, and no optimizer at all.
-
-    Whole steps and floor steps alternate, so that whatever else the machine does meets both.
-    """
-    whole, floor = [], []
-    for _ in range(max(10, case.inner_steps)):
-        micro_batches = list(islice(stream, case.accumulation))
-        with _without_engine(method.optimizer):
-            floor.append(_timed(lambda batch=micro_batches: _forward_backward(method, batch), device))
-        whole.append(_timed(lambda batch=micro_batches: method.step(batch), device))
-    differences = [step / alone - 1 for step, alone in zip(whole, floor, strict=True)]
-    return {"floor_s": spread(floor), "step_s": spread(whole), "overhead": statistics.median(differences)}
-
-
-@contextmanager
-def _without_engine(optimizer: Any) -> Iterator[None]:
-    """Let gradients of the active matrices be dropped as autograd makes them; slots and weights stay untouched."""
-    intake = optimizer._intake
-    intake._arrived = lambda name, index, parameter: setattr(parameter, "grad", None)
-    intake._gemm.bind(())
-    try:
-        yield
-    finally:
-        del intake._arrived
-        intake._gemm.bind(optimizer.arena.names)
-
-
-def _forward_backward(method: Method, micro_batches: list[Tensor]) -> None:
-    for ids in micro_batches:
-        (method.loss(ids) / len(micro_batches)).backward()
 
 
 def held_out_loss(case: Case, method: Method, device: torch.device, row: dict[str, Any], report: Report) -> None:

@@ -20,7 +20,10 @@ import torch
 from misa_engine.runstats import peak_memory_bytes, resident_bytes
 
 #: Distributions whose versions a reader needs; those that are not installed are listed as None.
-PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "badam", "liger-kernel", "misa_engine")
+PACKAGES = (
+    "torch", "triton", "transformers", "peft", "bitsandbytes", "badam", "galore-torch", "torch-optimi", "lomo-optim",
+    "flashoptim", "torchao", "liger-kernel", "misa_engine",
+)  # fmt: skip
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,7 +58,7 @@ def phase_table(document: Mapping[str, Any]) -> list[list[str]]:
         phases = row.get("phases_s")
         if phases:
             times = [f"{1e3 * phases[name]:,.1f}" if name in phases else "-" for name in PHASES]
-            over = f"{row['overhead']['overhead']:+.1%}" if row.get("overhead") else "-"
+            over = f"{row['overhead']['overhead_of_pairs']:+.1%}" if row.get("overhead") else "-"
             lines.append([row["method"], *times, over])
     return lines
 
@@ -95,12 +96,32 @@ def markdown(document: Mapping[str, Any], pictures: Sequence[Path] = ()) -> str:
         lines += [
             "",
             "Time by phase. *Over the floor*: a MISA step against the same forward and backward with the same active "
-            "matrices and no optimizer, alternating; median of the ratios.",
+            "matrices and no optimizer, in turns; median of the pairs, with a step's share of a switch.",
             "",
             *_lines(PHASE_HEADINGS, phases),
         ]
-    lines += [""] + [f"![{path.stem}]({path.name})" for path in pictures]
+    lines += [""] + [f"![{path.stem}]({path.as_posix()})" for path in pictures]
     return "\n".join(lines).rstrip() + "\n"
+
+
+#: Between these lines of a Markdown file ``insert`` puts the page.
+BEGIN, END = "<!-- misa bench: begin -->", "<!-- misa bench: end -->"
+
+
+def insert(document: Mapping[str, Any], pictures: Sequence[Path], target: Path) -> None:
+    """Replace what stands between the markers of ``target`` by the page, with pictures linked from there.
+
+    Raises:
+        ValueError: the file has no markers; nothing is written then.
+    """
+    text = target.read_text(encoding="utf-8")
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{target} has no lines {BEGIN} and {END}, between which the page goes")
+    links = [Path(os.path.relpath(path, target.parent)) for path in pictures]
+    body = markdown(document, links).partition("\n")[2].strip()
+    target.write_text(f"{before}{BEGIN}\n\n{body}\n\n{END}{after}", encoding="utf-8")
 
 
 def print_tables(document: Mapping[str, Any]) -> None:

@@ -12,7 +12,8 @@
 
 How dW is told from dX: a GEMM inside ``GemmGradients.write`` is dW. In autograd's own nodes the weight of a linear
 layer is ``mat2``, whose gradient ``MmBackward0`` computes first of two and ``AddmmBackward0`` second. A node with a
-single GEMM makes dW if the weight's transposition, made just before it in the forward pass, has a backward node; or, for weights stored without transposition, if the result has the shape of a weight and no side as long as the tokens are
+single GEMM makes dW if the weight's transposition, made just before it in the forward pass, has a backward node; or,
+for weights stored without transposition, if the result has the shape of a weight and no side as long as the tokens are
 many. Gradients of norm weights and biases are sums that count for dX.
 """
 

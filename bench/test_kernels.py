@@ -8,10 +8,10 @@
     python -m misa_engine.bench.kernel_table bench/results/kernels_cpu.json      its tables as Markdown
 
 Times are medians with their IQR. GB/s are the bytes that the passes of a row must move (traffic.py) over its time, and
-the last column sets them against a copy of as many bytes in the same process. On a CPU that is shared, run with
-OMP_NUM_THREADS=1: with a thread on a core that something else uses, torch's own kernels wait for it (64 ms instead of 4
-at 4M parameters were seen), ours run in the calling thread. An update in place can beat a copy there, whose target lines are read before they are
-written. Compare commits only where the IQR is small.
+the last column sets them against a copy of as many bytes in the same process; on a CPU an update in place can beat that
+copy, whose target lines are read before they are written. On a CPU that is shared, run with OMP_NUM_THREADS=1: with a
+thread on a core that something else uses, torch's own kernels wait for it (64 ms instead of 4 at 4M parameters were
+seen), ours run in the calling thread. Compare commits only where the IQR is small.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ lowest active matrix. What differs is how it is carried out:
 
 Not carried over: the published code keeps the moments of each matrix it ever visited on the device (memory grows for
 the whole run); here they begin anew with each round. A matrix that is drawn again begins anew, too, where ``misa``
-lets it keep its moments, and a leaving bf16 matrix stays rounded to nearest. No step is skipped for a non-finite gradient.
+lets it keep its moments; a leaving bf16 matrix stays rounded to nearest; no step is skipped for a non-finite gradient.
 """
 
 from __future__ import annotations

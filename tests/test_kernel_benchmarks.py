@@ -90,7 +90,9 @@ def test_a_missing_package_and_a_missing_gpu_are_told_apart():
 
 def bench(*options):
     # one thread and no interpreter: the environment of the test that happened to come before does not count
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
+    # pytest-benchmark switches itself off inside a worker of pytest-xdist
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    environment = {**inherited, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
     command = [sys.executable, "-m", "pytest", "bench/", "--sizes", "20k", *options]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
