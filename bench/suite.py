@@ -35,7 +35,7 @@ class Bench:
     suite: str = "all"
     model: str = "llama-90m"
     """Of memory and throughput: random weights of a configuration."""
-    loss_model: str = "llama-8m"
+    loss_model: str = "llama-2m"
     """Of the loss curves, trained for real."""
     methods: tuple[str, ...] = METHODS
     device: str = "cpu"
@@ -57,10 +57,10 @@ class Bench:
     """Text of memory and throughput, and of the base model."""
     loss_data: str = "arithmetic"
     """What the loss curves learn, starting from the base model; another kind of text than it was trained on."""
-    loss_steps: int = 100
+    loss_steps: int = 80
     loss_batch: int = 8
     loss_delta: float = 0.1
-    """δ of the loss curves: a small model's largest matrix is 4% of it."""
+    """δ of the loss curves: a small model's largest matrix is 5% of it."""
     base_steps: int = 150
     base_lr: float = 2e-3
     lrs: tuple[float, ...] = (3e-4, 1e-3, 3e-3)

@@ -48,14 +48,14 @@ SMALL_SHAPES["llama-90m"] = {
     "num_key_value_heads": 12,
     "tie_word_embeddings": True,
 }
-SMALL_SHAPES["llama-8m"] = {
+SMALL_SHAPES["llama-2m"] = {
     "model_type": "llama",
     "vocab_size": 384,
-    "hidden_size": 320,
-    "intermediate_size": 864,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 5,
-    "num_key_value_heads": 5,
+    "hidden_size": 192,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 3,
 }
 #: Tokens whose logits exist at a time: 256 of a vocabulary of 128,256 are 0.13 GB in float32.
 LOSS_CHUNK = 256
