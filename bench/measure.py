@@ -38,10 +38,18 @@ def environment(device: torch.device) -> dict[str, Any]:
         "versions": {name: _version(name) for name in PACKAGES},
         "alloc_conf": os.environ.get("PYTORCH_ALLOC_CONF"),
         "commit": _output("git", "-C", str(folder), "describe", "--always", "--dirty"),
-        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "command": _command(),
         "date": time.strftime("%Y-%m-%d %H:%M"),
     }
     return facts
+
+
+def _command() -> str:
+    """What was typed, without the paths of this machine's Python and scripts."""
+    script, *words = sys.argv
+    module = sys.modules["__main__"].__spec__
+    name = f"python -m {module.name}" if module is not None and module.name else Path(script).name
+    return shlex.join([*name.split(), *words])
 
 
 def _hardware(device: torch.device) -> str:

@@ -18,7 +18,9 @@ HEADINGS = (
     "method", "trainable", "step s (p20-p80)", "of adamw", "tokens/s", "peak GiB", "of adamw", "held-out loss", "lr",
     "status",
 )  # fmt: skip
-PHASE_HEADINGS = ("method", "forward ms", "backward ms", "clip ms", "step ms", "switch ms", "over the floor")
+PHASE_HEADINGS = (
+    "method", "forward ms", "backward ms", "clip ms", "step ms", "switch ms", "own part", "over the floor",
+)  # fmt: skip
 
 
 def table(document: Mapping[str, Any]) -> list[list[str]]:
@@ -58,8 +60,10 @@ def phase_table(document: Mapping[str, Any]) -> list[list[str]]:
         phases = row.get("phases_s")
         if phases:
             times = [f"{1e3 * phases[name]:,.1f}" if name in phases else "-" for name in PHASES]
-            over = f"{row['overhead']['overhead_of_pairs']:+.1%}" if row.get("overhead") else "-"
-            lines.append([row["method"], *times, over])
+            ledger = row.get("overhead")
+            own = f"{sum(ledger['parts'].values()) / ledger['floor_s']:.1%}" if ledger else "-"
+            over = f"{ledger['overhead_of_pairs']:+.1%}" if ledger else "-"
+            lines.append([row["method"], *times, own, over])
     return lines
 
 
@@ -95,8 +99,10 @@ def markdown(document: Mapping[str, Any], pictures: Sequence[Path] = ()) -> str:
     if phases:
         lines += [
             "",
-            "Time by phase. *Over the floor*: a MISA step against the same forward and backward with the same active "
-            "matrices and no optimizer, in turns; median of the pairs, with a step's share of a switch.",
+            "Time by phase. *Own part*: the time inside MISA (arrival of gradients, norm, update, a step's share of a "
+            "switch) as a share of the floor, which is the same forward and backward with the same active matrices and "
+            "no optimizer. *Over the floor*: a whole MISA step against it, in turns, median of the pairs: on a machine "
+            "whose steps differ by 10% it is good to some percent only.",
             "",
             *_lines(PHASE_HEADINGS, phases),
         ]
