@@ -23,6 +23,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from misa_engine.cards import MODELS
 from misa_engine.errors import DONE, UserError, did_you_mean
+from misa_engine.plan_command import truth
 
 USAGE = "misa profile --model NAME --output DIR [--method NAME] [--length N] [--batch B] [--ledger] [options]"
 LEDGER_STEPS = 20
@@ -327,15 +328,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--inner_steps", type=int, default=50, help="steps over which a switch is spread (default: 50)")
     add("--delta", type=float, default=0.03, help="share that trains at a time (default: 0.03)")
     add("--max_grad_norm", type=float, default=1.0, help="clip the global norm, 0 does not (default: 1)")
-    add("--checkpointing", nargs="?", const=True, default=True, type=_truth, metavar="BOOL",
+    add("--checkpointing", nargs="?", const=True, default=True, type=truth, metavar="BOOL",
         help="recompute activations (default: on)")  # fmt: skip
     add("--device", help="cpu or cuda:0 (default: cuda:0 where there is one)")
     return parser
-
-
-def _truth(text: str) -> bool:
-    if text.lower() in ("true", "yes", "1", "on"):
-        return True
-    if text.lower() in ("false", "no", "0", "off"):
-        return False
-    raise argparse.ArgumentTypeError(f"true or false, not {text!r}")

@@ -6,6 +6,7 @@ parameter still requires gradients: a frozen one takes none, and hooks survive `
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 
 import torch
@@ -18,7 +19,7 @@ from misa_engine.kernels.norm import sum_of_squares
 NOT_ARRIVED = -1
 
 
-class GradientIntake:
+class GradientIntake(ABC):
     """Hooks on all trained parameters, active or not, and the check that they are still where they were.
 
     Args:
@@ -47,21 +48,21 @@ class GradientIntake:
         self._present = []
         self.forget()
 
+    @abstractmethod
     def forget(self) -> None:
         """Begin a new step: what has arrived was used."""
-        raise NotImplementedError
 
+    @abstractmethod
     def collect(self) -> bool:
         """Before a step: bring in what is not in its place yet, and tell the device which slots have a gradient.
 
         Returns:
             Whether ``arena.step_sumsq`` no longer describes the gradients.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def _arrived(self, name: str, index: int, parameter: nn.Parameter) -> None:
         """A gradient has arrived in ``parameter.grad``."""
-        raise NotImplementedError
 
     def check_in_place(self, name: str) -> None:
         """Refuse to go on when a parameter is no longer what or where it was at construction.

@@ -225,12 +225,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--include_outside", action="store_true", help="embeddings and head are units too")
     add("--length", "--max_length", type=int, default=2048, help="tokens of a sequence (default: 2048)")
     add("--batch", "--per_device_train_batch_size", type=int, help="sequences of a micro-batch (default: 1)")
-    add("--gradient_checkpointing", "--checkpointing", nargs="?", const=True, type=_truth, metavar="BOOL",
+    add("--gradient_checkpointing", "--checkpointing", nargs="?", const=True, type=truth, metavar="BOOL",
         help="recompute activations (default: on)")  # fmt: skip
     add("--no_checkpointing", dest="gradient_checkpointing", action="store_false", help="keep all activations")
     add("--loss", choices=LOSSES, default="chunked", help="how the loss is computed: chunked (what misa train does), "
         "plain (all logits), liger (fused linear cross-entropy)")  # fmt: skip
-    add("--use_liger_kernel", nargs="?", const=True, default=False, type=_truth, metavar="BOOL",
+    add("--use_liger_kernel", nargs="?", const=True, default=False, type=truth, metavar="BOOL",
         help="Liger's RMSNorm, SwiGLU and RoPE, used by misa train on a GPU (default: off)")  # fmt: skip
     add("--padded", action="store_true", help="sequences of unequal length in a micro-batch, without packing")
     add("--json", action="store_true", help="print JSON")
@@ -239,7 +239,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _truth(text: str) -> bool:
+def truth(text: str) -> bool:
+    """An argparse type: true, yes, 1, on and their opposites."""
     if text.lower() in ("true", "yes", "1", "on"):
         return True
     if text.lower() in ("false", "no", "0", "off"):
