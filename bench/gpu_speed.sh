@@ -16,14 +16,13 @@ failed=0
 # offline machines have the dependencies but not this package
 python3 -c "import misa_engine.bench" 2>/dev/null \
   || python3 -m pip install -q --no-deps --no-build-isolation -e . || exit 1
-misa() { python3 -m misa_engine.cli "$@"; }
 
 if python3 -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
   nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv
   sizes=() eight=gpu-8b one=gpu profiled=(--model tinyllama --length 2048 --batch 2 --device cuda)
 else
   echo "no CUDA device: tiny shapes on the CPU, to show that everything works"
-  sizes=(--sizes 100k) eight=quick one=quick profiled=(--model tiny --length 64 --batch 2 --device cpu)
+  sizes=(--sizes 100k) eight=quick one=quick profiled=(--model tiny --length 64 --batch 2 --delta 0.1 --device cpu)
 fi
 timeout 150 python3 -m pytest bench/ --benchmark-only -q "${sizes[@]}" --benchmark-json="$out/kernels.json" || failed=1
 timeout 200 python3 -m misa_engine.cli bench throughput --preset $eight --output "$out/8b" --overwrite --timeout_s 60 \
