@@ -12,11 +12,11 @@ from typing import Any
 from misa_engine.cards import HUB_IDS
 from misa_engine.config import CHOICES, MisaConfig
 from misa_engine.errors import BAD_INPUT, DONE, UserError, bad_input, did_you_mean
+from misa_engine.memory import LOSSES
 
 USAGE = "misa plan --model NAME [--gpu CARD | --max_vram_gb GIB] [options]"
 #: Options of MisaConfig that change memory, with the values they take.
 MEMORY_OPTIONS = ("granularity", "state_dtype", "grad_dtype", "update_in", "master")
-LOSSES = ("chunked", "plain", "liger")
 
 
 def run_plan(words: list[str]) -> int:

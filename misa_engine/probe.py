@@ -56,7 +56,6 @@ class LiveBytes(TorchDispatchMode):
         self.at = ""
         self.alive: dict[int, tuple[str, tuple[int, ...], torch.dtype, int]] = {}
         self.alive_at_peak: tuple[tuple[str, tuple[int, ...], torch.dtype, int], ...] = ()
-        self.timeline: list[tuple[str, int]] = []
         self._known: dict[int, Any] = {tensor.untyped_storage()._cdata: None for tensor in ignored}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -67,8 +66,6 @@ class LiveBytes(TorchDispatchMode):
                 self._register(leaf, str(func))
         if self.live > self.peak:
             self.peak, self.at, self.alive_at_peak = self.live, str(func), tuple(self.alive.values())
-        if self.timeline is not None and self.timeline[-1:] != [(str(func), self.live)]:
-            self.timeline.append((str(func), self.live))
         return result
 
     def _register(self, tensor: Tensor, operation: str) -> None:
@@ -163,7 +160,6 @@ def measure(
     gemm_gradients: bool = True,
     padded: bool = False,
     dtype: torch.dtype = torch.bfloat16,
-    tracker_out: list[LiveBytes] | None = None,
 ) -> Measurement:
     """Run one forward and backward pass on fake tensors.
 
@@ -178,7 +174,6 @@ def measure(
         gemm_gradients: weight gradients of linear layers go straight into slots that are not counted.
         padded: sequences of unequal length, so that attention gets a mask.
         dtype: of the weights.
-        tracker_out: receives the tracker, with the bytes after every operation.
     """
     mode, model = fake_model(config, dtype)
     stack = ExitStack()
@@ -195,8 +190,6 @@ def measure(
         if padded:
             inputs["attention_mask"] = torch.ones_like(ids)
     tracker = LiveBytes([*ignored, ids])
-    if tracker_out is not None:
-        tracker_out.append(tracker)
     with stack, _like_a_gpu(loss), mode, tracker:
         if loss == "chunked":
             _add_fused_head(model)
