@@ -1,9 +1,18 @@
-"""Packaging. ``kernels/`` is installed as ``misa_engine.kernels``.
+"""Packaging. ``kernels/`` and ``bench/`` are installed as ``misa_engine.kernels`` and ``misa_engine.bench``.
 
 A top-level package named ``kernels`` would shadow the Hub's ``kernels``, which transformers imports when present.
+``misa_engine/kernels`` and ``misa_engine/bench`` are relative links to the folders, so that editors, type checkers,
+editable installs, wheels and source distributions all see one package without a mapping.
 """
 
-from setuptools import setup
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+#: The one place for the version is ``misa_engine/__init__.py``.
+VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "misa_engine/__init__.py").read_text(encoding="utf-8"))[1]
 
 PLOTS = ["matplotlib>=3.9"]
 # Liger's kernels are Triton's: pure Python on top of torch and triton, nothing to compile, unused without a GPU.
@@ -25,11 +34,10 @@ BENCH = [
 
 setup(
     name="misa_engine",
-    version="0.1.0",
+    version=VERSION,
     description="Train all weights of a language model on one consumer GPU by module-wise importance sampling (MISA)",
     python_requires=">=3.10",
-    packages=["misa_engine", "misa_engine.kernels", "misa_engine.bench"],
-    package_dir={"misa_engine": "misa_engine", "misa_engine.kernels": "kernels", "misa_engine.bench": "bench"},
+    packages=find_packages(include=["misa_engine", "misa_engine.*"]),
     package_data={"misa_engine": ["py.typed", "recipes/*.yaml"]},
     install_requires=[
         "torch>=2.11",
@@ -55,5 +63,5 @@ setup(
             "types-PyYAML",
         ],
     },
-    entry_points={"console_scripts": ["misa = misa_engine.cli:main"]},
+    entry_points={"console_scripts": ["misa = misa_engine.cli.main:main"]},
 )

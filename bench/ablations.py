@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from misa_engine.bench.measure import environment
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 
 from misa_engine import MISA
-from misa_engine.demo import LENGTH, OWN_OPTIONS, build_demo
+from misa_engine.bench.measure import environment
+from misa_engine.cli.demo import LENGTH, OWN_OPTIONS, build_demo
 
 OPTIONS = {**OWN_OPTIONS["misa"], "max_grad_norm": 1.0}
 

@@ -10,11 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import nn
+
 from misa_engine.bench import peers
 from misa_engine.bench.measure import installed
 from misa_engine.bench.method import Loss, Mark, Method, Settings, Unavailable, state_bytes
 from misa_engine.bench.unfused import unfused_misa
-from torch import nn
 
 __all__ = [
     "BASELINES",
@@ -81,7 +82,7 @@ def _by_layers(
     """Our engine with whole layers as units and a budget of the ``layers`` largest, whatever the settings' delta."""
 
     def build_by_layers(model: nn.Module, loss: Loss, settings: Settings) -> Method:
-        from misa_engine.partition import partition
+        from misa_engine.method.partition import partition
 
         always = _outer_weights(model) if with_outer else ()
         parts = partition(model, "layer", always_train=always)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from misa_engine.bench import compare
 from misa_engine.bench.baselines import BASELINES, Method, Settings, Unavailable, build
 from misa_engine.bench.measure import (

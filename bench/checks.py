@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+
 from misa_engine.bench.cases import Case
 from misa_engine.bench.workload import model_config
-
-from misa_engine.cards import Card
-from misa_engine.lean import lean_options
-from misa_engine.memory import Pass
-from misa_engine.planner import plan
+from misa_engine.planner.activations import Pass
+from misa_engine.planner.cards import Card
+from misa_engine.planner.plan import plan
+from misa_engine.trainer.lean import lean_options
 
 GIB = 1 << 30
 #: Reserved at 2 x 2,048 tokens on the Llama-3-8B shape; the best plain figure of others is 18.9 GiB.

@@ -36,12 +36,12 @@ def run(words: list[str]) -> int:
 def settings_of(options: argparse.Namespace) -> Any:
     """The preset with the options given beside it, checked before anything runs."""
     import torch
+
     from misa_engine.bench.baselines import BASELINES
     from misa_engine.bench.corpus import documents
     from misa_engine.bench.suite import PRESETS, SUITES, Bench
     from misa_engine.bench.workload import SMALL_SHAPES, model_config
-
-    from misa_engine.cards import MODELS
+    from misa_engine.planner.cards import MODELS
 
     suite = options.suite or "all"
     if suite not in SUITES:

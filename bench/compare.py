@@ -10,13 +10,13 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
+
+from misa_engine import MISA
 from misa_engine.bench.baselines import Method
 from misa_engine.bench.corpus import batches, rows
 from misa_engine.bench.ledger import overhead
 from misa_engine.bench.measure import memory_counters, spread, synchronize
-from torch import Tensor
-
-from misa_engine import MISA
 
 if TYPE_CHECKING:
     from misa_engine.bench.cases import Case

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from misa_engine.bench.bandwidth import CopyBandwidth, event_seconds
 from misa_engine.bench.kernel_table import markdown
 from misa_engine.bench.measure import environment, synchronize

@@ -25,10 +25,10 @@ else
   sizes=(--sizes 100k) eight=quick one=quick profiled=(--model tiny --length 64 --batch 2 --delta 0.1 --device cpu)
 fi
 timeout 150 python3 -m pytest bench/ --benchmark-only -q "${sizes[@]}" --benchmark-json="$out/kernels.json" || failed=1
-timeout 200 python3 -m misa_engine.cli bench throughput --preset $eight --output "$out/8b" --overwrite --timeout_s 60 \
+timeout 200 python3 -m misa_engine bench throughput --preset $eight --output "$out/8b" --overwrite --timeout_s 60 \
   --methods misa,misa-int8,lora,badam,lisa,unfused-misa,adamw8bit || failed=1
-timeout 120 python3 -m misa_engine.cli bench throughput --preset $one --output "$out/1b" --overwrite --timeout_s 40 \
+timeout 120 python3 -m misa_engine bench throughput --preset $one --output "$out/1b" --overwrite --timeout_s 40 \
   --methods misa,misa-int8,adamw8bit,lora,badam,lisa,unfused-misa,flashadamw || failed=1
-timeout 60 python3 -m misa_engine.cli profile "${profiled[@]}" --method misa --output "$out/profile" || failed=1
+timeout 60 python3 -m misa_engine profile "${profiled[@]}" --method misa --output "$out/profile" || failed=1
 echo "speed round: $SECONDS s in all, results in $out"
 exit $failed

@@ -15,11 +15,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from misa_engine.bench.measure import spread, synchronize
-from misa_engine.bench.phases import OWN, annotate
 from torch import Tensor, nn
 
 from misa_engine import MISA
+from misa_engine.bench.measure import spread, synchronize
+from misa_engine.bench.phases import OWN, annotate
 
 #: Steps that are timed by phase after the comparison; clocks around each hook would slow the compared steps down.
 PARTS_STEPS = 5

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from misa_engine.runstats import peak_memory_bytes, resident_bytes
+from misa_engine.trainer.runstats import peak_memory_bytes, resident_bytes
 
 #: Distributions whose versions a reader needs; those that are not installed are listed as None.
 PACKAGES = (

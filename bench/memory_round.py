@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from misa_engine.bench.baselines import BASELINES
 from misa_engine.bench.cases import Case, empty_row
 from misa_engine.bench.checks import GIB, JUDGED, ask_plan, judge, reserve_bytes

@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from misa_engine.bench.method import Loss, Mark, Method, Settings, Unavailable, ordinary, state_bytes
 from torch import Tensor, nn
 
-from misa_engine.partition import partition
+from misa_engine.bench.method import Loss, Mark, Method, Settings, Unavailable, ordinary, state_bytes
+from misa_engine.method.partition import partition
 
 ADAM: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
 

@@ -26,7 +26,7 @@ from misa_engine.bench.cases import Case, empty_row, run_case
 SELF = (sys.executable, "-m", "misa_engine.bench.processes")
 #: What the server imports before it forks; the model files are those of the round's shapes.
 PRELOAD = (
-    "misa_engine.optimizer",
+    "misa_engine.engine.optimizer",
     "transformers.models.llama.modeling_llama",
     "transformers.models.qwen2.modeling_qwen2",
 )

@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile, record_function
+
 from misa_engine.bench.baselines import BASELINES, build
 from misa_engine.bench.ledger import overhead
 from misa_engine.bench.measure import environment, synchronize
@@ -18,12 +21,9 @@ from misa_engine.bench.method import Method, Settings, Unavailable
 from misa_engine.bench.phases import MARKS, OWN, PHASES, PREFIX, WINDOW, Cost, account, annotate
 from misa_engine.bench.timeline import record_timeline
 from misa_engine.bench.workload import SMALL_SHAPES, build_model, make_loss, model_config, token_batches
-from torch import Tensor
-from torch.profiler import ProfilerActivity, profile, record_function
-
-from misa_engine.cards import MODELS
+from misa_engine.cli.plan import truth
 from misa_engine.errors import DONE, UserError, did_you_mean
-from misa_engine.plan_command import truth
+from misa_engine.planner.cards import MODELS
 
 USAGE = "misa profile --model NAME --output DIR [--method NAME] [--length N] [--batch B] [--ledger] [options]"
 LEDGER_STEPS = 20

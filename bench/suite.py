@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from misa_engine.bench.baselines import BASELINES
 from misa_engine.bench.cases import Case, empty_row
 from misa_engine.bench.measure import environment

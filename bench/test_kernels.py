@@ -20,15 +20,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from misa_engine.bench import traffic
 from misa_engine.bench.updates import SCHEMES, bound_arena, draws, sizes_of
+from misa_engine.engine.arena import Arena, padded
+from misa_engine.engine.gradients import GradientSlots
 from misa_engine.kernels.backend import choose_backend
 from misa_engine.kernels.blockwise8 import GROUP, compress, expand
 from misa_engine.kernels.split_float import join_into, round_stochastic_, split_into
-from torch import Tensor, nn
-
-from misa_engine.arena import Arena, padded
-from misa_engine.gradients import GradientSlots
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

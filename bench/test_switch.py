@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from misa_engine.bench import traffic
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from misa_engine import MISA
-from misa_engine.events import SwitchEvent
+from misa_engine.bench import traffic
+from misa_engine.engine.events import SwitchEvent
 
 #: (hidden, intermediate, layers, heads) and the parameters that train at a time. "large" has 8 of the 32 layers of
 #: Llama-3-8B, so that host copies of all moments fit an ordinary machine.

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from misa_engine.bench.baselines import Method
 from misa_engine.bench.measure import held_bytes, synchronize
-from torch import Tensor
 
 #: Points of the line that is kept; each is the highest of its stretch of time.
 POINTS = 2000

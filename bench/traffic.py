@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 import torch
+
 from misa_engine.kernels.blockwise8 import GROUP
 
 #: Something of which there is one for each parameter, or, with a number, one for so many parameters.

@@ -19,12 +19,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from misa_engine.bench.method import Loss, Method, Settings, Unavailable
 from torch import nn
 
-from misa_engine.config import MisaConfig
-from misa_engine.partition import check_budget, partition
-from misa_engine.sampling import ImportanceTracker
+from misa_engine.bench.method import Loss, Method, Settings, Unavailable
+from misa_engine.method.config import MisaConfig
+from misa_engine.method.partition import check_budget, partition
+from misa_engine.method.sampling import ImportanceTracker
 
 
 class UnfusedMISA(torch.optim.Optimizer):

@@ -11,16 +11,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from misa_engine.bench import traffic
-from misa_engine.bench.measure import installed
-from misa_engine.bench.traffic import BF16, F32, I8, I16, MOMENTS, U8
-from misa_engine.kernels.adamw import adamw
-from misa_engine.kernels.backend import choose_backend
 from torch import Tensor
 
 from misa_engine import MisaConfig
-from misa_engine.arena import Arena, padded
-from misa_engine.update import ArenaUpdate
+from misa_engine.bench import traffic
+from misa_engine.bench.measure import installed
+from misa_engine.bench.traffic import BF16, F32, I8, I16, MOMENTS, U8
+from misa_engine.engine.arena import Arena, padded
+from misa_engine.engine.update import ArenaUpdate
+from misa_engine.kernels.adamw import adamw
+from misa_engine.kernels.backend import choose_backend
 
 #: Matrices among which the parameters are divided.
 MATRICES = 8

@@ -14,10 +14,10 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from misa_engine.cards import published_config
-from misa_engine.lean import lean_options
+from misa_engine.planner.cards import published_config
+from misa_engine.trainer.lean import lean_options
 
-#: For a CPU: every code path in seconds. The published shapes are those of ``misa_engine.cards``.
+#: For a CPU: every code path in seconds. The published shapes are those of ``misa_engine.planner.cards``.
 SMALL_SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {
         "model_type": "llama",

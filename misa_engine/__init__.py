@@ -10,20 +10,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from misa_engine.config import MisaConfig
-    from misa_engine.optimizer import MISA
-    from misa_engine.planner import plan
+    from misa_engine.engine.optimizer import MISA
+    from misa_engine.method.config import MisaConfig
+    from misa_engine.planner.plan import plan
     from misa_engine.trainer import MisaFactory, MisaTrainer
 
 __version__ = "0.1.0"
 __all__ = ["MISA", "MisaConfig", "MisaFactory", "MisaTrainer", "__version__", "plan"]
 
 _HOMES = {
-    "MISA": "optimizer",
-    "MisaConfig": "config",
+    "MISA": "engine.optimizer",
+    "MisaConfig": "method.config",
     "MisaFactory": "trainer",
     "MisaTrainer": "trainer",
-    "plan": "planner",
+    "plan": "planner.plan",
 }
 
 
@@ -32,3 +32,7 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(import_module(f"misa_engine.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

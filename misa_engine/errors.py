@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -44,5 +43,6 @@ def exit_code(error: BaseException) -> int:
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next
-    ours = frame is not None and Path(frame.tb_frame.f_code.co_filename).is_relative_to(Path(__file__).parent)
+    # By module name: a path would give another answer for an editable install and for packages behind a link.
+    ours = frame is not None and str(frame.tb_frame.f_globals.get("__name__")).partition(".")[0] == __package__
     return BAD_INPUT if isinstance(error, ValueError) and ours else FAILED

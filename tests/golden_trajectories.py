@@ -17,9 +17,9 @@ import sys
 from pathlib import Path
 
 import torch
-from training import batches, loss_of, tiny
 
 from misa_engine import MISA
+from training import batches, loss_of, tiny
 
 FILE = Path(__file__).with_suffix(".json")
 STEPS = 40

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
+
 from misa_engine.kernels.adamw import adamw, closing_step
 from misa_engine.kernels.blockwise8 import GROUP, expand
 from misa_engine.kernels.norm import finalise, sum_of_squares
 from misa_engine.kernels.tiles import BLOCK, Control, Slot, TileTable, bias_table, hyper_row
-from torch import Tensor
 
 F32, BF16 = torch.float32, torch.bfloat16
 NAN = float("nan")

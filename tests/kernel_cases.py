@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable, Sequence
 
 import torch
+
 from kernel_arena import (
     BF16,
     EVEN_SIZES,

@@ -18,16 +18,16 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from command import make_workplace, words
 from datasets import Dataset
-from models import TINY
 from torch import Tensor, nn
 from transformers import ByT5Tokenizer, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from misa_engine import loading
-from misa_engine.cli import main
-from misa_engine.trainer import MisaFactory, MisaTrainer
+from command import make_workplace, words
+from misa_engine.cli import loading
+from misa_engine.cli.main import main
+from misa_engine.trainer.mixin import MisaFactory, MisaTrainer
+from models import TINY
 
 LAYERS, HIDDEN, HEADS, KEY_VALUE, WIDE, LENGTH = 5, 32, 4, 16, 48, 24
 MISA: dict[str, Any] = {"delta": 0.05, "inner_steps": 1, "cold_start": "none", "rule": "uniform"}

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+
+from misa_engine import MISA
 from misa_engine.bench import baselines, workload
 from misa_engine.bench.baselines import BASELINES, Settings, Unavailable, build
 from misa_engine.bench.method import stored_tensors
 from misa_engine.bench.unfused import UnfusedMISA
-
-from misa_engine import MISA
 
 CPU = torch.device("cpu")
 SETTINGS = Settings(lr=1e-3, delta=0.1, inner_steps=2, galore_rank=16)

@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
+
 from misa_engine.bench import baselines, cases, checks, measure, memory_round, processes, render, timeline, workload
 from misa_engine.bench.cases import Case, empty_row, largest, run_case
-from torch.nn.functional import cross_entropy
 
 CPU = torch.device("cpu")
 GIB = 1 << 30

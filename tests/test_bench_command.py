@@ -4,13 +4,13 @@ import json
 
 import pytest
 import torch
+
 from misa_engine.bench import suite
 from misa_engine.bench.cases import run_case
 from misa_engine.bench.compare import by_phase
 from misa_engine.bench.corpus import documents, rows
 from misa_engine.bench.suite import Bench, best_loss, loss_cases, merge
-
-from misa_engine.cli import main
+from misa_engine.cli.main import main
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
+
 from kernel_arena import (
     BF16,
     EVEN_SIZES,
@@ -22,7 +24,6 @@ from misa_engine.kernels.adamw import adamw
 from misa_engine.kernels.blockwise8 import GROUP, compress, expand
 from misa_engine.kernels.norm import finalise, sum_of_squares
 from misa_engine.kernels.tiles import BLOCK
-from torch import Tensor
 
 BETAS, EPS = (0.9, 0.999), 1e-8
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import TINY
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from misa_engine import checkpoints
-from misa_engine.checkpoints import CheckpointError
+from misa_engine.trainer import checkpoints
+from misa_engine.trainer.checkpoints import CheckpointError
+from models import TINY
 
 
 def write_checkpoint(folder: Path, value: float = 1.0) -> Path:

@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from models import TINY
 
-from misa_engine import arguments as arguments_module
-from misa_engine.arguments import SHARED, parse_train, recipe_names
-from misa_engine.cli import main
-from misa_engine.config import MisaConfig
+from misa_engine.cli import arguments as arguments_module
+from misa_engine.cli.arguments import SHARED, parse_train, recipe_names
+from misa_engine.cli.help import MAIN_SFT_OPTIONS
+from misa_engine.cli.main import main
 from misa_engine.errors import UserError
-from misa_engine.runlog import RunLog
-from misa_engine.train_help import MAIN_SFT_OPTIONS
+from misa_engine.method.config import MisaConfig
+from misa_engine.report.log import RunLog
+from models import TINY
 
 RECORDS = [
     {"instruction": f"Add {i} and 1.", "input": "Be brief." if i % 2 else "", "output": f"It is {i + 1}."}
@@ -95,7 +95,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_help_answers_without_importing_transformers_or_trl() -> None:
     code = (
-        "import sys; from misa_engine.cli import main\n"
+        "import sys; from misa_engine.cli.main import main\n"
         "assert main(['--help']) == main(['train', '--help']) == main(['--version']) == 0\n"
         "print(sorted({'transformers', 'trl', 'datasets'} & set(sys.modules)))"
     )
@@ -401,7 +401,7 @@ def test_float16_checkpoint_damaged_or_partial_weights_are_refused(
 
 
 def test_subprocess_exits_2_without_a_traceback(flags: Callable[..., list[str]], tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "misa_engine.cli", *flags(delta=1.5)]
+    command = [sys.executable, "-m", "misa_engine", *flags(delta=1.5)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert "delta is the share" in done.stderr and "Traceback" not in done.stderr
@@ -421,7 +421,7 @@ def test_other_failures_exit_1_in_one_line_unless_debug(
     def boom(*args: Any, **kwargs: Any) -> None:
         raise TypeError("a bug")
 
-    monkeypatch.setattr("misa_engine.run.run", boom)
+    monkeypatch.setattr("misa_engine.cli.train.run", boom)
     assert main(flags()) == 1
     shown = capsys.readouterr().err
     assert shown == "misa: failed: TypeError: a bug\n(--debug shows where)\n"
@@ -440,7 +440,7 @@ def test_demo_takes_an_output_directory_and_nothing_else(
         calls.append(options)
         return 0
 
-    monkeypatch.setitem(sys.modules, "misa_engine.demo", types.SimpleNamespace(run_demo=run_demo))
+    monkeypatch.setitem(sys.modules, "misa_engine.cli.demo", types.SimpleNamespace(run_demo=run_demo))
     assert main(["train", "--demo"]) == main(["train", "--demo", "--output_dir", "x"]) == 0
     assert calls[0] == {} and str(calls[1]["output_dir"]) == "x"
     assert main(["train", "--demo", "--delta", "0.1"]) == 2
@@ -528,14 +528,14 @@ def test_overwriting_refuses_a_model_that_no_run_of_ours_wrote(
 
 KILLER = """
 import os, signal, sys
-from misa_engine.optimizer import MISA
+from misa_engine.engine.optimizer import MISA
 whole = MISA.step
 def step(self, *args, **kwargs):
     if self.total_steps == 5:
         os.kill(os.getpid(), signal.SIGKILL)
     return whole(self, *args, **kwargs)
 MISA.step = step
-from misa_engine.cli import main
+from misa_engine.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -577,7 +577,7 @@ def test_full_disk_and_ctrl_c_name_the_last_good_checkpoint(
 ) -> None:
     from transformers import Trainer
 
-    from misa_engine.optimizer import MISA
+    from misa_engine.engine.optimizer import MISA
 
     save, step = Trainer._save_optimizer_and_scheduler, MISA.step
 

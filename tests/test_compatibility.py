@@ -3,9 +3,9 @@
 import pytest
 import torch
 from accelerate import Accelerator
-from training import batches, loss_of, tiny, train, weights
 
 from misa_engine import MISA
+from training import batches, loss_of, tiny, train, weights
 
 
 def enable_checkpointing(model):

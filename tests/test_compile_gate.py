@@ -12,12 +12,13 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed: there is nothing to compile", allow_module_level=True)
 
 import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
 from misa_engine.kernels import triton_blockwise8, triton_kernels
 from misa_engine.kernels.adamw import REGISTERS
 from misa_engine.kernels.norm import TILES_PER_PROGRAM
 from misa_engine.kernels.tiles import BLOCK
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 ARCHITECTURES = {80: "sm_80", 89: "sm_89", 90: "sm_90a"}

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from misa_engine.data import TEXT_RECORD, LoadedData, check_prepared, hold_out, load_data, text_records
+from misa_engine.cli.data import TEXT_RECORD, LoadedData, check_prepared, hold_out, load_data, text_records
+from misa_engine.cli.record_shapes import SHAPES
 from misa_engine.errors import UserError
-from misa_engine.records import SHAPES
 
 
 @pytest.fixture(autouse=True)

@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from misa_engine import demo
+from misa_engine.cli import demo
 from misa_engine.errors import UserError
-from misa_engine.runlog import RunLog
+from misa_engine.report.log import RunLog
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_tokenizer_loads_from_the_directory_and_counts_one_token_a_byte(paths):
 
 
 def test_arguments_are_ones_that_misa_train_takes(paths, tmp_path):
-    from misa_engine.arguments import parse_train
+    from misa_engine.cli.arguments import parse_train
 
     misa = parse_train(demo.demo_arguments(paths, tmp_path / "misa"))
     adamw = parse_train(demo.demo_arguments(paths, tmp_path / "adamw", "adamw"))

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from training import batches, loss_of, tiny, train, weights
 
 from misa_engine import MISA
+from training import batches, loss_of, tiny, train, weights
 
 EVERYTHING = {"delta": 1.0, "inner_steps": 100, "cold_start": "none"}
 

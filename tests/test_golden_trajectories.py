@@ -1,6 +1,7 @@
 import json
 
 import pytest
+
 from golden_trajectories import CASES, FILE, environment, trajectory
 
 KEPT = json.loads(FILE.read_text(encoding="utf-8"))

@@ -1,9 +1,9 @@
 import pytest
 import torch
 from torch import nn
-from training import batches, loss_of, tiny, train, weights
 
 from misa_engine import MISA, MisaConfig
+from training import batches, loss_of, tiny, train, weights
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+
+from misa_engine import MISA
+from misa_engine.engine import host
+from misa_engine.engine.arena import Arena, padded
 from misa_engine.kernels.split_float import join
 from training import batches, tiny, train, weights
-
-from misa_engine import MISA, host
-from misa_engine.arena import Arena, padded
 
 
 def masters(model, optimizer):

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from misa_engine.bench import kernel_table, traffic, updates
 from misa_engine.bench.conftest import label, sizes_asked_for
 from misa_engine.bench.traffic import BF16, F32, I16, MOMENTS
-
-from misa_engine.arena import Arena
+from misa_engine.engine.arena import Arena
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from kernel_arena import (
     BF16,
     EVEN_SIZES,

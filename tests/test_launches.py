@@ -5,10 +5,10 @@ from collections import Counter
 
 import pytest
 import torch
-from misa_engine.kernels import adamw, norm, split_float
-from training import batches, loss_of, tiny
 
 from misa_engine import MISA, kernels
+from misa_engine.kernels import adamw, norm, split_float
+from training import batches, loss_of, tiny
 
 #: Everything through which Python reads a tensor's value, which on a GPU waits for all queued work.
 READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")

@@ -13,20 +13,20 @@ from typing import Any
 
 import pytest
 import torch
-from command import make_workplace, words
 from datasets import Dataset
-from models import TINY
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import ByT5Tokenizer, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from misa_engine import lean
-from misa_engine.cli import main
+from command import make_workplace, words
+from misa_engine.cli.main import main
 from misa_engine.errors import UserError
-from misa_engine.lean import lean_options, short_batch
-from misa_engine.trainer import MisaMixin, MisaTrainer
+from misa_engine.trainer import lean
+from misa_engine.trainer.lean import lean_options, short_batch
+from misa_engine.trainer.mixin import MisaMixin, MisaTrainer
+from models import TINY
 
 VOCABULARY, HIDDEN = 384, 32
 
@@ -139,7 +139,7 @@ def test_a_liger_that_cannot_be_imported_is_a_warning_or_the_users_error(monkeyp
 
     monkeypatch.setattr(lean, "find_spec", lambda name: object())
     monkeypatch.setattr(lean.importlib, "import_module", broken)
-    with caplog.at_level(logging.WARNING, "misa_engine.lean"):
+    with caplog.at_level(logging.WARNING, "misa_engine.trainer.lean"):
         assert lean_options("llama", "cuda", sft=False) == {}
     assert "LlamaFoo" in caplog.text and "plain layers" in caplog.text
     with pytest.raises(UserError, match="LlamaFoo"):
@@ -229,7 +229,7 @@ def test_a_wrong_loss_is_an_error_before_the_first_step(kind, dtype, tmp_path, r
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_the_installed_trainers_own_loss_passes(family, dtype, tmp_path, records, caplog):
     training = make_trainer(tmp_path, records, TINY[family](vocab_size=VOCABULARY).to(dtype))
-    with caplog.at_level(logging.INFO, "misa_engine.lean"):
+    with caplog.at_level(logging.INFO, "misa_engine.trainer.lean"):
         training.check_loss()
     assert "lean forward checked: loss" in caplog.text
 
@@ -260,7 +260,7 @@ def test_the_check_leaves_no_trace(tmp_path, records, capfd):
 
 
 def test_a_loss_that_is_not_plain_cross_entropy_is_left_alone(tmp_path, records, caplog):
-    with caplog.at_level(logging.INFO, "misa_engine.lean"):
+    with caplog.at_level(logging.INFO, "misa_engine.trainer.lean"):
         make_trainer(tmp_path, records, loss_type="dft").check_loss()
         make_trainer(tmp_path, records, label_smoothing_factor=0.1).check_loss()
         rows = [[5, 6, 7, 8]] * 4
@@ -299,14 +299,14 @@ def test_misa_train_refuses_wrong_kernels_names_both_losses_and_deletes_nothing(
     out = tmp_path / "out"
     assert main(words(workplace, out, max_steps=1)) == 0
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
-    monkeypatch.setattr("misa_engine.lean.lean_options", lambda *args, **options: {"use_liger_kernel": True})
+    monkeypatch.setattr("misa_engine.trainer.lean.lean_options", lambda *args, **options: {"use_liger_kernel": True})
 
     def patch(model, config):
         for module in model.modules():
             if type(module).__name__ == "LlamaRMSNorm":
                 module.forward = lambda x, module=module: module.weight * x / (x.square().mean(-1, keepdim=True) + 1e-6)
 
-    monkeypatch.setattr("misa_engine.trainer.apply_liger_kernel", patch)
+    monkeypatch.setattr("misa_engine.trainer.mixin.apply_liger_kernel", patch)
     capsys.readouterr()
     assert main(words(workplace, out, "--overwrite_output_dir")) == 2
     shown = capsys.readouterr().err
@@ -380,7 +380,7 @@ import torch
 from datasets import Dataset
 from transformers import TrainingArguments
 from models import TINY
-from misa_engine import lean
+from misa_engine.trainer import lean
 from test_lean import Allocations, MisaPlainTrainer
 
 out = {}
@@ -438,7 +438,7 @@ def test_ligers_kernels_pass_the_check_and_train_on_a_gpu(family, tmp_path, reco
     options = lean_options(model.config.model_type, "cuda")
     assert options["use_liger_kernel"]
     training = make_trainer(tmp_path, records, model, use_cpu=False, **options)
-    with caplog.at_level(logging.INFO, "misa_engine.lean"):
+    with caplog.at_level(logging.INFO, "misa_engine.trainer.lean"):
         training.train()
     assert "lean forward checked" in caplog.text
     assert any("iger" in type(m).__name__ or "liger" in m.forward.__module__ for m in model.modules())

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from misa_engine import MisaConfig
-from misa_engine.cards import published_config
-from misa_engine.memory import Pass, liger_rows, peak
-from misa_engine.planner import plan
-from misa_engine.probe import measure
-from misa_engine.worst_case import Subject, WorstCase, draws
+from misa_engine.planner.activations import Pass, liger_rows, peak
+from misa_engine.planner.cards import published_config
+from misa_engine.planner.plan import plan
+from misa_engine.planner.probe import measure
+from misa_engine.planner.worst_case import Subject, WorstCase, draws
 
 #: What the product promises.
 TOLERANCE = 0.03

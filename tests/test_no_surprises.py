@@ -13,20 +13,21 @@ from typing import Any
 
 import pytest
 import torch
-from command import make_workplace, words
 from datasets import Dataset
-from models import TINY
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import ByT5Tokenizer
 from trl import SFTConfig
 
-from misa_engine import MISA, checkpoints
-from misa_engine.arguments import ALLOCATOR_VARIABLES, parse_train
-from misa_engine.cli import main
-from misa_engine.recorder import RunRecorder
-from misa_engine.trainer import MisaTrainer
+from command import make_workplace, words
+from misa_engine import MISA
+from misa_engine.cli.arguments import ALLOCATOR_VARIABLES, parse_train
+from misa_engine.cli.main import main
+from misa_engine.trainer import checkpoints
+from misa_engine.trainer.mixin import MisaTrainer
+from misa_engine.trainer.recorder import RunRecorder
+from models import TINY
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -73,9 +74,10 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, ByT5Tokenizer, LlamaConfig
 from trl import SFTConfig
-from misa_engine import checkpoints, loading
-from misa_engine.arguments import ModelArguments
-from misa_engine.trainer import MisaTrainer
+from misa_engine.trainer import checkpoints
+from misa_engine.cli import loading
+from misa_engine.cli.arguments import ModelArguments
+from misa_engine.trainer.mixin import MisaTrainer
 
 def anonymous():
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -312,7 +314,8 @@ def test_10_000_steps_and_2_000_switches_leave_nothing_behind(tmp_path):
 
 SHOW = """
 import json, os, sys
-from misa_engine import arguments, cli
+from misa_engine.cli import arguments
+from misa_engine.cli import main as cli
 def show():
     names = {name: os.environ[name] for name in arguments.ALLOCATOR_VARIABLES if name in os.environ}
     print(json.dumps({"torch": "torch" in sys.modules, **names}))

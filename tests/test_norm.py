@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+
 from kernel_arena import ODD_SIZES, make_arena, random_gradients, random_weights, same_bits
 from misa_engine.kernels import backend as backends
 from misa_engine.kernels.backend import check_backend, choose_backend

@@ -5,15 +5,15 @@ import statistics
 
 import pytest
 import torch
-from models import TINY
 from torch import nn
-from training import batches, changed, loss_of, tiny, train, weights
 
 from misa_engine import MISA, MisaConfig
-from misa_engine.arena import arena_bytes
-from misa_engine.config import PRESETS
-from misa_engine.partition import check_budget, partition
-from misa_engine.sampling import RULES, ImportanceTracker
+from misa_engine.engine.arena import arena_bytes
+from misa_engine.method.config import PRESETS
+from misa_engine.method.partition import check_budget, partition
+from misa_engine.method.sampling import RULES, ImportanceTracker
+from models import TINY
+from training import batches, changed, loss_of, tiny, train, weights
 
 DELTA = 0.3  # the tiny models' largest matrix is 8% of the whole
 

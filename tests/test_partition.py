@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import MODELS, TINY
 from torch import nn
 
-from misa_engine.config import CHOICES
-from misa_engine.families import FAMILIES
-from misa_engine.partition import Partition, Unit, check_budget, matches, partition
+from misa_engine.method.config import CHOICES
+from misa_engine.method.families import FAMILIES
+from misa_engine.method.partition import Partition, Unit, check_budget, matches, partition
+from models import MODELS, TINY
 
 ATTENTION = {"q": 1024, "k": 512, "v": 512, "o": 1024}
 LLAMA = {**ATTENTION, "gate": 1536, "up": 1536, "down": 1536}

@@ -6,15 +6,15 @@ import subprocess
 import sys
 
 import pytest
-from models import TINY
 
 import misa_engine
-from misa_engine.cards import CARDS, MODELS, Card, published_config
-from misa_engine.cli import main
+from misa_engine.cli.main import main
 from misa_engine.errors import UserError
-from misa_engine.memory import Pass
-from misa_engine.solve import Wishes, solve
-from misa_engine.worst_case import Subject
+from misa_engine.planner.activations import Pass
+from misa_engine.planner.cards import CARDS, MODELS, Card, published_config
+from misa_engine.planner.solve import Wishes, solve
+from misa_engine.planner.worst_case import Subject
+from models import TINY
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -95,7 +95,9 @@ def test_the_picture_is_a_png(capsys, tmp_path):
 
 
 def test_no_gpu_no_weights_and_no_network_are_touched():
-    script = "import sys; from misa_engine.cli import main; code = main(sys.argv[1:]); assert 'trl' not in sys.modules"
+    script = (
+        "import sys; from misa_engine.cli.main import main; code = main(sys.argv[1:]); assert 'trl' not in sys.modules"
+    )
     done = subprocess.run(
         [sys.executable, "-c", script, "plan", "--model", "llama-3-8b", "--json"],
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"},

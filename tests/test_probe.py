@@ -8,10 +8,10 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 from misa_engine import MISA, MisaConfig, plan
-from misa_engine.cards import published_config
-from misa_engine.memory import Pass, Shape, peak
-from misa_engine.probe import LiveBytes, fake_model, measure
-from misa_engine.worst_case import Subject, WorstCase
+from misa_engine.planner.activations import Pass, Shape, peak
+from misa_engine.planner.cards import published_config
+from misa_engine.planner.probe import LiveBytes, fake_model, measure
+from misa_engine.planner.worst_case import Subject, WorstCase
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning"),

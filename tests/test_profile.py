@@ -5,13 +5,13 @@ import json
 
 import pytest
 import torch
-from misa_engine.bench import ledger, phases, profile_command, workload
-from misa_engine.bench.baselines import BASELINES, Settings, build
-from misa_engine.bench.phases import OWN, PHASES, PREFIX, WINDOW, account
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from misa_engine.cli import main
+from misa_engine.bench import ledger, phases, profile_command, workload
+from misa_engine.bench.baselines import BASELINES, Settings, build
+from misa_engine.bench.phases import OWN, PHASES, PREFIX, WINDOW, account
+from misa_engine.cli.main import main
 
 CPU = torch.device("cpu")
 BATCH, LENGTH, STEPS = 2, 48, 3  # 96 tokens: no width of the tiny model

@@ -8,8 +8,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from misa_engine.report import digest, make_report, summary_table
-from misa_engine.runlog import LOG_NAME, RunLog
+from misa_engine.report.digest import digest
+from misa_engine.report.log import LOG_NAME, RunLog
+from misa_engine.report.pictures import make_report
+from misa_engine.report.summary import summary_table
 
 KINDS = ("q", "k", "v", "o", "gate", "up", "down")
 
@@ -134,7 +136,7 @@ def test_interrupted_truncation_leaves_the_old_log(tmp_path, monkeypatch):
     def killed(source, target):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("misa_engine.runlog.os.replace", killed)
+    monkeypatch.setattr("misa_engine.report.log.os.replace", killed)
     with pytest.raises(KeyboardInterrupt):
         log.truncate_after(10)
     assert log.path.read_bytes() == before
@@ -180,7 +182,7 @@ def test_covered_at_is_the_first_round_by_which_all_have_trained(tmp_path):
     ids=["layers", "layers and outside", "only outside", "many layers"],
 )
 def test_report_draws_three_readable_pictures(tmp_path, shape, monkeypatch):
-    from misa_engine import pictures
+    from misa_engine.report import pictures
 
     monkeypatch.setattr(pictures, "DPI", 40)
     write_run(tmp_path, **shape)
@@ -191,7 +193,7 @@ def test_report_draws_three_readable_pictures(tmp_path, shape, monkeypatch):
 
 
 def test_map_has_a_panel_for_each_kind_and_one_for_what_is_outside(tmp_path):
-    from misa_engine.pictures import importance_map
+    from misa_engine.report.pictures import importance_map
 
     write_run(tmp_path, outside=("embedding",))
     titles = [axes.get_title(loc="left") for axes in importance_map(digest(RunLog.read(tmp_path))).axes]
@@ -200,7 +202,7 @@ def test_map_has_a_panel_for_each_kind_and_one_for_what_is_outside(tmp_path):
 
 
 def test_long_run_keeps_a_mark_for_every_visit_when_rounds_share_a_column(tmp_path):
-    from misa_engine.pictures import _binned
+    from misa_engine.report.pictures import _binned
 
     trained = np.zeros((1, 1000))
     trained[0, [0, 499, 999]] = 1
@@ -209,7 +211,7 @@ def test_long_run_keeps_a_mark_for_every_visit_when_rounds_share_a_column(tmp_pa
 
 
 def test_visit_counts_are_written_in_their_cells(tmp_path):
-    from misa_engine.pictures import visit_counts
+    from misa_engine.report.pictures import visit_counts
 
     write_run(tmp_path)
     found = digest(RunLog.read(tmp_path))
@@ -220,7 +222,7 @@ def test_visit_counts_are_written_in_their_cells(tmp_path):
 
 
 def test_loss_picture_has_the_baseline_of_the_log(tmp_path):
-    from misa_engine.pictures import loss_curves
+    from misa_engine.report.pictures import loss_curves
 
     log = write_run(tmp_path)
     log.append("baseline", 60, name="AdamW", loss=[[5, 4.0], [15, 3.0]], eval_loss=[[0, 5.5], [60, 2.5]])

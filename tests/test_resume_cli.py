@@ -12,24 +12,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import TINY
 from safetensors.torch import load_file
 from transformers import ByT5Tokenizer
 
-from misa_engine import checkpoints
-from misa_engine.runlog import RunLog
+from misa_engine.report.log import RunLog
+from misa_engine.trainer import checkpoints
+from models import TINY
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")
 
 #: Runs the command in a process that kills itself: after logging step 7, or with step 8's checkpoint all but named.
 KILLED = """
 import os, signal, sys
-from misa_engine import checkpoints, cli, runlog
+from misa_engine.trainer import checkpoints
+from misa_engine.cli import main as cli
+from misa_engine.report import log
 
 def die(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGKILL)
 
-append, flush = runlog.RunLog.append, checkpoints.flush_tree
+append, flush = log.RunLog.append, checkpoints.flush_tree
 
 def append_and_die(self, type, step, **fields):
     append(self, type, step, **fields)
@@ -37,7 +39,7 @@ def append_and_die(self, type, step, **fields):
         die()
 
 if sys.argv.pop(1) == "between":
-    runlog.RunLog.append = append_and_die
+    log.RunLog.append = append_and_die
 else:
     checkpoints.flush_tree = lambda folder: die() if folder.name == "checkpoint-8" else flush(folder)
 sys.exit(cli.main())
@@ -58,7 +60,7 @@ def material(tmp_path_factory) -> Path:
 
 def command(material: Path, out: Path, *more: str, killed: str = "") -> subprocess.Popen[str]:
     """Start ``misa train``; ``killed`` names the moment at which the process ends itself."""
-    start = ["-c", KILLED, killed] if killed else ["-m", "misa_engine.cli"]
+    start = ["-c", KILLED, killed] if killed else ["-m", "misa_engine"]
     options = {
         "model_name_or_path": material / "model",
         "dataset": material / "data.jsonl",

@@ -6,10 +6,10 @@ import time
 
 import pytest
 import torch
-from models import TINY
 
-from misa_engine import runstats
-from misa_engine.runstats import StartingWeights, StepClock, compare, peak_memory_bytes, resident_bytes
+from misa_engine.trainer import runstats
+from misa_engine.trainer.runstats import StartingWeights, StepClock, compare, peak_memory_bytes, resident_bytes
+from models import TINY
 
 CPU = torch.device("cpu")
 

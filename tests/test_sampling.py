@@ -1,4 +1,4 @@
-"""Scores, draws and guarantees of misa_engine.sampling, against hand-computed numbers and exact enumeration."""
+"""Scores, draws and guarantees of misa_engine.method.sampling, against hand-computed numbers and exact enumeration."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from misa_engine.config import CHOICES, PRESETS, MisaConfig
-from misa_engine.sampling import RULES, ImportanceTracker, fill_budget, log_gamma_variates, race
+from misa_engine.method.config import CHOICES, PRESETS, MisaConfig
+from misa_engine.method.sampling import RULES, ImportanceTracker, fill_budget, log_gamma_variates, race
 
 Outcome = tuple[tuple[int, ...], int | None]  # active units in order, refused unit
 WEIGHTED = ("importance", "uniform", "static", "epsilon_greedy")

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+
 from misa_engine.kernels.split_float import join, join_into, round_stochastic_, split, split_into
 
 CHUNK = 1 << 24

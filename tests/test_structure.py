@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import COMMON, GROUPED, TINY
 from torch import nn
 
-from misa_engine.families import FAMILIES, family_named
-from misa_engine.partition import partition
+from misa_engine.method.families import FAMILIES, family_named
+from misa_engine.method.partition import partition
+from models import COMMON, GROUPED, TINY
 
 
 class Wrapper(nn.Module):

@@ -10,16 +10,17 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from models import TINY
 from torch import nn
-from training import changed, weights
 from transformers import AutoModelForCausalLM, ByT5Tokenizer, Trainer, TrainerCallback, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from misa_engine import MISA, MisaConfig, checkpoints, recorder
-from misa_engine.checkpoints import CheckpointError
-from misa_engine.runlog import RunLog
-from misa_engine.trainer import MisaFactory, MisaMixin, MisaTrainer, config_from_arguments
+from misa_engine import MISA, MisaConfig
+from misa_engine.report.log import RunLog
+from misa_engine.trainer import checkpoints, recorder
+from misa_engine.trainer.checkpoints import CheckpointError
+from misa_engine.trainer.mixin import MisaFactory, MisaMixin, MisaTrainer, config_from_arguments
+from models import TINY
+from training import changed, weights
 
 MISA_OPTIONS: dict[str, Any] = {"delta": 0.2, "inner_steps": 4}
 #: Metrics that measure the machine and not the training, and a counter that TRL does not save.

@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from reference import OfficialMisa, PaperMisa
-from training import batches, loss_of, tiny
 
 from misa_engine import MISA
+from reference import OfficialMisa, PaperMisa
+from training import batches, loss_of, tiny
 
 ROUNDS, INNER = 6, 4
 

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 from torch import nn
-from training import batches, changed, loss_of, tiny, train, weights
 
 from misa_engine import MISA, MisaConfig
-from misa_engine.config import PRESETS
+from misa_engine.method.config import PRESETS
+from training import batches, changed, loss_of, tiny, train, weights
 
 
 def both(dtype=torch.float32, family="llama", **options):
@@ -162,7 +162,7 @@ def test_weights_used_twice_are_updated_after_their_last_use():
 
 def test_the_trainer_says_which_micro_batch_is_the_last(tmp_path):
     transformers = pytest.importorskip("transformers")
-    from misa_engine.trainer import MisaMixin
+    from misa_engine.trainer.mixin import MisaMixin
 
     class MisaTrainer(MisaMixin, transformers.Trainer):
         pass

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from command import make_workplace, words
 from safetensors.torch import load_file
 
-from misa_engine import vram
-from misa_engine.cli import main
-from misa_engine.planner import plan
+from command import make_workplace, words
+from misa_engine.cli import vram
+from misa_engine.cli.main import main
+from misa_engine.planner.plan import plan
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -43,7 +43,9 @@ def test_what_is_not_given_is_chosen_and_the_effective_batch_is_kept(place, caps
 
 
 def test_an_impossible_limit_is_refused_before_anything_is_loaded_or_written(place, capsys, monkeypatch):
-    monkeypatch.setattr("misa_engine.loading.load_model", lambda *args, **kwargs: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(
+        "misa_engine.cli.loading.load_model", lambda *args, **kwargs: pytest.fail("weights were loaded")
+    )
     out = place / "refused"
     assert main(words(place, out, max_length=64, max_vram_gb=1)) == 2
     error = capsys.readouterr().err
@@ -60,7 +62,7 @@ def test_bad_combinations_are_refused(place, capsys, options, text):
 
 
 def test_running_out_of_memory_in_the_trial_ends_the_run_before_the_first_step(place, capsys, monkeypatch):
-    from misa_engine.sft import MisaTrainer
+    from misa_engine.trainer.sft import MisaTrainer
 
     def no_room(self, *args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -82,7 +84,7 @@ def test_the_trial_covers_the_longest_sequence_with_the_worst_draw_and_restores_
     from transformers import AutoModelForCausalLM
     from trl import SFTConfig
 
-    from misa_engine.sft import MisaTrainer
+    from misa_engine.trainer.sft import MisaTrainer
 
     model = AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.bfloat16)
     args = SFTConfig(

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from models import TINY, VOCABULARY
 from torch import Tensor, nn
+
+from models import TINY, VOCABULARY
 
 
 def tiny(family: str = "llama", dtype: torch.dtype = torch.float32, **options) -> nn.Module:

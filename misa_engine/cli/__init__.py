@@ -1,0 +1,1 @@
+"""The ``misa`` command: arguments, data, models, directories."""

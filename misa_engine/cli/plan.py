@@ -1,0 +1,248 @@
+"""``misa plan``: what a run will need and what fits a card, from the model's configuration alone."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from misa_engine.errors import BAD_INPUT, DONE, UserError, bad_input, did_you_mean
+from misa_engine.method.config import CHOICES, MisaConfig
+from misa_engine.planner.activations import LOSSES
+from misa_engine.planner.cards import HUB_IDS
+
+USAGE = "misa plan --model NAME [--gpu CARD | --max_vram_gb GIB] [options]"
+#: Options of MisaConfig that change memory, with the values they take.
+MEMORY_OPTIONS = ("granularity", "state_dtype", "grad_dtype", "update_in", "master")
+
+
+def run_plan(words: list[str]) -> int:
+    """The whole command; returns its exit code."""
+    options = _parser().parse_args(words)
+    with bad_input():
+        return _run(options)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from misa_engine.planner.activations import Pass
+    from misa_engine.planner.cards import Card
+    from misa_engine.planner.plan import plan
+    from misa_engine.planner.solve import Wishes, impossible, solve
+    from misa_engine.planner.worst_case import Subject
+
+    given = {name: getattr(options, name) for name in MEMORY_OPTIONS if getattr(options, name) is not None}
+    misa = MisaConfig.from_dict(
+        {
+            **given,
+            "delta": MisaConfig.delta if options.delta is None else options.delta,
+            "always_train": tuple(options.always_train),
+            "include_outside": options.include_outside,
+        }
+    )
+    if options.batch is not None and options.batch < 1 or options.length < 2:
+        raise UserError(f"a micro-batch needs at least 1 x 2 tokens; got {options.batch} x {options.length}")
+    subject = Subject(model_config(options.model))
+    checkpointing = options.gradient_checkpointing
+    run = Pass(
+        batch=options.batch or 1,
+        length=options.length,
+        checkpointing=checkpointing is not False,
+        loss=options.loss,
+        liger=options.use_liger_kernel,
+        padded=options.padded,
+    )
+    error = None
+    if options.max_vram_gb is not None:
+        limit = Card.of(f"{options.max_vram_gb:g}GiB")
+        wishes = Wishes(options.delta, options.state_dtype, checkpointing, options.batch, options.length)
+        solved = solve(subject, limit, misa, run, wishes)
+        result = plan(subject, card=limit, misa=solved.misa, run=solved.run)
+    else:
+        limit = Card.of(options.gpu)
+        result = plan(subject, card=limit, misa=misa, run=run)
+        if not result.fits:
+            error = impossible(subject, limit, result)
+    command = train_command(options.model, result) if options.max_vram_gb is not None else None
+    if options.plot:
+        from misa_engine.planner.picture import draw
+
+        draw(result, variants(subject, result), Path(options.plot))
+    if options.json:
+        print(json.dumps({**result.to_dict(), **({"command": command} if command else {})}, indent=2))
+    else:
+        print(describe(result))
+        if command:
+            print(f"\n{command}")
+        if options.plot:
+            print(f"\npicture: {options.plot}")
+    if error is not None:
+        print(f"misa: error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    return DONE
+
+
+def model_config(name: str) -> Any:
+    """The configuration of a built-in name, a local directory or a Hub id.
+
+    Raises:
+        UserError: none of them; the message lists the built-in names.
+    """
+    from misa_engine.cli.loading import check_model_directory
+    from misa_engine.planner.cards import MODELS, published_config
+
+    if name.lower() in MODELS:
+        return published_config(name)
+    if "/" not in name and not Path(name).exists():
+        return published_config(name)  # raises, and lists what is known
+    from transformers import AutoConfig
+
+    check_model_directory(name, weights=False)
+    try:
+        return AutoConfig.from_pretrained(Path(name).expanduser() if Path(name).expanduser().is_dir() else name)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"the configuration of {name} cannot be loaded: {reason} Names that need no network: {', '.join(MODELS)}."
+        ) from error
+
+
+def variants(subject: Any, result: Any) -> dict[str, Any]:
+    """The same run with the other precision of moments and without, or with, checkpointing."""
+    from misa_engine.planner.plan import plan
+
+    found = {}
+    for checkpointing in (True, False):
+        for state_dtype in CHOICES["state_dtype"]:
+            misa = replace(result.misa, state_dtype=state_dtype)
+            run = replace(result.run, checkpointing=checkpointing)
+            label = f"{state_dtype} moments\n{'' if checkpointing else 'no '}checkpointing"
+            found[label] = plan(subject, misa=misa, run=run)
+    return found
+
+
+def train_command(model: str, result: Any) -> str:
+    """The ``misa train`` call that runs the plan."""
+    misa, run = result.misa, result.run
+    given = {
+        "model_name_or_path": HUB_IDS.get(model.lower(), model),
+        "dataset": "DATA",
+        "output_dir": "OUT",
+        "delta": f"{misa.delta:g}",
+        "state_dtype": misa.state_dtype,
+        "per_device_train_batch_size": run.batch,
+        "max_length": run.length,
+        "gradient_checkpointing": str(run.checkpointing).lower(),
+    }
+    for name in ("granularity", "grad_dtype", "update_in", "master"):
+        if getattr(misa, name) != getattr(MisaConfig, name):
+            given[name] = getattr(misa, name)
+    if misa.update_in == "backward":
+        given["max_grad_norm"] = 0
+    if misa.include_outside:
+        given["include_outside"] = "true"
+    words = [f"--{name} {value}" for name, value in given.items()]
+    words += [f"--always_train {' '.join(map(repr, misa.always_train))}"] if misa.always_train else []
+    return "misa train " + " ".join(words)
+
+
+def describe(result: Any) -> str:
+    """The plan as lines of text."""
+    run, misa = result.run, result.misa
+    loss = {
+        "plain": "all logits at once",
+        "chunked": "cross-entropy in chunks",
+        "liger": "Liger's fused cross-entropy",
+    }
+    parts = [
+        f"{run.batch} x {run.length} tokens",
+        f"{'' if run.checkpointing else 'no '}gradient checkpointing",
+        loss[run.loss] + (", Liger's kernels" if run.liger else ""),
+        f"{misa.state_dtype} moments",
+    ]
+    parts += ["update in backward"] if misa.update_in == "backward" else []
+    width = max(len(name) for name in result.bytes)
+    lines = [
+        f"{result.model}: {result.parameters:,} parameters; delta {misa.delta:g}: at most {result.delta_parameters:,} "
+        f"train at a time",
+        f"a micro-batch of {'; '.join(parts)}",
+        "",
+        *(f"  {name.replace('_', ' '):<{width}}  {_gib(size)}" for name, size in result.bytes.items()),
+        f"  {'together':<{width}}  {_gib(result.total_bytes)}",
+        "",
+        f"largest at: {result.moment}, when these train: {_summary(result.worst_draw)}",
+        *(f"note: {note}" for note in result.notes),
+    ]
+    card = result.card
+    if card is not None:
+        verdict = "fits" if result.fits else "does not fit"
+        lines.append(f"{card.name} ({card.total_bytes / 2**30:.2f} GiB): {verdict}")
+    if result.max_tokens_per_micro_batch is not None:
+        lines.append(
+            f"room for {result.max_tokens_per_micro_batch:,} tokens in a micro-batch, {result.max_length:,} in one "
+            "sequence"
+        )
+    return "\n".join(lines)
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:8.2f} GiB" if size >= 2**27 else f"{size / 2**20:8.2f} MiB"
+
+
+def _summary(names: tuple[str, ...]) -> str:
+    shown = ", ".join(names[:3])
+    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown
+
+
+def _parser() -> argparse.ArgumentParser:
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> Any:
+            word = next((word for word in message.split() if word.startswith("--")), "").split("=")[0].lstrip("-")
+            known = [flag.lstrip("-") for action in self._actions for flag in action.option_strings]
+            hint = did_you_mean(word, known, "--") if message.startswith("unrecognized") else ""
+            raise UserError(f"misa plan: {message}.{hint} See misa plan --help.")
+
+    parser = Parser(prog="misa plan", usage=USAGE, description=__doc__, allow_abbrev=False)
+    add = parser.add_argument
+    add("--model", "--model_name_or_path", required=True, help="built-in name, directory or Hub id")
+    add(
+        "--gpu",
+        default="rtx4090",
+        help="rtx4090 (default), rtx3090, a10, l4, a100-40, h100, ..., or a size like 24GiB",
+    )
+    add(
+        "--max_vram_gb",
+        type=float,
+        help="choose delta, moments, checkpointing and micro-batch to fit into so many GiB",
+    )
+    add("--delta", type=float, help="share of the model that trains at a time (default: 0.03)")
+    for name in MEMORY_OPTIONS:
+        default = getattr(MisaConfig, name)
+        add(f"--{name}", choices=CHOICES[name], help=f"as in misa train (default: {default})")
+    add("--always_train", nargs="+", default=[], metavar="PATTERN", help="trained in every step, outside delta")
+    add("--include_outside", action="store_true", help="embeddings and head are units too")
+    add("--length", "--max_length", type=int, default=2048, help="tokens of a sequence (default: 2048)")
+    add("--batch", "--per_device_train_batch_size", type=int, help="sequences of a micro-batch (default: 1)")
+    add("--gradient_checkpointing", "--checkpointing", nargs="?", const=True, type=truth, metavar="BOOL",
+        help="recompute activations (default: on)")  # fmt: skip
+    add("--no_checkpointing", dest="gradient_checkpointing", action="store_false", help="keep all activations")
+    add("--loss", choices=LOSSES, default="chunked", help="how the loss is computed: chunked (what misa train does), "
+        "plain (all logits), liger (fused linear cross-entropy)")  # fmt: skip
+    add("--use_liger_kernel", nargs="?", const=True, default=False, type=truth, metavar="BOOL",
+        help="Liger's RMSNorm, SwiGLU and RoPE, used by misa train on a GPU (default: off)")  # fmt: skip
+    add("--padded", action="store_true", help="sequences of unequal length in a micro-batch, without packing")
+    add("--json", action="store_true", help="print JSON")
+    add("--plot", metavar="FILE.png", help="draw the categories as stacked bars")
+    parser.set_defaults(gradient_checkpointing=None)
+    return parser
+
+
+def truth(text: str) -> bool:
+    """An argparse type: true, yes, 1, on and their opposites."""
+    if text.lower() in ("true", "yes", "1", "on"):
+        return True
+    if text.lower() in ("false", "no", "0", "off"):
+        return False
+    raise argparse.ArgumentTypeError(f"true or false, not {text!r}")

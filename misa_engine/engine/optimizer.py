@@ -1,0 +1,436 @@
+"""MISA: the torch optimizer that trains a few matrices at a time.
+
+    round start   tracker draws the active units -> arena binds their slots, requires_grad on
+    micro-batch   as each active gradient arrives, a hook moves it into its slot; p.grad becomes a view of the slot
+    step          norm and skip flag on the device, then one fused launch over the arena
+    round end     one device-to-host copy of the round's norms -> tracker -> next round
+
+Nothing between two round ends waits for the device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from misa_engine.engine import state
+from misa_engine.engine.arena import Arena, capacity_for
+from misa_engine.engine.events import CallbackHandle, SwitchEvent
+from misa_engine.engine.gradients import GradientSlots, UpdateOnArrival
+from misa_engine.engine.groups import build_groups, static_weights
+from misa_engine.engine.guards import CheckpointingGuard, check_model, check_trainable
+from misa_engine.engine.host import HostStore
+from misa_engine.engine.update import ArenaUpdate
+from misa_engine.kernels.backend import choose_backend
+from misa_engine.kernels.split_float import round_stochastic_
+from misa_engine.method.config import MisaConfig
+from misa_engine.method.partition import Partition, Unit, check_budget, partition
+from misa_engine.method.sampling import ImportanceTracker
+
+
+class MISA(torch.optim.Optimizer):
+    """Adam on a changing, importance-sampled set of weight matrices (arXiv 2511.00056, Algorithm 1).
+
+    Every T steps a few units, together at most a share δ of the model, are drawn with probabilities that follow their
+    tracked gradient norms. They are trainable for the next T steps; everything else is frozen and holds no gradient.
+    Build it before freezing anything and on the device where the model will train.
+
+    Example:
+        >>> optimizer = MISA(model, lr=1e-5, delta=0.03)
+        >>> for batch in loader:
+        ...     model(**batch).loss.backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+
+    Args:
+        model: any ``nn.Module`` of a known family, or one whose repeated layers can be recognised.
+        config: all options as one object, or
+        **options: the fields of ``MisaConfig`` by name.
+
+    Attributes:
+        units: tuple of ``Unit`` (name, numel, layer, kind), everything that can be drawn.
+        partition: where every parameter of the model belongs.
+        budget: floor(δ·N), parameters that the active units may hold together.
+        inner_step: steps made in the present round, 0 … T-1.
+        total_steps: steps made since the beginning.
+        backend: "triton" or "reference", whichever updates the weights.
+        events: the last 200 switches, as ``SwitchEvent``; ``on_switch`` sees all.
+        skipped_steps: steps skipped because of a non-finite gradient, as of the last switch.
+
+    Raises:
+        ValueError: a bad option, a model that cannot be trained this way (see ``misa_engine.engine.guards``), or a
+            budget smaller than the largest unit. Nothing has been changed then.
+    """
+
+    def __init__(self, model: nn.Module, config: MisaConfig | None = None, **options: Any):
+        if config is not None and options:
+            raise ValueError(f"give either config or single options, not both; got config and {', '.join(options)}")
+        self.config = config = config if config is not None else MisaConfig.from_dict(options)
+        check_model(model)
+        self.partition: Partition = partition(
+            model,
+            config.granularity,
+            always_train=config.always_train,
+            frozen=config.frozen,
+            include_outside=config.include_outside,
+            family=config.family,
+        )
+        self.units: tuple[Unit, ...] = self.partition.units
+        self.budget = check_budget(self.partition, config.delta)
+        named = dict(model.named_parameters())
+        sampled = [name for unit in self.units for name in unit.params]
+        self._always = self.partition.always
+        self._parameters = {name: named[name] for name in (*self._always, *sampled)}
+        dtype: torch.dtype | None = None
+        for name, parameter in self._parameters.items():
+            dtype = check_trainable(name, parameter, dtype)
+        assert dtype is not None
+        device = next(iter(self._parameters.values())).device
+        self.backend = choose_backend(config.backend, device)
+        groups, self._group_of = build_groups(model, self._parameters, config)
+        defaults = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
+        super().__init__(groups, defaults)
+
+        sizes = {name: parameter.numel() for name, parameter in self._parameters.items()}
+        capacity, slots = capacity_for(self.budget, [sizes[n] for n in sampled], [sizes[n] for n in self._always])
+        split = dtype == torch.bfloat16 and config.master == "split"
+        self.dtype = dtype
+        self.arena = Arena(
+            capacity,
+            slots,
+            dtype=dtype,
+            device=device,
+            split=split,
+            state_dtype=config.state_dtype,
+            grad_dtype=torch.float32 if config.grad_dtype == "float32" else dtype,
+            hold_gradients=config.update_in == "step",
+        )
+        self.host = HostStore(
+            self.arena,
+            moments=config.revisit in ("keep", "offload"),
+            pack=config.revisit == "offload",
+            residual=config.leave_rounding == "keep",
+            backend=self.backend,
+        )
+        self._kernels = ArenaUpdate(self.arena, len(groups), config, self.backend)
+        self.tracker = ImportanceTracker(
+            [unit.numel for unit in self.units], self.budget, config, static_weights(self.units, config.static_weights)
+        )
+
+        self.inner_step = 0
+        self.total_steps = 0
+        self.skipped_steps = 0
+        self.events: deque[SwitchEvent] = deque(maxlen=200)  # 67 KB each for an 8B model's 224 units
+        self._callbacks: list[Callable[[SwitchEvent], None]] = []
+        self._measured_contents: list[int] = []  # of the slots when clip_grad_norm_ measured them
+        self._clip_next: float | None = None
+        self._model_bytes = sum(parameter.nbytes for parameter in named.values())  # tied ones are listed once
+
+        # Hooks first: a frozen parameter takes none, and hooks survive requires_grad being toggled.
+        self._model = model
+        self._guard = CheckpointingGuard(model)
+        self._intake: GradientSlots | UpdateOnArrival
+        if config.update_in == "backward":
+            self._intake = UpdateOnArrival(model, self._parameters, self.arena, self._update_slot)
+        else:
+            self._intake = GradientSlots(
+                model,
+                self._parameters,
+                self.arena,
+                self.backend,
+                measure_on_arrival=config.max_grad_norm is None,
+                gemm=config.gemm_gradients,
+            )
+        model.requires_grad_(False)
+        model.zero_grad(set_to_none=True)
+        self._open_round({}, started=time.perf_counter())
+
+    # ------------------------------------------------------------------------------------------------ what is seen
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """Names of the units that train in the present round, in the order they were drawn."""
+        return tuple(self.units[index].name for index in self.tracker.active)
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """G_u of each unit as the preset reads it, before normalisation and η; current as of the last switch."""
+        return dict(zip((unit.name for unit in self.units), self.tracker.scores, strict=True))
+
+    @property
+    def probabilities(self) -> dict[str, float]:
+        """Distribution of the next draw, before any forced choice; current as of the last switch."""
+        return dict(zip((unit.name for unit in self.units), self.tracker.probabilities, strict=True))
+
+    @property
+    def round(self) -> int:
+        """Number of the present round, from 0; one-step rounds of the cold start count."""
+        return self.tracker.round
+
+    @property
+    def grad_norm(self) -> Tensor:
+        """Global norm of the active gradients before clipping, a float32 scalar on the device."""
+        return self._kernels.control.grad_norm[0]
+
+    @property
+    def measure_on_arrival(self) -> bool:
+        """Take each gradient's norm as it arrives, so that clipping by the caller cannot distort the scores.
+
+        On unless ``max_grad_norm`` is given. Switch it off to save that pass when you clip with ``clip_grad_norm_``.
+        Always on with ``update_in="backward"``, which needs the norm to know a gradient that is not finite.
+        """
+        return self._intake.measure_on_arrival if isinstance(self._intake, GradientSlots) else True
+
+    @measure_on_arrival.setter
+    def measure_on_arrival(self, value: bool) -> None:
+        if isinstance(self._intake, GradientSlots):
+            self._intake.measure_on_arrival = value
+
+    @property
+    def last_micro_batch(self) -> bool:
+        """With ``update_in="backward"``: whether the next backward pass is the last of its step, as it is by default.
+
+        Under accumulation set it to False before every backward but the last: gradients then add up in ``p.grad``, as
+        ordinary tensors, until the last pass uses them. Without effect with ``update_in="step"``.
+        """
+        return self._intake.last_micro_batch if isinstance(self._intake, UpdateOnArrival) else True
+
+    @last_micro_batch.setter
+    def last_micro_batch(self, value: bool) -> None:
+        if isinstance(self._intake, UpdateOnArrival):
+            self._intake.last_micro_batch = value
+
+    def memory(self) -> dict[str, int]:
+        """Bytes by category: the model's weights and everything this optimizer holds (host memory named as such)."""
+        return {"weights": self._model_bytes, **self.arena.bytes(), **self.host.bytes()}
+
+    def on_switch(self, callback: Callable[[SwitchEvent], None]) -> CallbackHandle:
+        """Call ``callback(event)`` after each switch; the returned handle's ``remove()`` stops that."""
+        self._callbacks.append(callback)
+        return CallbackHandle(self._callbacks, callback)
+
+    # ---------------------------------------------------------------------------------------------------- one step
+
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Clip the global gradient norm inside the next ``step()``, without touching the gradients.
+
+        Costs one pass over the active gradients instead of the two and a half of ``torch.nn.utils.clip_grad_norm_``,
+        and scores stay those of the raw gradients.
+
+        Args:
+            max_norm: as in torch; ``inf`` measures without clipping.
+
+        Returns:
+            The norm before clipping, a float32 scalar on the device.
+
+        Raises:
+            ValueError: a finite bound with ``update_in="backward"``, where the updates have been made by then.
+        """
+        self._intake.collect()
+        if isinstance(self._intake, GradientSlots):
+            self._kernels.measure()
+            self._measured_contents = self._intake.contents()
+            self._clip_next = max_norm
+        elif max_norm < math.inf:
+            raise ValueError(
+                f"clip_grad_norm_({max_norm}): with update_in='backward' every matrix was updated before the global "
+                "norm is known. Train without clipping (misa train: --max_grad_norm 0) or use update_in='step'."
+            )
+        return self._kernels.global_norm().clone()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update the active matrices; at the end of the T-th step of a round, draw the next ones.
+
+        With ``update_in="backward"`` the updates were made as the gradients arrived, and this ends the step.
+
+        Args:
+            closure: re-evaluates the model and returns the loss, as in every torch optimizer.
+
+        Raises:
+            ValueError: a parameter was moved, replaced or reshaped since construction.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        ends_round = self.inner_step + 1 >= self.tracker.round_length
+        if ends_round:  # any unit may come next, so all have to be in their places before anything is written
+            for name in self._parameters:
+                self._intake.check_in_place(name)
+        if isinstance(self._intake, GradientSlots):
+            self._update_slots(self._intake)
+        else:
+            self._intake.collect()
+            self._kernels.global_norm()
+        self._intake.forget()
+        self.total_steps += 1
+        self.inner_step += 1
+        if ends_round:
+            self._switch()
+        return loss
+
+    def _update_slots(self, intake: GradientSlots) -> None:
+        """Norms, unless they are known, and the update of all slots."""
+        stale = intake.collect()
+        self._set_hyperparameters()
+        norms_on_arrival: Tensor | None = None
+        if stale and intake.measured:  # clipped by the caller: the scores stay those of the raw gradients
+            norms_on_arrival = self.arena.step_sumsq.clone()  # one float a tile
+        if stale and self._measured_contents != intake.contents():
+            self._kernels.measure()
+        self._kernels.step(norms_on_arrival)
+        self._measured_contents, self._clip_next = [], None
+
+    def _update_slot(self, index: int, gradient: Tensor) -> None:
+        """``update_in="backward"``: use one gradient in the backward pass that made it."""
+        self._set_hyperparameters()
+        self._kernels.step_slot(index, gradient)
+
+    def _set_hyperparameters(self) -> None:
+        clip = self._clip_next if self._clip_next is not None else self.config.max_grad_norm
+        self._kernels.set_hyperparameters(self.param_groups, clip)
+
+    # ---------------------------------------------------------------------------------------------------- a switch
+
+    def _switch(self) -> None:
+        """Close the round (line 16, scores), draw the next one and move its units in."""
+        steps = self._close_round()
+        self._open_round(steps, started=time.perf_counter())
+
+    def _close_round(self) -> dict[str, int]:
+        """Account for the round that ends. Returns each bound parameter's number of Adam steps."""
+        if self.config.closing_momentum:  # line 16 is for what is about to be cleared
+            self._kernels.closing_step(spared=len(self._always))
+        report = self._kernels.report()
+        self.skipped_steps = report.skipped
+        slots = [[self._intake.slot_of[name] for name in self.units[index].params] for index in self.tracker.active]
+        self.tracker.update(
+            [sum(report.sums[slot] for slot in unit) for unit in slots],
+            [max(report.measured[slot] for slot in unit) for unit in slots],
+        )
+        return dict(zip(self.arena.names, report.steps, strict=True))
+
+    def _open_round(self, steps: dict[str, int], started: float) -> None:
+        """Draw the next units and move them in.
+
+        Args:
+            steps: Adam steps of the parameters bound so far; empty at construction.
+            started: ``time.perf_counter()`` when the switch began.
+        """
+        before = self.active
+        self.tracker.draw()
+        after = self.active
+        wanted = [*self._always, *(name for index in self.tracker.active for name in self.units[index].params)]
+        leaving = [name for name in self.arena.names if name not in set(wanted)]
+        moved = self._leave(leaving, steps)
+        kept = [name for name in self.arena.names if name in set(wanted)]
+        if self.config.revisit == "clear":
+            kept = [name for name in kept if name in self._always]
+        self._bind(wanted, {name: steps[name] for name in kept})
+        for name in wanted:
+            moved += self.host.enter(name, self._intake.slot_of[name])
+        self.inner_step = 0
+        numel = sum(self.units[index].numel for index in self.tracker.active)
+        event = SwitchEvent(
+            round=self.round,
+            step=self.total_steps,
+            left=tuple(name for name in before if name not in after),
+            came=tuple(name for name in after if name not in before),
+            kept=tuple(name for name in after if name in before),
+            active=after,
+            active_share=numel / self.partition.total,
+            budget_share=numel / self.budget,
+            milliseconds=1e3 * (time.perf_counter() - started),
+            moved_bytes=moved,
+            scores=self.scores,
+            probabilities=self.probabilities,
+            visits=dict(zip((unit.name for unit in self.units), map(int, self.tracker.visits), strict=True)),
+            entropy=self.tracker.entropy,
+            coverage=self.tracker.coverage,
+            skipped_steps=self.skipped_steps,
+            stale_rounds_max=max(self.tracker.stale_rounds),
+            starved=tuple(self.units[index].name for index in self.tracker.starved()),
+        )
+        self.events.append(event)
+        for callback in list(self._callbacks):
+            callback(event)
+
+    def _leave(self, leaving: list[str], steps: dict[str, int]) -> int:
+        """Freeze parameters and give up, or keep on the host, what belongs to them. Returns bytes copied there."""
+        moved = 0
+        for name in leaving:
+            index, parameter = self._intake.slot_of[name], self._parameters[name]
+            slot = self.arena.slots[index]
+            if self.arena.residual is not None and self.config.leave_rounding == "stochastic":
+                bits = self.arena.residual[slot.start : slot.start + slot.numel]
+                round_stochastic_(slot.weight, bits, self._rounding_seed(name), backend=self.backend)
+            moved += self.host.leave(name, index, steps[name])
+            self._freeze(parameter)
+        return moved
+
+    @staticmethod
+    def _freeze(parameter: nn.Parameter) -> None:
+        parameter.requires_grad_(False)
+        parameter.grad = None
+        parameter.grad_dtype = parameter.dtype
+
+    def _rounding_seed(self, name: str) -> int:
+        # one stream per (seed, round, parameter), the same in every process: Python's own hash() is salted
+        text = f"{self.config.seed}:{self.round}:{name}".encode()
+        return int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "little")
+
+    def _bind(self, names: list[str], steps: dict[str, int], starts: list[int] | None = None) -> None:
+        """Give ``names`` their slots, make them trainable and forget all gradients."""
+        for name in self.arena.names:
+            self._parameters[name].grad = None
+        self.arena.bind({name: self._parameters[name] for name in names}, self._group_of, steps, starts=starts)
+        self._intake.bind()
+        for name in names:
+            self._parameters[name].requires_grad_(True)
+
+    # ------------------------------------------------------------------------------------------ saving and the end
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything an exact continuation needs: torch's own part plus moments, residual bits, scores and clocks.
+
+        Tensors are references to the live buffers, as in every torch optimizer; ``torch.save`` or a deep copy makes
+        them a snapshot. Loads with ``torch.load(weights_only=True)``.
+        """
+        return {**super().state_dict(), "misa": state.pack(self)}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue where ``state_dict`` was taken, anywhere in a round. The model's weights are loaded separately.
+
+        Raises:
+            ValueError: the state is another optimizer's, or of another model, δ, granularity, preset or option of the
+                sampler; the message lists what differs. Nothing has been changed then.
+        """
+        state.check(self, state_dict)
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != "misa"})
+        state.unpack(self, state_dict["misa"])
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Only for torch's own use during construction; groups come from ``parameter_groups=[{"pattern": ...}]``."""
+        if hasattr(self, "arena"):
+            raise ValueError(
+                "parameters cannot be added to MISA after construction; build it with always_train=(...) or "
+                "parameter_groups=[{'pattern': ..., 'lr': ...}] instead"
+            )
+        super().add_param_group(param_group)
+
+    def remove(self) -> None:
+        """Take all hooks off the model and make every parameter trainable again, as before construction."""
+        self._guard.remove()
+        self._intake.remove()
+        for name in self.arena.names:
+            self._freeze(self._parameters[name])
+        self._model.requires_grad_(True)

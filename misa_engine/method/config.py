@@ -1,0 +1,290 @@
+"""MisaConfig: every option of the engine, validated once, before anything is allocated.
+
+Three presets bundle the options in which the paper, the published code and this engine differ. A preset fills in
+what the user left at ``None``; an option given explicitly wins.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+#: What each preset fills in. Sources: arXiv 2511.00056, Algorithm 1 ("paper"); github.com/pkumelon/MISA ("official").
+PRESETS: dict[str, dict[str, Any]] = {
+    "engine": {
+        "score": "mean_square",
+        "score_normalisation": "relative",
+        "ema": "corrected_on_read",
+        "exponent_cap": math.inf,
+        "cold_start": "probe",
+        "revisit": "keep_adjacent",
+        "bias_correction": True,
+        "closing_momentum": False,
+        "sample_last": 0,
+        "leave_rounding": "stochastic",
+        "fill": "carry",
+    },
+    "paper": {
+        "score": "mean_square",
+        "score_normalisation": "none",
+        "ema": "plain",
+        "exponent_cap": math.inf,
+        "cold_start": "none",
+        "revisit": "clear",
+        "bias_correction": False,
+        "closing_momentum": True,
+        "sample_last": 0,
+        "leave_rounding": "nearest",
+        "fill": "stop",
+    },
+    "official": {
+        "score": "squared_mean_norm",
+        "score_normalisation": "none",
+        "ema": "official",
+        "exponent_cap": 5.0,
+        "cold_start": "official",
+        "revisit": "keep",
+        "bias_correction": True,
+        "closing_momentum": False,
+        "sample_last": 2,
+        "leave_rounding": "nearest",
+        "fill": "skip",
+    },
+}
+
+#: Permitted values of the options that name an alternative.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "preset": tuple(PRESETS),
+    "rule": (
+        "importance",
+        "uniform",
+        "cyclic",
+        "shuffle",
+        "static",
+        "top_k",
+        "epsilon_greedy",
+    ),
+    "granularity": ("module", "block", "layer"),
+    "score": ("mean_square", "squared_mean_norm"),
+    "score_normalisation": ("relative", "none"),
+    "ema": ("corrected_on_read", "plain", "official"),
+    "cold_start": ("probe", "none", "official"),
+    "revisit": ("keep_adjacent", "clear", "keep", "offload"),
+    "leave_rounding": ("stochastic", "nearest", "keep"),
+    "fill": ("carry", "stop", "skip"),
+    "master": ("split", "none"),
+    "state_dtype": ("float32", "int8"),
+    "grad_dtype": ("weight", "float32"),
+    "update_in": ("step", "backward"),
+    "backend": ("auto", "reference", "triton"),
+}
+
+#: Options that may change between saving and loading: the learning rate and its companions travel in the parameter
+#: groups, as for every torch optimizer, and the rest does not touch the trajectory's meaning.
+FREE_ON_LOAD = (
+    "lr",
+    "betas",
+    "eps",
+    "weight_decay",
+    "max_grad_norm",
+    "backend",
+    "stale_after",
+    "parameter_groups",
+    "grad_dtype",
+    "gemm_gradients",
+    "update_in",
+)
+
+
+def check_choice(option: str, value: object, choices: Iterable[str]) -> None:
+    """Raise ValueError, naming the closest permitted value, unless ``value`` is one of ``choices``."""
+    choices = tuple(choices)
+    if value in choices:
+        return
+    close = difflib.get_close_matches(str(value), choices, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    raise ValueError(f"unknown {option} {value!r}: choose one of {', '.join(choices)}.{hint}")
+
+
+@dataclass(frozen=True)
+class MisaConfig:
+    """All options of MISA. Immutable; invalid values raise ValueError at construction.
+
+    ``None`` in a field of the second block means "what the preset says" and is replaced during construction, so that
+    a constructed config never holds ``None`` there.
+    """
+
+    lr: float = 1e-5
+    """Learning rate α. The parameter groups carry it afterwards, so any scheduler can move it."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of Adam's first and second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.0
+    """Decoupled decay of active matrices. Norms, biases and embeddings are never decayed."""
+    delta: float = 0.03
+    """Budget δ: the active units together hold at most ``floor(delta * N)`` of the model's N parameters."""
+    inner_steps: int = 50
+    """T: optimizer steps between two draws."""
+    eta: float = 1.0
+    """η in P_u ∝ exp(η·G_u); 0 is uniform, larger is greedier. Scale depends on ``score_normalisation``."""
+    score_beta: float = 0.8
+    """β of the score's exponential moving average (Eq. 4)."""
+    preset: str = "engine"
+    """Which bundle fills the options left at None: engine, paper or official."""
+    rule: str = "importance"
+    """How units are drawn; the names of ``misa_engine.method.sampling.RULES``."""
+    granularity: str = "module"
+    """What a unit is: one weight matrix, one attention or MLP block, or one whole layer."""
+    always_train: tuple[str, ...] = ()
+    """Patterns (shell style, matched against full parameter names) of parameters trained in every step, outside δ."""
+    frozen: tuple[str, ...] = ()
+    """Patterns of parameters that are never trained although they lie inside the layers."""
+    include_outside: bool = False
+    """Also make units of the matrices outside the layers (embeddings, head), as pre-training needs."""
+    family: str | None = None
+    """Name of a row of ``misa_engine.method.families.FAMILIES``; None recognises the family from the model."""
+    parameter_groups: tuple[Mapping[str, Any], ...] = ()
+    """Overrides by pattern: ``{"pattern": "*.mlp.*", "lr": 1e-5, "weight_decay": 0.1}``; first match wins."""
+    static_weights: Mapping[str, float] = field(default_factory=dict)
+    """Pattern -> positive relative weight, for ``rule="static"``; unmatched units weigh 1."""
+    epsilon: float = 0.1
+    """Share of uniform draws of ``rule="epsilon_greedy"``."""
+    max_grad_norm: float | None = None
+    """Clip the global gradient norm inside the update; None leaves clipping to the caller."""
+    skip_nonfinite: bool = True
+    """Skip a step in which any gradient is inf or NaN (one pass over the active gradients, no synchronisation)."""
+    master: str = "split"
+    """bf16 models: "split" keeps 16 more bits per active weight (an exact fp32 master); "none" rounds at each step."""
+    state_dtype: str = "float32"
+    """Dtype of the moments: float32, or int8 (8-bit codes with a scale each 64): 2.1 instead of 8 bytes a weight."""
+    grad_dtype: str = "weight"
+    """Dtype of the gradient slots: that of the weights, or float32 (2 bytes more, micro-batches add up exactly)."""
+    gemm_gradients: bool = True
+    """Let the GEMM of an active linear layer write its weight gradient into its slot: no temporary, no copy."""
+    update_in: str = "step"
+    """When weights are updated: in "step", or in "backward" as each gradient arrives (no slots, no clipping)."""
+    backend: str = "auto"
+    """"triton" on a GPU and "reference" (plain PyTorch) elsewhere, or either by force."""
+    stale_after: int = 0
+    """Rounds without a visit after which a unit is reported as starved; 0 means 10·B/(mean units per round)."""
+    seed: int = 0
+    """Seed of the optimizer's own generator; the global generators are never touched."""
+
+    score: str | None = None
+    """What is measured: mean_square (‖g‖²/n_u, mean over the round) or squared_mean_norm (mean of ‖g‖, unscaled)."""
+    score_normalisation: str | None = None
+    """relative divides G_u by the mean of G, so that η means the same for every model; none does not."""
+    ema: str | None = None
+    """corrected_on_read (true bias correction), plain (Eq. 4), or official (corrected value fed back)."""
+    exponent_cap: float | None = None
+    """Upper bound of the exponent η·G_u (official: of η·G_u²)."""
+    cold_start: str | None = None
+    """probe: one-step rounds until every unit was seen once; official: the same, divided by T; none."""
+    revisit: str | None = None
+    """Moments of a unit: keep_adjacent (while it stays active), clear (every round), keep or offload (for ever, on the
+    host: keep as they are, offload in 8 bits)."""
+    bias_correction: bool | None = None
+    """Adam's bias correction, counted from the unit's fresh moments."""
+    closing_momentum: bool | None = None
+    """Line 16 of Algorithm 1: one more step along the first moment when a round ends."""
+    sample_last: int | None = None
+    """This many least recently used units are forced into each draw."""
+    leave_rounding: str | None = None
+    """The extra 16 master bits of a unit that leaves: rounded away (stochastic or nearest), or keep (2 bytes a weight
+    on the host: an exact float32 master over the whole run)."""
+    fill: str | None = None
+    """What happens when a drawn unit does not fit: carry (it opens the next round), stop, or skip (draw on)."""
+
+    def __post_init__(self) -> None:
+        """Fill in the preset's values, normalise containers, check every range."""
+        check_choice("preset", self.preset, PRESETS)
+        for option, value in PRESETS[self.preset].items():
+            if getattr(self, option) is None:
+                object.__setattr__(self, option, value)
+        for option in ("always_train", "frozen"):
+            value = getattr(self, option)
+            object.__setattr__(self, option, (value,) if isinstance(value, str) else tuple(value))
+        object.__setattr__(self, "betas", tuple(self.betas))
+        object.__setattr__(self, "parameter_groups", tuple(dict(group) for group in self.parameter_groups))
+        for option, choices in CHOICES.items():
+            check_choice(option, getattr(self, option), choices)
+        self._check_ranges()
+        for group in self.parameter_groups:
+            unknown = set(group) - {"pattern", "lr", "weight_decay", "betas", "eps"}
+            if "pattern" not in group or unknown:
+                raise ValueError(
+                    f"parameter_groups needs 'pattern' and any of lr, weight_decay, betas, eps in each entry; "
+                    f"got {dict(group)!r}"
+                )
+
+    def _check_ranges(self) -> None:
+        if not 0 < self.delta <= 1:
+            raise ValueError(
+                f"delta is the share of the model that trains at a time and must lie in (0, 1]; got {self.delta}. "
+                "0.03 is the published setting for 7-8B models."
+            )
+        if not isinstance(self.inner_steps, int) or self.inner_steps < 1:
+            raise ValueError(
+                f"inner_steps (T) is the number of optimizer steps between two draws, an integer of at least 1; "
+                f"got {self.inner_steps!r}. 50 is the published setting."
+            )
+        ranges: tuple[tuple[str, float, bool, str], ...] = (
+            ("lr", self.lr, self.lr >= 0, "at least 0"),
+            ("eps", self.eps, self.eps > 0, "larger than 0"),
+            ("weight_decay", self.weight_decay, self.weight_decay >= 0, "at least 0"),
+            ("eta", self.eta, self.eta >= 0, "at least 0"),
+            ("score_beta", self.score_beta, 0 <= self.score_beta < 1, "in [0, 1)"),
+            ("epsilon", self.epsilon, 0 <= self.epsilon <= 1, "in [0, 1]"),
+            ("exponent_cap", float(self.exponent_cap or 0), (self.exponent_cap or 0) > 0, "larger than 0"),
+            ("sample_last", float(self.sample_last or 0), (self.sample_last or 0) >= 0, "at least 0"),
+            ("stale_after", self.stale_after, self.stale_after >= 0, "at least 0"),
+            ("max_grad_norm", self.max_grad_norm or 1.0, self.max_grad_norm is None or self.max_grad_norm > 0, "> 0"),
+        )
+        for name, value, fine, needed in ranges:
+            if not fine or not (math.isfinite(value) or name == "exponent_cap"):
+                raise ValueError(f"{name} must be {needed}; got {value}")
+        if self.update_in == "backward" and self.max_grad_norm is not None:
+            raise ValueError(
+                f"max_grad_norm={self.max_grad_norm} needs the norm of all gradients before the first update, but "
+                "update_in='backward' updates each matrix as its gradient arrives. Leave max_grad_norm at None "
+                "(misa train: --max_grad_norm 0), or use update_in='step'."
+            )
+        if self.update_in == "backward" and self.grad_dtype != "weight":
+            raise ValueError(
+                f"grad_dtype={self.grad_dtype!r} is the dtype of gradient slots, which update_in='backward' has none of"
+            )
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be two numbers in [0, 1); got {self.betas}")
+        if not all(0 < weight < math.inf for weight in self.static_weights.values()):
+            raise ValueError(
+                f"static_weights must be positive and finite; got {dict(self.static_weights)}. What is never to train "
+                "belongs into frozen."
+            )
+
+    @classmethod
+    def from_dict(cls, options: Mapping[str, Any]) -> MisaConfig:
+        """Build a config from plain options (YAML, command line, a checkpoint).
+
+        Raises:
+            ValueError: an option is unknown (the closest known one is named) or has an invalid value.
+        """
+        known = {entry.name for entry in fields(cls)}
+        for option in options:
+            check_choice("option", option, known)
+        return cls(**options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain Python containers only, so that it survives JSON and ``torch.load(weights_only=True)``."""
+        plain = asdict(self)
+        plain.update(
+            betas=list(self.betas),
+            always_train=list(self.always_train),
+            frozen=list(self.frozen),
+            parameter_groups=[dict(group) for group in self.parameter_groups],
+            static_weights=dict(self.static_weights),
+        )
+        return plain

@@ -1,0 +1,443 @@
+"""Who trains next: the units' scores, the rules that draw from them, and the budget that every draw keeps.
+
+A rule is a pure function of a :class:`DrawContext` and a generator: it orders the units. What does not depend on the
+rule happens once, in :class:`ImportanceTracker`: the score's moving average, forced choices, filling the budget, visit
+counts, the checkpoint. Everything here is float64 or int on the host and runs once a round, between two steps.
+
+B units; G_u the score of a unit, n_u its number of parameters, η and β as in MisaConfig, T inner steps a round.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from misa_engine.method.config import MisaConfig
+
+#: Named wherever a tensor is made: the generator lives on the host, whatever torch.set_default_device says.
+CPU = torch.device("cpu")
+
+#: Visits that a unit gets in the cold start while nothing could be measured (all its steps were skipped). Bounded, so
+#: that a unit that never receives a gradient cannot keep the run in one-step rounds for ever.
+PROBE_ATTEMPTS = 3
+
+#: Exponents stop here, far beyond any that matters (exp overflows at 710), so that no difference of two is inf - inf.
+LARGEST_EXPONENT = 1e300
+
+#: Attributes of ImportanceTracker that a checkpoint holds.
+SAVED = (
+    *("round", "round_length", "active", "visits", "last_visit", "refused_sums"),
+    *("_ema", "_updates", "_missed", "_carried", "_left"),
+)
+
+
+@dataclass(frozen=True)
+class DrawContext:
+    """All that a rule may look at."""
+
+    scores: Tensor  # (B,) float64, G_u as the preset reads it
+    exponents: Tensor  # (B,) float64, η times the normalised score, capped: P_u ∝ exp(exponent)
+    log_weights: Tensor  # (B,) float64, logarithms of the static weights
+    visits: tuple[int, ...]  # rounds in which the unit was active
+    last_visit: tuple[int, ...]  # last such round, -1 for none
+    left: tuple[int, ...]  # what is left of the present pass (cyclic, shuffle), in order
+    epsilon: float  # share of uniform draws (epsilon_greedy)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Units in the order in which a rule draws them; as many get in as the budget holds."""
+
+    order: Sequence[int]
+    then: Sequence[int] = ()  # the next pass; begins only when all of `order` got in
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A row of RULES. The distribution of ``draw``'s first unit is ``probabilities``."""
+
+    draw: Callable[[DrawContext, torch.Generator], Draw]
+    probabilities: Callable[[DrawContext], Tensor]
+    needs_scores: bool = False  # the cold start is for rules that look at scores, or at what follows from them
+    carries: bool = False  # fill="carry" is for random draws; a pass keeps a refused unit anyhow, and greedy is greedy
+
+
+def race(log_weights: Tensor, generator: torch.Generator) -> list[int]:
+    """Order all units as sequential weighted draws without replacement would.
+
+    Exponential clocks with rates w_u ring in exactly that order (Efraimidis and Spirakis 2006). In logarithms the
+    clock is a Gumbel variable added to log w_u, so a weight that underflows as a number still has its place.
+    """
+    uniform = torch.rand(len(log_weights), dtype=torch.float64, device=CPU, generator=generator)
+    gumbel = -torch.log(-torch.log1p(-uniform))
+    # Beyond 1e16 the sum forgets the noise; sorting by noise first still breaks ties between equal weights fairly.
+    by_noise = torch.argsort(gumbel, descending=True, stable=True)
+    keys = (log_weights - log_weights.max() + gumbel)[by_noise]
+    return by_noise[torch.argsort(keys, descending=True, stable=True)].tolist()
+
+
+def log_gamma_variates(shape: Tensor, generator: torch.Generator) -> Tensor:
+    """Logarithms of Gamma(shape, 1) variates for shapes of at least 1 (Marsaglia and Tsang 2000).
+
+    torch.distributions draws from the global generator only, and a Dirichlet vector is normalised Gamma variates.
+    """
+    result = torch.empty_like(shape)
+    waiting = torch.arange(len(shape), device=CPU)
+    while len(waiting):  # accepts over 95% at every shape, so four or five turns for 10,000 units
+        d = shape[waiting] - 1 / 3
+        x = torch.randn(len(d), dtype=torch.float64, device=CPU, generator=generator)
+        log_u = torch.rand(len(d), dtype=torch.float64, device=CPU, generator=generator).log()
+        v = (1 + x / (9 * d).sqrt()) ** 3
+        accepted = (v > 0) & (log_u < x.square() / 2 + d - d * v + d * v.log())
+        result[waiting[accepted]] = (d * v)[accepted].log()
+        waiting = waiting[~accepted]
+    return result
+
+
+def _one_hot(unit: int, like: Tensor) -> Tensor:
+    return torch.zeros_like(like).index_fill(0, torch.tensor([unit], device=CPU), 1.0)
+
+
+def _weighted(log_weights: Callable[[DrawContext], Tensor], needs_scores: bool = False) -> Rule:
+    """Rule that draws with weights exp(log_weights), one after the other, without replacement."""
+    return Rule(
+        draw=lambda context, generator: Draw(race(log_weights(context), generator)),
+        probabilities=lambda context: torch.softmax(log_weights(context), dim=0),
+        needs_scores=needs_scores,
+        carries=True,
+    )
+
+
+def _draw_cyclic(context: DrawContext, generator: torch.Generator) -> Draw:
+    return Draw(context.left, range(len(context.scores)))
+
+
+def _probabilities_cyclic(context: DrawContext) -> Tensor:
+    return _one_hot(context.left[0] if context.left else 0, context.scores)
+
+
+def _draw_shuffle(context: DrawContext, generator: torch.Generator) -> Draw:
+    return Draw(context.left, torch.randperm(len(context.scores), device=CPU, generator=generator).tolist())
+
+
+def _probabilities_shuffle(context: DrawContext) -> Tensor:
+    choices = torch.tensor(context.left or range(len(context.scores)), device=CPU)
+    return torch.zeros_like(context.scores).index_fill(0, choices, 1 / len(choices))
+
+
+def _best_first(context: DrawContext) -> list[int]:
+    """Highest score first; ties go to the least recent visit, then to the lower index."""
+    oldest = torch.argsort(torch.tensor(context.last_visit, device=CPU), stable=True)
+    return oldest[torch.argsort(context.scores[oldest], descending=True, stable=True)].tolist()
+
+
+def _draw_top_k(context: DrawContext, generator: torch.Generator) -> Draw:
+    return Draw(_best_first(context))
+
+
+def _probabilities_top_k(context: DrawContext) -> Tensor:
+    return _one_hot(_best_first(context)[0], context.scores)
+
+
+def _counts(context: DrawContext) -> Tensor:
+    return torch.tensor(context.visits, dtype=torch.float64, device=CPU) + 1
+
+
+def _draw_epsilon_greedy(context: DrawContext, generator: torch.Generator) -> Draw:
+    """With probability ε all of the draw is uniform, else its weights are a Dirichlet(visits + 1) sample.
+
+    The selection step of AdaGradSelect (arXiv 2512.15764) with ε and the exploring distribution held constant: units
+    visited often are likely to be visited again, and a fresh Dirichlet sample each round decides how likely. Visits
+    carry the information, not gradient norms.
+    """
+    exploring = torch.rand((), dtype=torch.float64, device=CPU, generator=generator).item() < context.epsilon
+    if exploring:
+        return Draw(race(torch.zeros_like(context.scores), generator))
+    return Draw(race(log_gamma_variates(_counts(context), generator), generator))
+
+
+def _probabilities_epsilon_greedy(context: DrawContext) -> Tensor:
+    # The mean of Dirichlet(a) is a / Σa, and that is the distribution of the first unit drawn with such weights.
+    counts = _counts(context)
+    return context.epsilon / len(counts) + (1 - context.epsilon) * counts / counts.sum()
+
+
+#: How units are drawn. importance: MISA; uniform: LISA; cyclic and shuffle: BAdam's fixed and random order (every unit
+#: once a pass); static: OwLore, OWS; top_k: greedy; epsilon_greedy: AdaGradSelect.
+RULES: dict[str, Rule] = {
+    "importance": _weighted(lambda context: context.exponents, needs_scores=True),
+    "uniform": _weighted(lambda context: torch.zeros_like(context.scores)),
+    "cyclic": Rule(_draw_cyclic, _probabilities_cyclic),
+    "shuffle": Rule(_draw_shuffle, _probabilities_shuffle),
+    "static": _weighted(lambda context: context.log_weights),
+    "top_k": Rule(_draw_top_k, _probabilities_top_k, needs_scores=True),
+    "epsilon_greedy": Rule(_draw_epsilon_greedy, _probabilities_epsilon_greedy, needs_scores=True, carries=True),
+}
+
+
+def fill_budget(
+    order: Sequence[int], sizes: Sequence[int], budget: int, fill: str, smallest: int = 0
+) -> tuple[list[int], int | None]:
+    """Take units in order while they fit.
+
+    Args:
+        order: units, each at most once.
+        sizes: parameters of every unit.
+        budget: parameters that the taken units may hold together.
+        fill: "skip" passes over what does not fit; "stop" and "carry" end at the first unit that does not.
+        smallest: size of the smallest unit. Below that nothing is drawn any more, hence nothing is refused: with equal
+            sizes no unit is ever carried, and a round of one unit follows P exactly.
+
+    Returns:
+        The units taken, and the refused one that ended the draw, if one did.
+    """
+    taken: list[int] = []
+    for unit in order:
+        if budget < smallest:
+            break
+        if sizes[unit] <= budget:
+            taken.append(unit)
+            budget -= sizes[unit]
+        elif fill != "skip":
+            return taken, unit
+    return taken, None
+
+
+class ImportanceTracker:
+    """Scores, visit counts and the draws of one run; knows units by index only.
+
+    Args:
+        sizes: parameters of every unit.
+        budget: parameters that the active units may hold together.
+        config: rule, score, EMA, cold start, fill and seed.
+        static_weights: positive weight of every unit for ``rule="static"``; 1 each when None.
+
+    Attributes:
+        round: number of the current round, -1 before the first draw.
+        round_length: steps of the current round: T, or 1 during the cold start.
+        active: units of the current round, in the order in which they were drawn.
+        visits: rounds in which each unit was active.
+        last_visit: last such round of each unit, -1 for none.
+        refused_sums: how many non-finite norm sums were offered to ``update`` and kept out of the scores.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        budget: int,
+        config: MisaConfig,
+        static_weights: Sequence[float] | None = None,
+    ) -> None:
+        self.sizes, self.budget, self.config = [int(size) for size in sizes], int(budget), config
+        count = len(self.sizes)
+        if not count or min(self.sizes) < 1:
+            raise ValueError(f"sizes needs one positive number of parameters per unit; got {self.sizes}")
+        if max(self.sizes) > self.budget:
+            largest = self.sizes.index(max(self.sizes))
+            raise ValueError(
+                f"unit {largest} has {self.sizes[largest]:,} parameters, more than the budget of {self.budget:,}: "
+                "it could never train. Raise delta, choose a finer granularity, or freeze it."
+            )
+        weights = [1.0] * count if static_weights is None else [float(weight) for weight in static_weights]
+        if len(weights) != count or not all(0 < weight < math.inf for weight in weights):
+            raise ValueError(
+                f"static_weights needs one positive, finite number for each of the {count} units; got {weights}. "
+                "A unit that is never to train belongs into frozen, not at weight 0."
+            )
+        self.round, self.round_length = -1, 0
+        self.active: tuple[int, ...] = ()
+        self.visits, self.last_visit = [0] * count, [-1] * count
+        self.refused_sums = 0
+        self._rule = RULES[config.rule]
+        self._log_weights = torch.tensor(weights, dtype=torch.float64, device=CPU).log()
+        self._smallest = min(self.sizes)
+        self._ema = [0.0] * count  # as stored: uncorrected, except for ema="official"
+        self._updates = [0] * count  # rounds that entered the EMA
+        self._missed = [0] * count  # rounds in which the unit was active and nothing could be measured
+        self._carried: list[int] = []  # refused by the last draw and therefore first in the next
+        self._left: list[int] = []  # of the present pass
+        self._generator = torch.Generator(CPU).manual_seed(config.seed)
+
+    def draw(self) -> tuple[int, ...]:
+        """Begin the next round: choose its units and return them."""
+        self.round += 1
+        unseen = self._unseen()
+        self.round_length = 1 if unseen else self.config.inner_steps
+        if unseen and self.config.cold_start == "probe":
+            # Each unit gets its one visit in whatever order, so skipping cannot favour anyone, and saves rounds.
+            taken, _ = fill_budget(unseen, self.sizes, self.budget, "skip", self._smallest)
+        else:
+            taken = self._draw_by_rule(forced=self._carried + unseen + self._least_recent(unseen))
+        self.active = tuple(taken)
+        for unit in taken:
+            self.visits[unit] += 1
+            self.last_visit[unit] = self.round
+        return self.active
+
+    def _draw_by_rule(self, forced: list[int]) -> list[int]:
+        fill = str(self.config.fill)
+        drawn = self._rule.draw(self._context(), self._generator)
+        order = list(dict.fromkeys([*forced, *drawn.order]))
+        taken, refused = fill_budget(order, self.sizes, self.budget, fill, self._smallest)
+        present = set(taken)
+        self._left = [unit for unit in drawn.order if unit not in present] if drawn.then else []
+        if drawn.then and not self._left and refused is None:
+            room = self.budget - sum(self.sizes[unit] for unit in taken)
+            upcoming = [unit for unit in drawn.then if unit not in present]
+            more, refused = fill_budget(upcoming, self.sizes, room, fill, self._smallest)
+            present = set(more)
+            self._left = [unit for unit in drawn.then if unit not in present]
+            taken += more
+        self._carried = [refused] if fill == "carry" and self._rule.carries and refused is not None else []
+        return taken
+
+    def _unseen(self) -> list[int]:
+        """Units that the cold start still has to visit, in random order; none for rules without scores."""
+        if self.config.cold_start == "none" or not self._rule.needs_scores:
+            return []
+        unseen = [unit for unit, visits in enumerate(self.visits) if not visits]
+        if self.config.cold_start == "probe":
+            again = range(1, PROBE_ATTEMPTS)
+            unseen += [u for u, missed in enumerate(self._missed) if missed in again and not self._updates[u]]
+        if not unseen:
+            return []
+        permutation = torch.randperm(len(unseen), device=CPU, generator=self._generator)
+        return [unseen[i] for i in permutation.tolist()]
+
+    def _least_recent(self, unseen: list[int]) -> list[int]:
+        wanted = int(self.config.sample_last or 0)
+        if not wanted:
+            return []
+        others = set(range(len(self.sizes))) - set(unseen)
+        return sorted(others, key=lambda unit: (self.last_visit[unit], unit))[:wanted]
+
+    def update(self, norm_sums: Sequence[float], steps: Sequence[int]) -> None:
+        """Close the round: let what was measured enter the scores of the active units.
+
+        Args:
+            norm_sums: for each active unit, in the order of ``active``, the sum over the measured steps of ‖g‖²
+                (``score="mean_square"``) or of ‖g‖. A sum that is not finite is counted and otherwise not measured.
+            steps: for each, how many steps were measured; a unit with none keeps its score.
+        """
+        if not len(norm_sums) == len(steps) == len(self.active):
+            raise ValueError(
+                f"update needs one norm sum and one step count for each of the {len(self.active)} active units; "
+                f"got {len(norm_sums)} and {len(steps)}"
+            )
+        for unit, total, measured in zip(self.active, map(float, norm_sums), map(int, steps), strict=True):
+            self.refused_sums += not math.isfinite(total)
+            if measured < 1 or not math.isfinite(total):
+                self._missed[unit] += 1
+            else:
+                self._absorb(unit, total / measured)
+
+    def _absorb(self, unit: int, mean: float) -> None:
+        """One step of Eq. (4) for one unit."""
+        if self.config.score == "mean_square":
+            mean /= self.sizes[unit]
+        elif self.config.cold_start == "official" and self.round_length == 1:
+            mean /= self.config.inner_steps  # the published code divides by T however many steps were made
+        # G ← β·G + (1−β)·x; the published code stores, and feeds back, G / (1−β^k)
+        beta = self.config.score_beta
+        self._updates[unit] += 1
+        self._ema[unit] = beta * self._ema[unit] + (1 - beta) * mean
+        if self.config.ema == "official":
+            self._ema[unit] /= 1 - beta ** self._updates[unit]
+
+    @property
+    def scores(self) -> tuple[float, ...]:
+        """G_u as the preset reads it, before normalisation and η; 0 for a unit that was never measured."""
+        if self.config.ema != "corrected_on_read":
+            return tuple(self._ema)
+        beta = self.config.score_beta
+        return tuple(g / (1 - beta**k) if k else 0.0 for g, k in zip(self._ema, self._updates, strict=True))
+
+    @property
+    def probabilities(self) -> tuple[float, ...]:
+        """Distribution of the next draw's first unit, before any forced choice."""
+        return tuple(self._rule.probabilities(self._context()).tolist())
+
+    def _context(self) -> DrawContext:
+        scores = torch.tensor(self.scores, dtype=torch.float64, device=CPU)
+        return DrawContext(
+            scores=scores,
+            exponents=self._exponents(scores),
+            log_weights=self._log_weights,
+            visits=tuple(self.visits),
+            last_visit=tuple(self.last_visit),
+            left=tuple(self._left),
+            epsilon=self.config.epsilon,
+        )
+
+    def _exponents(self, scores: Tensor) -> Tensor:
+        signal = scores if self.config.score == "mean_square" else scores.square()
+        signal = signal.clamp(max=LARGEST_EXPONENT)
+        if self.config.score_normalisation == "relative" and signal.any():
+            signal = signal / signal.max()  # first, so that the mean neither overflows nor is subnormal
+            signal = signal / signal.mean()
+        cap = min(float(self.config.exponent_cap or math.inf), LARGEST_EXPONENT)
+        return (self.config.eta * signal).clamp(max=cap)
+
+    @property
+    def entropy(self) -> float:
+        """Entropy of ``probabilities`` over that of the uniform distribution, in [0, 1]."""
+        if len(self.sizes) == 1:
+            return 1.0
+        nats = -sum(p * math.log(p) for p in self.probabilities if p > 0)
+        return min(1.0, max(0.0, nats / math.log(len(self.sizes))))
+
+    @property
+    def coverage(self) -> float:
+        """Share of the units that were visited at least once."""
+        return sum(visits > 0 for visits in self.visits) / len(self.visits)
+
+    @property
+    def stale_rounds(self) -> list[int]:
+        """Rounds since each unit's last visit: 0 while it is active, all rounds so far if it never was."""
+        return [self.round - last for last in self.last_visit]
+
+    def starved(self) -> list[int]:
+        """Units without a visit for more than ``stale_after`` rounds.
+
+        By default that is 10·B / (mean units per round), hence at least 10: drawn uniformly, a unit waits so long with
+        probability e⁻¹⁰ = 4.5e-5.
+        """
+        drawn = sum(self.visits)
+        if not drawn:
+            return []
+        limit = self.config.stale_after or 10 * len(self.sizes) * (self.round + 1) / drawn
+        return [unit for unit, stale in enumerate(self.stale_rounds) if stale > limit]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next draws depend on: numbers, lists and one tensor (the generator's state)."""
+        state = {name.strip("_"): copy.copy(getattr(self, name)) for name in SAVED}
+        return {**self._identity(), **state, "generator": self._generator.get_state()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue as the tracker that made ``state`` would have.
+
+        Raises:
+            ValueError: ``state`` is incomplete or belongs to other units, another budget or another rule; nothing is
+                changed then.
+        """
+        if missing := sorted(self.state_dict().keys() - state.keys()):
+            raise ValueError(f"the sampler's state lacks {', '.join(missing)}: it was not written by this version")
+        for name, own in self._identity().items():
+            if state[name] != own:
+                raise ValueError(f"the sampler's state is for {name} = {state[name]}; this run has {own}")
+        # A checkpoint read with map_location="cuda" brings the generator's state on the GPU.
+        self._generator.set_state(state["generator"].to("cpu"))
+        for name in SAVED:
+            kind = type(getattr(self, name))  # int, list or tuple: converts, and copies the caller's lists
+            setattr(self, name, kind(state[name.strip("_")]))
+
+    def _identity(self) -> dict[str, Any]:
+        """What a state must share with the tracker that loads it; what is short to print comes first."""
+        own = {"rule": self.config.rule, "units": len(self.sizes), "parameters": sum(self.sizes), "budget": self.budget}
+        return {**own, "sizes": list(self.sizes)}

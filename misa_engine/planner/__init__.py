@@ -1,0 +1,1 @@
+"""The planner: bytes and what fits a card, from a model's configuration alone."""

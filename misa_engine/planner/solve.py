@@ -1,0 +1,128 @@
+"""Choose the options of a run so that it fits: what ``misa plan --max_vram_gb`` and ``misa train --max_vram_gb`` do."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from itertools import product
+
+from misa_engine.errors import UserError
+from misa_engine.method.config import MisaConfig
+from misa_engine.method.partition import check_budget
+from misa_engine.planner.activations import Pass
+from misa_engine.planner.cards import Card
+from misa_engine.planner.plan import Plan, most_that_fits, plan
+from misa_engine.planner.worst_case import Subject, WorstCase
+
+#: Steps down from the δ that was asked for.
+DELTAS = (0.03, 0.02, 0.015, 0.01, 0.0075, 0.005)
+#: Tokens of a micro-batch from which on a GPU is busy, so that doing without checkpointing is worth a smaller one.
+BUSY_TOKENS = 2048
+#: Categories that grow with the micro-batch.
+_PASSING = ("activations", "cross_entropy", "temporaries")
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What ``solve`` may choose; None is free."""
+
+    delta: float | None = None
+    state_dtype: str | None = None
+    checkpointing: bool | None = None
+    batch: int | None = None
+    length: int = 2048
+    most_sequences: int = 64
+    """Sequences of a micro-batch at most: the effective batch of the run."""
+
+
+def solve(subject: Subject, limit: Card, misa: MisaConfig, run: Pass, wishes: Wishes) -> Plan:
+    """The best plan within ``limit``: least is given up first.
+
+    δ as asked for (3% by default) before a smaller one, float32 moments before 8-bit ones, no checkpointing where a
+    micro-batch of 2,048 tokens fits without, and then the largest micro-batch.
+
+    Raises:
+        UserError: nothing fits; the message names the smallest card and the largest δ that would.
+    """
+    asked = wishes.delta if wishes.delta is not None else misa.delta
+    deltas = [asked] if wishes.delta is not None else [asked, *(delta for delta in DELTAS if delta < asked)]
+    states = [wishes.state_dtype] if wishes.state_dtype else ["float32", "int8"]
+    modes = [wishes.checkpointing] if wishes.checkpointing is not None else [False, True]
+    smallest: Plan | None = None
+    for delta, state_dtype, checkpointing in product(deltas, states, modes):
+        options = replace(misa, delta=delta, state_dtype=state_dtype)
+        shape = replace(run, checkpointing=checkpointing, length=wishes.length, batch=wishes.batch or 1)
+        try:
+            candidate = replace(plan(subject, misa=options, run=shape), card=limit)
+        except UserError:
+            raise
+        except ValueError:  # δ is smaller than the largest unit
+            continue
+        if smallest is None or candidate.total_bytes < smallest.total_bytes:
+            smallest = candidate
+        if candidate.fits and wishes.batch is None:
+            candidate = _with_largest_batch(subject, candidate, wishes.most_sequences)
+            # Without checkpointing a step takes 3/4 of the time, which too small a micro-batch loses again.
+            busy = min(BUSY_TOKENS, wishes.most_sequences * wishes.length)
+            if not checkpointing and len(modes) > 1 and candidate.run.tokens < busy:
+                continue
+        if candidate.fits:
+            return candidate
+    if smallest is None:
+        check_budget(subject.partition(misa), min(deltas))  # raises, and says which δ works
+        raise AssertionError("a budget was refused and then accepted")
+    raise UserError(impossible(subject, limit, smallest))
+
+
+def _with_largest_batch(subject: Subject, fitting: Plan, most: int) -> Plan:
+    """The same plan with as many sequences in a micro-batch as fit."""
+    assert fitting.card is not None
+    passing = sum(fitting.bytes.get(name, 0) for name in _PASSING)
+    room = fitting.card.total_bytes - (fitting.total_bytes - passing)
+    worst = WorstCase(subject, fitting.misa, fitting.run)
+    batch = most_that_fits(worst, fitting.run, room, "batch", most)
+    larger = plan(subject, misa=fitting.misa, run=replace(fitting.run, batch=max(1, batch)))
+    return replace(larger, card=fitting.card)
+
+
+def impossible(subject: Subject, limit: Card, smallest: Plan) -> str:
+    """Why nothing fits, and the smallest card and largest δ that would."""
+    needed = smallest.total_bytes
+    card = Card.smallest(needed)
+    text = (
+        f"{subject.name} does not fit into {_gib(limit.total_bytes)}: with delta {smallest.misa.delta:g}, "
+        f"{smallest.misa.state_dtype} moments, {'' if smallest.run.checkpointing else 'no '}gradient checkpointing and "
+        f"{smallest.run.batch} x {smallest.run.length} tokens it needs {_gib(needed)}, of which the weights take "
+        f"{_gib(smallest.bytes['weights'])}."
+    )
+    text += f" The smallest card that works is {card.name}." if card else " No known card works."
+    delta = _largest_delta(subject, limit, smallest)
+    if delta is not None:
+        return f"{text} Here the largest delta that works is {delta:.4g}."
+    if smallest.run.length > 256:
+        shorter = replace(smallest.run, length=256, batch=1)
+        if plan(subject, misa=smallest.misa, run=shorter).total_bytes <= limit.total_bytes:
+            return f"{text} Shorter sequences (max_length) or a smaller micro-batch would fit."
+    return text
+
+
+def _largest_delta(subject: Subject, limit: Card, smallest: Plan) -> float | None:
+    """The largest δ below the planned one that fits ``limit``; None when no permitted δ does."""
+    parts = subject.partition(smallest.misa)
+    low = math.nextafter(max(unit.numel for unit in parts.units) / parts.total, 1.0) * 1.0001
+
+    def fits(delta: float) -> bool:
+        candidate = plan(subject, misa=replace(smallest.misa, delta=delta), run=smallest.run)
+        return candidate.total_bytes <= limit.total_bytes
+
+    if low >= smallest.misa.delta or not fits(low):
+        return None
+    high = smallest.misa.delta
+    for _ in range(12):
+        middle = (low + high) / 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return math.floor(low * 1e4) / 1e4 or low
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB"

@@ -1,0 +1,251 @@
+"""The draw that needs the most memory, and what it needs.
+
+Backward must reach the lowest layer, so that every layer is recorded, and the rest of the budget must lie where it
+keeps the most activations. Most rounds need less: below the lowest active unit nothing is saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from misa_engine.errors import UserError
+from misa_engine.method.config import MisaConfig
+from misa_engine.method.partition import Partition, Unit, check_budget, partition
+from misa_engine.planner import activations
+from misa_engine.planner.activations import Pass, Peak, Shape
+
+#: Norm modules of the families that ``memory`` describes, beyond the matrices that the partition names.
+_NORMS = {"input_layernorm": "norm1", "post_attention_layernorm": "norm2"}
+
+
+@dataclass
+class Subject:
+    """A model that is planned for: names and shapes, no weights."""
+
+    config: Any
+    """Its transformers configuration."""
+    dtype: torch.dtype = torch.bfloat16
+    name: str = ""
+    model: nn.Module = field(init=False)
+    shape: Shape | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Build the model on the meta device."""
+        from transformers import AutoModelForCausalLM
+
+        with torch.device("meta"):
+            self.model = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype)
+        self.name = self.name or getattr(self.config, "_name_or_path", "") or self.config.model_type
+        self.shape = Shape.of(self.model.config) if self.dtype == torch.bfloat16 else None
+        self._partitions: dict[tuple[Any, ...], Partition] = {}
+        kinds = self.partition(MisaConfig(granularity="module", include_outside=True)).units
+        self._kinds = {unit.name: unit.kind for unit in kinds}
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all parameters and buffers."""
+        return sum(tensor.nbytes for tensor in (*self.model.parameters(), *self.model.buffers()))
+
+    def partition(self, misa: MisaConfig) -> Partition:
+        """The partition under MISA's options."""
+        options = {
+            "always_train": misa.always_train,
+            "frozen": misa.frozen,
+            "include_outside": misa.include_outside,
+            "family": misa.family,
+        }
+        key = (misa.granularity, *options.values())
+        if key not in self._partitions:
+            self._partitions[key] = partition(self.model, misa.granularity, **options)  # type: ignore[arg-type]
+        return self._partitions[key]
+
+    def places(self, names: Iterable[str]) -> tuple[dict[int, set[str]], bool, bool]:
+        """Kinds that train by layer, whether the embedding trains, whether the output head does."""
+        model: Any = self.model
+        ends = (model.get_input_embeddings(), model.get_output_embeddings())
+        embedding, head = (self._name_of(module) for module in ends)
+        layers: dict[int, set[str]] = {}
+        named = set(names)
+        for name in named - {embedding, head}:
+            words = name.split(".")
+            numbers = [int(word) for word in words if word.isdigit()]
+            kind = self._kinds.get(name) or _NORMS.get(words[-2])
+            if numbers and kind and words[-1] == "weight":
+                layers.setdefault(numbers[0], set()).add(kind)
+        return layers, embedding in named, head in named
+
+    def _name_of(self, module: nn.Module | None) -> str | None:
+        weight = getattr(module, "weight", None)
+        return next((name for name, parameter in self.model.named_parameters() if parameter is weight), None)
+
+
+# ---- the worst draw ----
+
+
+def draws(subject: Subject, misa: MisaConfig, run: Pass) -> Iterator[tuple[str, ...]]:
+    """Candidates for the draw that needs the most memory, as parameter names, always trained ones included.
+
+    Every candidate starts with the smallest unit of the lowest layer, so that backward reaches it, and fills the budget
+    with the units that keep the most activations: by bytes for each parameter, or from the top layer down, or whole
+    embeddings first.
+    """
+    parts = subject.partition(misa)
+    budget = check_budget(parts, misa.delta)
+    layered = [unit for unit in parts.units if unit.layer is not None]
+    outside = [unit for unit in parts.units if unit.layer is None]
+    if not layered:
+        yield tuple(name for unit in _fill(outside, budget) for name in unit.params) + parts.always
+        return
+    bottom = min(layered, key=lambda unit: (unit.layer, unit.numel))
+    top = max(unit.layer for unit in layered if unit.layer is not None)
+    gain = _gains(subject, run, layered)
+    by_ratio = sorted(layered, key=lambda unit: -gain[unit.name] / unit.numel)
+    by_gain = sorted(layered, key=lambda unit: -gain[unit.name])
+    at_top, gain_at_top = (sorted(order, key=lambda unit: unit.layer != top) for order in (by_ratio, by_gain))
+    # in a layer that is computed again, down's input is free by the time the most is alive: the others come first
+    before_down = sorted(at_top, key=lambda unit: (unit.layer != top, unit.kind == "down"))
+    smallest = sorted(layered, key=lambda unit: unit.numel)
+    for order in (by_ratio, by_gain, at_top, gain_at_top, before_down, [*outside, *by_ratio], smallest):
+        chosen = _fill([bottom, *order], budget)
+        yield tuple(name for unit in chosen for name in unit.params) + parts.always
+
+
+def _fill(order: Iterable[Unit], budget: int) -> list[Unit]:
+    chosen: dict[str, Unit] = {}
+    for unit in order:
+        if unit.name not in chosen and unit.numel <= budget:
+            chosen[unit.name] = unit
+            budget -= unit.numel
+    return list(chosen.values())
+
+
+def _gains(subject: Subject, run: Pass, units: Iterable[Unit]) -> dict[str, int]:
+    """Bytes a token that the training of each unit keeps beyond a frozen layer's.
+
+    What several matrices of a layer share (q, k and v their input) counts for the smallest of them, since a draw that
+    needs the most spends its budget on no second one.
+    """
+    shape = subject.shape
+    if shape is None:
+        return {unit.name: unit.numel for unit in units}
+    one = replace(run, batch=1, length=1, padded=False)
+    flow = activations.Flow.of((), 1, recorded=True, input=True)
+    training: dict[int, set[str]] = {}
+    gains = {}
+    for unit in sorted(units, key=lambda unit: unit.numel):
+        gains[unit.name] = 0
+        for layer, kinds in subject.places(unit.params)[0].items():
+            before = training.setdefault(layer, set())
+            after = before | kinds
+            gains[unit.name] += activations.saved_by_layer(shape, one, after, flow) - activations.saved_by_layer(
+                shape, one, before, flow
+            )
+            training[layer] = after
+    return gains
+
+
+class WorstCase:
+    """The largest peak over ``draws``, for any size of micro-batch.
+
+    Args:
+        subject: the model.
+        misa: budget and partition.
+        run: checkpointing, loss and kernels; batch and length may be others later.
+    """
+
+    def __init__(self, subject: Subject, misa: MisaConfig, run: Pass):
+        self._subject = subject
+        found = dict.fromkeys(draws(subject, misa, run))  # several orders often lead to the same draw
+        self._draws = [(names, *subject.places(names)) for names in found]
+
+    @property
+    def exact(self) -> bool:
+        """Whether peaks come from formulas and cost microseconds."""
+        return self._subject.shape is not None
+
+    def peak(self, run: Pass) -> tuple[Peak, tuple[str, ...]]:
+        """The peak, and the active parameters that cause it."""
+        shape = self._subject.shape
+        if shape is None:
+            names = max((names for names, *_ in self._draws), key=len)
+            return _measured_peak(self._subject, set(names), run), names
+        peaks = [
+            (activations.peak(shape, run, layers, embedding=embedding, head=head), names)
+            for names, layers, embedding, head in self._draws
+        ]
+        return max(peaks, key=lambda entry: entry[0].total)
+
+
+# ---- families without formulas ----
+
+
+def _measured_peak(subject: Subject, names: set[str], run: Pass) -> Peak:
+    """Run two shallow models of the same configuration on fake tensors and go on in a straight line to the full depth.
+
+    Layers of one kind cost the same, so the line is exact up to where the peak lies.
+    """
+    full = subject.config.num_hidden_layers
+    period = _period(subject.config)
+    if full <= 2 * period:
+        return _measure(subject.config, subject.dtype, names, run)
+    small, large = (
+        _measure(_shallow(subject.config, depth), subject.dtype, names, run) for depth in (period, 2 * period)
+    )
+    steps = (full - period) / period
+
+    def at_full_depth(a: int, b: int) -> int:
+        return round(a + (b - a) * steps)
+
+    return Peak(
+        at_full_depth(small.activations, large.activations),
+        0,
+        at_full_depth(small.temporaries, large.temporaries),
+        large.moment,
+    )
+
+
+def _measure(config: Any, dtype: torch.dtype, names: set[str], run: Pass) -> Peak:
+    from misa_engine.planner.probe import measure
+
+    try:
+        measured = measure(
+            config,
+            names,
+            batch=run.batch,
+            length=run.length,
+            checkpointing=run.checkpointing,
+            loss=run.loss,
+            liger=run.liger,
+            gemm_gradients=run.gemm_gradients,
+            padded=run.padded,
+            dtype=dtype,
+        )
+    except Exception as error:
+        raise UserError(
+            f"the memory of model type {config.model_type!r} with loss {run.loss!r} cannot be measured without a GPU "
+            f"({type(error).__name__}: {error}). Try --loss plain."
+        ) from error
+    return Peak(measured.saved, 0, max(0, measured.peak - measured.saved), measured.at)
+
+
+def _period(config: Any) -> int:
+    """Layers after which the kinds of layers (sliding or full attention) repeat; at least 2, so that one lies above."""
+    kinds = getattr(config, "layer_types", None) or []
+    for period in range(1, len(kinds)):
+        if all(kinds[k] == kinds[k % period] for k in range(len(kinds))):
+            return max(2, period)
+    return 2
+
+
+def _shallow(config: Any, layers: int) -> Any:
+    fields = {**config.to_dict(), "num_hidden_layers": layers}
+    if fields.get("layer_types"):
+        fields["layer_types"] = fields["layer_types"][:layers]
+    shallow = type(config).from_dict(fields)
+    shallow._attn_implementation = getattr(config, "_attn_implementation", None)
+    return shallow

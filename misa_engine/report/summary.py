@@ -1,0 +1,100 @@
+"""The table that a run prints at its end, from its log alone: what trained, how often, how far it moved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from misa_engine.report.digest import LoggedUnit, digest
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+#: Up to this many units each gets its own row in the table; above it, layers are grouped by thirds of the depth.
+_SINGLE_ROWS = 32
+
+
+def summary_table(entries: Sequence[Mapping[str, Any]]) -> Table:
+    """What trained, how often, and how far it moved: one row a unit, or a third of the layers for each kind.
+
+    Args:
+        entries: the run log's, up to and including its "end" entry.
+
+    Returns:
+        A table for ``rich.print``. "visits" is the number of rounds in which a matrix trained (least–most in the row),
+        "rounds" the same as a share, "change" the mean of ‖θ_end − θ_start‖ / ‖θ_start‖. The last rows are the
+        parameters that are always trained and those that are frozen.
+    """
+    from rich import box
+    from rich.table import Table
+
+    found = digest(entries)
+    changes = found.end.get("relative_change") or {}
+    unit_of = {name: _unit_of(name, {unit.name: i for i, unit in enumerate(found.units)}) for name in changes}
+    rounds = len(found.rounds)
+    title = f"What trained: {rounds} rounds, {found.last_step} steps"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    table.add_column("matrix", no_wrap=True)  # the widest row fits 80 columns
+    table.add_column("layers", no_wrap=True)
+    for column in ("units", "visits", "rounds", "score G", "G/mean", "change"):
+        table.add_column(column, justify="right", no_wrap=True)
+
+    mean_score = np.nanmean(found.scores) if np.isfinite(found.scores).any() else np.nan
+    previous = None
+    for kind, layers, members in _groups(found.units):
+        if previous not in (None, kind):
+            table.add_section()
+        previous = kind
+        visits = found.visits[members]
+        scores = found.scores[members]
+        score = np.nanmean(scores) if np.isfinite(scores).any() else np.nan
+        moved = [value for name, value in changes.items() if value is not None and unit_of[name] in set(members)]
+        spread = f"{visits.min()}–{visits.max()}" if visits.min() != visits.max() else f"{visits.max()}"
+        table.add_row(
+            kind,
+            layers,
+            str(len(members)),
+            spread,
+            f"{visits.mean() / rounds:.0%}" if rounds else "–",
+            f"{score:.2e}" if np.isfinite(score) else "–",
+            f"{score / mean_score:.2f}" if np.isfinite(score) and mean_score > 0 else "–",
+            f"{np.mean(moved):.2%}" if moved else "–",
+        )
+    always = [value for name, value in changes.items() if unit_of[name] is None and value not in (None, 0.0)]
+    if always:
+        table.add_section()
+        table.add_row("always on", "–", str(len(always)), "–", "100%", "–", "–", f"{np.mean(always):.2%}")
+    frozen, unchanged = found.end.get("frozen"), found.end.get("unchanged_frozen")
+    if frozen or unchanged:
+        unchanged = unchanged or 0
+        frozen = unchanged if frozen is None else frozen
+        state = "none" if unchanged == frozen else f"{frozen - unchanged} CHANGED"  # compared bit for bit
+        table.add_section()
+        table.add_row("frozen", "–", str(frozen), "0", "0%", "–", "–", state)
+    return table
+
+
+def _groups(units: Sequence[LoggedUnit]) -> list[tuple[str, str, list[int]]]:
+    """(kind, layers in words, indices of the units), in the order in which the kinds appear, outside units last."""
+    rows = []
+    for kind in dict.fromkeys(unit.kind for unit in units if unit.layer is not None):
+        members = [i for i, unit in enumerate(units) if unit.kind == kind and unit.layer is not None]
+        layers = sorted({units[i].layer or 0 for i in members})
+        parts = len(layers) if len(units) <= _SINGLE_ROWS else min(3, (len(layers) + 1) // 2)
+        for part in np.array_split(np.array(layers), parts):
+            words = f"{part[0]}" if len(part) == 1 else f"{part[0]}–{part[-1]}"
+            rows.append((kind, words, [i for i in members if units[i].layer in part]))
+    rows += [(unit.kind, "outside", [i]) for i, unit in enumerate(units) if unit.layer is None]
+    return rows
+
+
+def _unit_of(parameter: str, index: Mapping[str, int]) -> int | None:
+    """The unit that holds a parameter: its own name, or the longest prefix that names a unit."""
+    prefix = parameter
+    while prefix:
+        if prefix in index:
+            return index[prefix]
+        prefix = prefix.rpartition(".")[0]
+    return None
