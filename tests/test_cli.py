@@ -15,12 +15,13 @@ import torch
 import yaml
 
 from misa_engine.cli import arguments as arguments_module
-from misa_engine.cli.arguments import SHARED, parse_train, recipe_names
+from misa_engine.cli.arguments import parse_train, recipe_names
 from misa_engine.cli.help import MAIN_SFT_OPTIONS
 from misa_engine.cli.main import main
 from misa_engine.errors import UserError
 from misa_engine.method.config import MisaConfig
 from misa_engine.report.log import RunLog
+from misa_engine.trainer.compat import FROM_ARGUMENTS
 from models import TINY
 
 RECORDS = [
@@ -137,8 +138,8 @@ def test_every_misa_option_has_exactly_one_flag() -> None:
     from trl import SFTConfig
 
     ours = {entry.name for entry in fields(arguments_module.MisaArguments)}
-    assert ours | set(SHARED) == {entry.name for entry in fields(MisaConfig)}
-    assert not ours & set(SHARED)
+    assert ours | set(FROM_ARGUMENTS) == {entry.name for entry in fields(MisaConfig)}
+    assert not ours & set(FROM_ARGUMENTS)
     names = [entry.name for cls in (*arguments_module.OURS, SFTConfig) for entry in fields(cls) if entry.init]
     assert len(names) == len(set(names))
     assert all(entry.metadata["help"] for cls in arguments_module.OURS for entry in fields(cls))
@@ -421,7 +422,7 @@ def test_other_failures_exit_1_in_one_line_unless_debug(
     def boom(*args: Any, **kwargs: Any) -> None:
         raise TypeError("a bug")
 
-    monkeypatch.setattr("misa_engine.cli.train.run", boom)
+    monkeypatch.setattr("misa_engine.cli.train.train", boom)
     assert main(flags()) == 1
     shown = capsys.readouterr().err
     assert shown == "misa: failed: TypeError: a bug\n(--debug shows where)\n"

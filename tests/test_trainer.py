@@ -16,9 +16,10 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from misa_engine import MISA, MisaConfig
 from misa_engine.report.log import RunLog
-from misa_engine.trainer import checkpoints, recorder
+from misa_engine.trainer import checkpoints, log_writer
 from misa_engine.trainer.checkpoints import CheckpointError
-from misa_engine.trainer.mixin import MisaFactory, MisaMixin, MisaTrainer, config_from_arguments
+from misa_engine.trainer.mixin import MisaFactory, MisaMixin, config_from_arguments
+from misa_engine.trainer.sft import MisaTrainer
 from models import TINY
 from training import changed, weights
 
@@ -336,7 +337,7 @@ def test_schedulers_reach_every_group(misa_trainer, scheduler):
 
 
 def test_the_run_log_and_the_metrics_tell_what_happened(misa_trainer, texts, caplog):
-    with caplog.at_level(logging.INFO, logger=recorder.__name__):
+    with caplog.at_level(logging.INFO, logger=log_writer.__name__):
         training = misa_trainer(misa={**MISA_OPTIONS, "cold_start": "none"}, eval_dataset=texts.select(range(4)))
         before = weights(training.model)
         start = training.evaluate()["eval_loss"]

@@ -14,11 +14,9 @@ import json
 import os
 import re
 import shutil
-import struct
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from math import prod
 from pathlib import Path
 
 from torch import nn
@@ -283,53 +281,23 @@ def read_header(file: Path) -> dict[str, tuple[int, ...]]:
     """Tensor names and shapes of a safetensors file, from its header alone.
 
     Raises:
-        ValueError: the file is not as long as its header says.
+        FileNotFoundError: there is none.
+        ValueError: the header is damaged, or the file is not as long as it says.
     """
-    with file.open("rb") as stream:
-        head = stream.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
-        size = file.stat().st_size
-        if not 0 < length <= size - 8:
-            raise ValueError(f"{file} is not a complete safetensors file")
-        entries = json.loads(stream.read(length))
-    entries.pop("__metadata__", None)
-    if 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0) != size:
-        raise ValueError(f"{file} is not a complete safetensors file")
-    return {name: tuple(entry["shape"]) for name, entry in entries.items()}
+    from safetensors import SafetensorError, safe_open
+
+    if not file.is_file():
+        raise FileNotFoundError(file)
+    try:
+        with safe_open(file, framework="pt") as stored:  # reads the header and compares it with the file's length
+            return {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a complete safetensors file: {error}") from error
 
 
-def check_same_model(checkpoint: Path, model: nn.Module) -> bool:
-    """Refuse a checkpoint whose tensors are not those of the model, before anything is loaded from it.
-
-    Args:
-        checkpoint: folder with safetensors weights (anything else is not checked).
-        model: what the checkpoint is about to be loaded into.
-
-    Returns:
-        Whether the files name some tensors differently than the model does, as transformers 5 writes mixture-of-experts
-        models and GPT-NeoX. Loading such files by name would silently leave those tensors as they are.
-    """
-    stored: dict[str, tuple[int, ...]] = {}
+def stored_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all tensors in the safetensors files of a checkpoint; empty where there are none."""
+    shapes: dict[str, tuple[int, ...]] = {}
     for file in weight_files(checkpoint):
-        stored.update(read_header(file))
-    if not stored:
-        return False
-    state = model.state_dict()
-    memory = {tensor.data_ptr() for name, tensor in state.items() if name in stored}
-    # a tied tensor is stored under one of its names only
-    absent = {tensor.data_ptr(): name for name, tensor in state.items() if tensor.data_ptr() not in memory}
-    unknown = [name for name in stored if name not in state]
-    wrong = [
-        f"{name} is {list(stored[name])} there and {list(state[name].shape)} here"
-        for name in stored
-        if name in state and stored[name] != tuple(state[name].shape)
-    ]
-    if not wrong and sum(prod(stored[name]) for name in unknown) == sum(state[n].numel() for n in absent.values()):
-        return bool(unknown)
-    wrong += [f"{name} is not in this model" for name in unknown]
-    wrong += [f"{name} is not in the checkpoint" for name in absent.values()]
-    more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
-    raise ValueError(
-        f"{checkpoint} is a checkpoint of another model: {'; '.join(wrong[:3])}{more}. "
-        "Resume with the model that the run was started with, or start a new run in another output_dir."
-    )
+        shapes.update(read_header(file))
+    return shapes

@@ -1,4 +1,4 @@
-"""RunRecorder: turns a training run into its run log, from the first line ("run") to the last ("end")."""
+"""RunLogWriter: turns a training run into its run log, from the first line ("run") to the last ("end")."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 PACKAGES = ("misa_engine", "torch", "triton", "transformers", "trl", "accelerate")
 
 
-class RunRecorder:
+class RunLogWriter:
     """Writes the run log of one training run, with or without MISA (the baseline has the same log).
 
     Args:
