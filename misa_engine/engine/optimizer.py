@@ -24,7 +24,7 @@ from misa_engine.engine import state
 from misa_engine.engine.arena import Arena, capacity_for
 from misa_engine.engine.events import CallbackHandle, SwitchEvent
 from misa_engine.engine.gradients import GradientSlots, UpdateOnArrival
-from misa_engine.engine.groups import build_groups, static_weights
+from misa_engine.engine.groups import build_groups
 from misa_engine.engine.guards import CheckpointingGuard, check_model, check_trainable
 from misa_engine.engine.host import HostStore
 from misa_engine.engine.marks import phase
@@ -33,7 +33,7 @@ from misa_engine.kernels.backend import choose_backend
 from misa_engine.kernels.split_float import round_stochastic_
 from misa_engine.method.config import MisaConfig
 from misa_engine.method.partition import Partition, Unit, check_budget, partition
-from misa_engine.method.sampling import ImportanceTracker
+from misa_engine.method.sampling import ImportanceTracker, static_weights
 
 
 class MISA(torch.optim.Optimizer):

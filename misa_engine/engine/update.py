@@ -68,7 +68,7 @@ class ArenaUpdate:
             self._hyper_values = rows
         betas = [tuple(group["betas"]) for group in groups]
         if betas != self._betas:
-            table = bias_table(betas, enabled=bool(self._config.bias_correction), device="cpu")
+            table = bias_table(betas, enabled=self._config.bias_correction, device="cpu")
             device = self._hyper.device
             self._bias = (table.pin_memory() if self._hyper.is_cuda else table).to(device, non_blocking=True)
             self._betas = betas
@@ -128,7 +128,7 @@ class ArenaUpdate:
                 self._bias,
                 self._arena.table,
                 self.control,
-                skip_nonfinite=self._config.skip_nonfinite,
+                skip_nonfinite=True,
                 backend=self._backend,
             )
 
