@@ -11,7 +11,8 @@ from misa_engine import MISA, MisaConfig
 from misa_engine.engine.arena import arena_bytes
 from misa_engine.method.config import PRESETS
 from misa_engine.method.partition import check_budget, partition
-from misa_engine.method.sampling import RULES, ImportanceTracker
+from misa_engine.method.rules import RULES
+from misa_engine.method.sampling import ImportanceTracker
 from models import TINY
 from training import batches, changed, loss_of, tiny, train, weights
 

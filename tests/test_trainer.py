@@ -231,6 +231,13 @@ def test_options_come_from_the_training_arguments_unless_given(tmp_path):
         config_from_arguments(args, {"dleta": 0.1})
 
 
+def test_an_explicit_option_wins_although_it_is_the_default(tmp_path):
+    args = sft_arguments(tmp_path, learning_rate=3e-4, adam_epsilon=1e-6)
+    assert config_from_arguments(args, MisaConfig(lr=1e-5)).lr == MisaConfig.lr == 1e-5
+    assert config_from_arguments(args, MisaConfig(eps=1e-8)).eps == 1e-8
+    assert config_from_arguments(args, MisaConfig()).lr == 3e-4
+
+
 @pytest.mark.parametrize(
     ("options", "word"),
     [

@@ -32,11 +32,11 @@ def preview(model: nn.Module, config: MisaConfig, *, fresh: bool = True) -> str:
     """
     import torch
 
-    from misa_engine.engine.groups import build_groups, static_weights
+    from misa_engine.engine.groups import build_groups
     from misa_engine.engine.guards import check_model, check_trainable
     from misa_engine.kernels.backend import choose_backend
     from misa_engine.method.partition import check_budget, partition
-    from misa_engine.method.sampling import ImportanceTracker
+    from misa_engine.method.sampling import ImportanceTracker, static_weights
     from misa_engine.planner.plan import optimizer_bytes
 
     with bad_input():

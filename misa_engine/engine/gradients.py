@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from misa_engine.engine.arena import Arena, upload
 from misa_engine.engine.gemm_gradients import GemmGradients
+from misa_engine.engine.marks import phase
 from misa_engine.kernels.norm import sum_of_squares
 
 NOT_ARRIVED = -1
@@ -105,7 +106,8 @@ class GradientIntake(ABC):
                     "which parameters train; leave requires_grad alone after building the optimizer."
                 )
             if parameter.grad is not None:  # torch 2.13 calls the hook for a gradient of None too
-                self._arrived(name, index, parameter)
+                with phase("hooks"):
+                    self._arrived(name, index, parameter)
 
         return on_gradient
 

@@ -24,15 +24,16 @@ from misa_engine.engine import state
 from misa_engine.engine.arena import Arena, capacity_for
 from misa_engine.engine.events import CallbackHandle, SwitchEvent
 from misa_engine.engine.gradients import GradientSlots, UpdateOnArrival
-from misa_engine.engine.groups import build_groups, static_weights
+from misa_engine.engine.groups import build_groups
 from misa_engine.engine.guards import CheckpointingGuard, check_model, check_trainable
 from misa_engine.engine.host import HostStore
+from misa_engine.engine.marks import phase
 from misa_engine.engine.update import ArenaUpdate
 from misa_engine.kernels.backend import choose_backend
 from misa_engine.kernels.split_float import round_stochastic_
 from misa_engine.method.config import MisaConfig
 from misa_engine.method.partition import Partition, Unit, check_budget, partition
-from misa_engine.method.sampling import ImportanceTracker
+from misa_engine.method.sampling import ImportanceTracker, static_weights
 
 
 class MISA(torch.optim.Optimizer):
@@ -261,20 +262,21 @@ class MISA(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        ends_round = self.inner_step + 1 >= self.tracker.round_length
-        if ends_round:  # any unit may come next, so all have to be in their places before anything is written
-            for name in self._parameters:
-                self._intake.check_in_place(name)
-        if isinstance(self._intake, GradientSlots):
-            self._update_slots(self._intake)
-        else:
-            self._intake.collect()
-            self._kernels.global_norm()
-        self._intake.forget()
-        self.total_steps += 1
-        self.inner_step += 1
-        if ends_round:
-            self._switch()
+        with phase("update"):
+            ends_round = self.inner_step + 1 >= self.tracker.round_length
+            if ends_round:  # any unit may come next, so all have to be in their places before anything is written
+                for name in self._parameters:
+                    self._intake.check_in_place(name)
+            if isinstance(self._intake, GradientSlots):
+                self._update_slots(self._intake)
+            else:
+                self._intake.collect()
+                self._kernels.global_norm()
+            self._intake.forget()
+            self.total_steps += 1
+            self.inner_step += 1
+            if ends_round:
+                self._switch()
         return loss
 
     def _update_slots(self, intake: GradientSlots) -> None:
@@ -302,8 +304,9 @@ class MISA(torch.optim.Optimizer):
 
     def _switch(self) -> None:
         """Close the round (line 16, scores), draw the next one and move its units in."""
-        steps = self._close_round()
-        self._open_round(steps, started=time.perf_counter())
+        with phase("switch"):
+            steps = self._close_round()
+            self._open_round(steps, started=time.perf_counter())
 
     def _close_round(self) -> dict[str, int]:
         """Account for the round that ends. Returns each bound parameter's number of Adam steps."""
@@ -312,10 +315,11 @@ class MISA(torch.optim.Optimizer):
         report = self._kernels.report()
         self.skipped_steps = report.skipped
         slots = [[self._intake.slot_of[name] for name in self.units[index].params] for index in self.tracker.active]
-        self.tracker.update(
-            [sum(report.sums[slot] for slot in unit) for unit in slots],
-            [max(report.measured[slot] for slot in unit) for unit in slots],
-        )
+        with phase("switch (sampler)"):
+            self.tracker.update(
+                [sum(report.sums[slot] for slot in unit) for unit in slots],
+                [max(report.measured[slot] for slot in unit) for unit in slots],
+            )
         return dict(zip(self.arena.names, report.steps, strict=True))
 
     def _open_round(self, steps: dict[str, int], started: float) -> None:
@@ -326,7 +330,8 @@ class MISA(torch.optim.Optimizer):
             started: ``time.perf_counter()`` when the switch began.
         """
         before = self.active
-        self.tracker.draw()
+        with phase("switch (sampler)"):
+            self.tracker.draw()
         after = self.active
         wanted = [*self._always, *(name for index in self.tracker.active for name in self.units[index].params)]
         leaving = [name for name in self.arena.names if name not in set(wanted)]

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from misa_engine.method.config import FREE_ON_LOAD
+from misa_engine.method.config import FREE_ON_LOAD, RETIRED
 
 if TYPE_CHECKING:
     from misa_engine.engine.optimizer import MISA
@@ -66,6 +66,11 @@ def check(optimizer: MISA, state_dict: dict[str, Any]) -> None:
         f"{option}: {saved['config'].get(option)!r} in the checkpoint, {value!r} here"
         for option, value in here["config"].items()
         if saved["config"].get(option) != value
+    ]
+    differences += [
+        f"{option}: {saved['config'][option]!r} in the checkpoint, always {only!r} here"
+        for option, only in RETIRED.items()
+        if saved["config"].get(option, only) != only
     ]
     differences += [
         f"{what}: {saved[key]} in the checkpoint, {here[key]} here"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -90,9 +91,10 @@ class MetaModel:
 def draws(meta: MetaModel, misa: MisaConfig, micro_batch: MicroBatch) -> Iterator[tuple[str, ...]]:
     """Candidates for the draw that needs the most memory, as parameter names, always trained ones included.
 
-    Every candidate starts with the smallest unit of the lowest layer, so that backward reaches it, and fills the budget
-    with the units that keep the most activations: by bytes for each parameter, or from the top layer down, or whole
-    embeddings first.
+    Not all draws, of which an 8B model has 10^20, but the budget filled in seven orders: by the activations that a unit
+    keeps for each of its parameters, or altogether, in either case also with the top layer first; whole embeddings
+    first; the smallest first. Backward must reach the bottom: each order begins with the smallest unit of the lowest
+    layer, and is also tried without it where an embedding trains anyway.
     """
     parts = meta.partition(misa)
     budget = check_budget(parts, misa.delta)
@@ -110,8 +112,14 @@ def draws(meta: MetaModel, misa: MisaConfig, micro_batch: MicroBatch) -> Iterato
     # in a layer that is computed again, down's input is free by the time the most is alive: the others come first
     before_down = sorted(at_top, key=lambda unit: (unit.layer != top, unit.kind == "down"))
     smallest = sorted(layered, key=lambda unit: unit.numel)
-    for order in (by_ratio, by_gain, at_top, gain_at_top, before_down, [*outside, *by_ratio], smallest):
-        chosen = _fill([bottom, *order], budget)
+    # what stands in front of the orders: the bottom, nothing where an embedding trains always, or an embedding
+    fronts = [[bottom], [*outside], *([unit] for unit in outside)]
+    if any(meta.places(parts.always)[1:]):
+        fronts.append([])
+    for front, order in product(
+        fronts, (by_ratio, by_gain, at_top, gain_at_top, before_down, [*outside, *by_ratio], smallest)
+    ):
+        chosen = _fill([*front, *order], budget)
         yield tuple(name for unit in chosen for name in unit.params) + parts.always
 
 

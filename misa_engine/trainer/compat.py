@@ -15,7 +15,6 @@ import functools
 import logging
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
 from importlib import import_module
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -61,19 +60,10 @@ def config_from_arguments(args: TrainingArguments, misa: MisaConfig | Mapping[st
     shared = shared_options(args)
     del shared["max_grad_norm"]
     if isinstance(misa, MisaConfig):
-        given = {name: getattr(misa, name) for name in explicit(misa)}
+        given = {name: getattr(misa, name) for name in misa.given}
     else:
         given = dict(misa or {})
     return MisaConfig.from_dict({**shared, **given})
-
-
-def explicit(config: MisaConfig) -> frozenset[str]:
-    """Names of the options that the config was constructed with."""
-    given = getattr(config, "given", None)
-    if given is not None:
-        return frozenset(given)
-    default = MisaConfig(preset=config.preset)
-    return frozenset(f.name for f in fields(config) if getattr(config, f.name) != getattr(default, f.name)) | {"preset"}
 
 
 def check_arguments(args: TrainingArguments, config: MisaConfig) -> None:
