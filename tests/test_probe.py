@@ -7,11 +7,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
-from misa_engine import MISA, MisaConfig, plan
+from misa_engine import MISA, plan
 from misa_engine.planner.activations import DecoderShape, MicroBatch, peak
 from misa_engine.planner.cards import published_config
 from misa_engine.planner.probe import LiveBytes, fake_model, measure
-from misa_engine.planner.worst_case import MetaModel, WorstCase
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning"),
@@ -177,38 +176,3 @@ def test_ligers_layers_and_loss_at_full_width(checkpointing, loss):
         for active in ({0: ["k"]}, {1: ["up", "norm1"], 3: list(PARAMETER)[:-1]}, {3: ["gate"]}):
             micro_batch = MicroBatch(2, 1024, checkpointing, loss, liger=True)
             assert abs(deviation(config, active, micro_batch)) < TOLERANCE, (name, active)
-
-
-# ---- the worst draw ----
-
-
-@pytest.mark.parametrize("delta", [0.01, 0.03])
-@pytest.mark.parametrize("name", ["llama-3-8b", "llama-2-7b", "qwen2.5-7b"])
-def test_the_worst_draw_is_that_of_an_exhaustive_search(name, delta):
-    meta, misa = MetaModel(published_config(name)), MisaConfig(delta=delta)
-    shape, parts = meta.shape, meta.partition(misa)
-    size = {unit.kind: unit.numel for unit in parts.units}
-    budget, top = int(delta * parts.total), shape.layers - 1
-
-    def found(micro_batch):
-        return WorstCase(meta, misa, micro_batch).peak(micro_batch)[0].total
-
-    # Without checkpointing only counts matter: an input of q, k or v, one of gate or up, one of down.
-    micro_batch, best = MicroBatch(1, 2048, False, "chunked"), 0
-    for gates, downs in itertools.product(range(shape.layers + 1), repeat=2):
-        keys = min(shape.layers, (budget - gates * size["gate"] - downs * size["down"]) // size["k"])
-        if keys >= 1:
-            active = {layer: {"k"} for layer in range(keys)}
-            for number, kind in ((gates, "gate"), (downs, "down")):
-                for layer in range(shape.layers - number, shape.layers):
-                    active.setdefault(layer, set()).add(kind)
-            best = max(best, peak(shape, micro_batch, active).total)
-    assert found(micro_batch) >= 0.997 * best  # the greedy filling may leave a little of the budget: 0.12% seen
-
-    # With checkpointing only the top layer's matrices matter, beside one at the bottom.
-    micro_batch, best = MicroBatch(1, 2048, True, "chunked"), 0
-    for number in range(8):
-        for kinds in itertools.combinations(("q", "k", "v", "o", "gate", "up", "down"), number):
-            if size["k"] + sum(size[kind] for kind in kinds) <= budget:
-                best = max(best, peak(shape, micro_batch, {0: {"k"}, top: set(kinds)}).total)
-    assert found(micro_batch) >= 0.997 * best

@@ -23,7 +23,7 @@ from misa_engine.planner.cards import Card
 from misa_engine.planner.plan import Plan, plan
 from misa_engine.planner.solve import Wishes, solve
 from misa_engine.planner.worst_case import MetaModel
-from misa_engine.trainer.compat import NON_REENTRANT, checkpointing_option, fused_head_in_trl
+from misa_engine.trainer.compat import NON_REENTRANT, checkpointing_option, fused_head_in_trl, warn_of_versions
 
 if TYPE_CHECKING:
     from misa_engine.cli.arguments import TrainArguments
@@ -51,6 +51,7 @@ def fit(arguments: TrainArguments, config: Any, dtype: torch.dtype, limit_gib: f
         raise UserError("--max_vram_gb plans for MISA; leave it out with --optimizer adamw.")
     if sft.max_length is None:
         raise UserError("--max_vram_gb needs a longest sequence: say --max_length.")
+    warn_of_versions()
     limit = Card.of(f"{limit_gib:g}GiB")
     meta = MetaModel(config, dtype)
     checkpointing = checkpointing_option(sft)
@@ -69,15 +70,15 @@ def fit(arguments: TrainArguments, config: Any, dtype: torch.dtype, limit_gib: f
         length=sft.max_length,
         most_sequences=effective,
     )
-    found = solve(meta, limit, misa, micro_batch, wishes)
+    chosen = solve(meta, limit, misa, micro_batch, wishes)
     if wishes.batch is None:
-        batch = max(size for size in range(1, found.micro_batch.batch + 1) if effective % size == 0)
+        batch = max(size for size in range(1, chosen.micro_batch.batch + 1) if effective % size == 0)
         sft.per_device_train_batch_size, sft.gradient_accumulation_steps = batch, effective // batch
         if "per_device_eval_batch_size" not in given:
             sft.per_device_eval_batch_size = batch
-        found = plan(meta, card=limit, misa=found.misa, micro_batch=replace(found.micro_batch, batch=batch))
-    setattr(sft, checkpointing, found.micro_batch.checkpointing)
-    return replace(arguments, misa=found.misa), found
+        chosen = plan(meta, card=limit, misa=chosen.misa, micro_batch=replace(chosen.micro_batch, batch=batch))
+    setattr(sft, checkpointing, chosen.micro_batch.checkpointing)
+    return replace(arguments, misa=chosen.misa), chosen
 
 
 def loss_of(sft: Any) -> str:
@@ -185,12 +186,12 @@ def _drop(parameter: torch.Tensor) -> None:
     parameter.grad = None
 
 
-def describe(found: Plan, before: MisaConfig) -> str:
+def describe(chosen: Plan, before: MisaConfig) -> str:
     """What was chosen, in the words of the options."""
-    micro_batch, misa = found.micro_batch, found.misa
-    assert found.card is not None
+    micro_batch, misa = chosen.micro_batch, chosen.misa
+    assert chosen.card is not None
     lines = [
-        f"plan: {found.total_bytes / 2**30:.2f} GiB of {found.card.total_bytes / 2**30:.2f} with "
+        f"plan: {chosen.total_bytes / 2**30:.2f} GiB of {chosen.card.total_bytes / 2**30:.2f} with "
         f"per_device_train_batch_size {micro_batch.batch}, max_length {micro_batch.length}, gradient_checkpointing "
         f"{str(micro_batch.checkpointing).lower()}, state_dtype {misa.state_dtype}, delta {misa.delta:g}"
     ]

@@ -127,9 +127,9 @@ def plan(
         **options: single fields of MisaConfig, instead of ``misa``.
 
     Returns:
-        The plan for the draw that needs the most of those that ``worst_case.draws`` looks at: a search over seven
-        orders in which the budget is filled, not over all draws. On small models it finds the exhaustive maximum
-        or stays within 1% of it (tests/test_worst_case.py).
+        The plan for the draw that needs the most of those that ``worst_case.draws`` looks at: a search over
+        orders in which the budget is filled, not over all draws. On small models, where all can be tried, it is
+        within 2% of the true one (tests/test_worst_case.py).
 
     Raises:
         ValueError: an option is invalid, δ is smaller than the largest unit (the message says which δ works), or

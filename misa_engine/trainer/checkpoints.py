@@ -18,8 +18,10 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch import nn
+if TYPE_CHECKING:
+    from torch import nn
 
 STAGING = "_unfinished"
 SAFE_WEIGHTS = "model.safetensors"

@@ -113,37 +113,6 @@ def test_what_is_always_trained_is_in_the_peak(subjects, always, checkpointing):
     assert abs(deviation(meta, names, micro_batch)) < TOLERANCE
 
 
-@pytest.mark.parametrize("checkpointing", [True, False])
-@pytest.mark.parametrize("granularity", ["module", "block", "layer"])
-def test_no_random_draw_needs_more_than_the_worst_one(subjects, granularity, checkpointing):
-    meta = subjects("llama-3-8b")
-    misa = MisaConfig(delta=0.03 if granularity != "layer" else 0.06, granularity=granularity)
-    micro_batch = MicroBatch(1, 2048, checkpointing, "chunked")
-    limit = WorstCase(meta, misa, micro_batch).peak(micro_batch)[0].total
-    units = meta.partition(misa).units
-    generator = random.Random(0)
-    for _ in range(200):
-        budget, chosen = meta.partition(misa).total * misa.delta, []
-        for unit in generator.sample(units, len(units)):
-            if unit.numel <= budget:
-                chosen += unit.params
-                budget -= unit.numel
-        layers, embedding, head = meta.places(chosen)
-        assert peak(meta.shape, micro_batch, layers, embedding=embedding, head=head).total <= limit
-
-
-def test_a_family_without_formulas_is_measured_and_scaled(subjects):
-    # Gemma 2: other norms, sliding windows in every second layer, eager attention
-    config = published_config("gemma-2-9b")
-    config.num_hidden_layers, config.layer_types = 8, config.layer_types[:8]
-    meta = MetaModel(config)
-    assert meta.shape is None
-    micro_batch = MicroBatch(1, 1024, True, "plain")
-    estimate, names = WorstCase(meta, MisaConfig(delta=0.05), micro_batch).peak(micro_batch)
-    found = measure(meta.config, names, batch=1, length=1024, checkpointing=True, loss="plain")
-    assert abs(estimate.total / found.peak - 1) < TOLERANCE
-
-
 def test_a_float32_model_is_measured_in_float32():
     config = published_config("tinyllama")
     config.num_hidden_layers = 4
