@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -595,14 +596,14 @@ def test_full_disk_and_ctrl_c_name_the_last_good_checkpoint(
     monkeypatch.undo()
 
     def interrupt(self: MISA, *args: Any, **kwargs: Any) -> Any:
-        if self.total_steps == 5:
-            raise KeyboardInterrupt
+        if self.total_steps == 4:
+            signal.raise_signal(signal.SIGINT)
         return step(self, *args, **kwargs)
 
     monkeypatch.setattr(MISA, "step", interrupt)
     assert main(flags("--resume_from_checkpoint")) == 130
     shown = capsys.readouterr().err
-    assert "interrupted: go on from" in shown and "checkpoint-4" in shown and "Traceback" not in shown
+    assert "misa: stopped at 5/6, resume with" in shown and "checkpoint-5" in shown and "Traceback" not in shown
 
 
 def test_plain_text_is_packed_full_and_the_baseline_trains_everything(

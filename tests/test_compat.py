@@ -4,12 +4,12 @@ import pytest
 
 from misa_engine.planner import versions
 from misa_engine.planner.plan import plan
-from misa_engine.trainer import checkpoints, compat
+from misa_engine.trainer import compat, completeness
 from models import TINY
 
 
 def same_model(folder, model) -> bool:
-    return compat.check_same_model(folder, checkpoints.stored_shapes(folder), model)
+    return compat.check_same_model(folder, completeness.stored_shapes(folder), model)
 
 
 # ---- tensors ----

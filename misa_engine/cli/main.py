@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from importlib import import_module, metadata
 from importlib.util import find_spec
 
-from misa_engine.errors import DONE, UserError, did_you_mean, exit_code
+from misa_engine.errors import DONE, Stopped, UserError, did_you_mean, exit_code
 
 USAGE = """\
 usage: misa <command> [options]
@@ -85,9 +85,13 @@ def _take_debug(words: list[str]) -> bool:
 
 
 def _one_line(error: BaseException, debug: bool) -> str:
+    if isinstance(error, Stopped):
+        return f"misa: {error}"
     if isinstance(error, KeyboardInterrupt):
         return f"misa: interrupted{f': {error}' if str(error) else ''}"
     text = " ".join(str(error).split()) or type(error).__name__
+    if "weights_only" in text:  # torch advises to switch the protection off
+        text = "a file that should hold tensors is damaged or holds something else: restore it from its source"
     if exit_code(error) == 2:
         return f"misa: error: {text}"
     if type(error).__name__ == "OutOfMemoryError":

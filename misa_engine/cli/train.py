@@ -17,7 +17,11 @@ from misa_engine.cli import loading, output_directory
 from misa_engine.cli.command_trainer import build_trainer
 from misa_engine.cli.preview import preview, preview_adamw
 from misa_engine.cli.report import show_table, write_pictures
+from misa_engine.cli.resume import adopt, finished_at, resume_point
 from misa_engine.errors import DONE, UserError, bad_input
+from misa_engine.trainer.checkpoints import recover
+from misa_engine.trainer.completeness import checkpoint_step
+from misa_engine.trainer.run_lock import lock_run
 
 if TYPE_CHECKING:
     from misa_engine.cli.arguments import TrainArguments
@@ -78,27 +82,39 @@ def train(arguments: TrainArguments, config: str | None = None) -> int:
     """One training run, from parsed options to the saved model and its report."""
     _quiet(arguments)
     _check_required(arguments)
-    out = Path(str(arguments.sft.output_dir))
-    checkpoint = None if arguments.run.dry_run else _claim_directory(arguments, config, out)
-    inputs = _load_inputs(arguments)
-    arguments, model, train_data = inputs.arguments, inputs.model, inputs.train_data
-    if arguments.run.optimizer == "adamw":
-        summary = preview_adamw(model)
-    else:
-        summary = preview(model, arguments.misa, fresh=checkpoint is None)
-    size = f"{len(train_data):,} records" if hasattr(train_data, "__len__") else "a stream"
-    print(f"{summary}\n\ntraining data: {size}", flush=True)
     if arguments.run.dry_run:
-        print("dry run: nothing was trained, nothing was written")
+        print(f"{_describe(_load_inputs(arguments), fresh=True)}\ndry run: nothing was trained, nothing was written")
         return DONE
-    trainer = _checked_trainer(inputs, out)
-    if arguments.run.overwrite_output_dir and checkpoint is None:
-        deleted = output_directory.delete_run(out)
-        if deleted:
-            print(f"deleted the run in {out}: {', '.join(deleted)}")
-    _train(trainer, checkpoint, out)
-    _finish(trainer, inputs.eval_data is not None, out)
+    out = Path(str(arguments.sft.output_dir))
+    output_directory.check_place(out)
+    with lock_run(out):
+        arguments, checkpoint = _claim_directory(arguments, config, out)
+        if checkpoint is not None:
+            step = finished_at(checkpoint, out, arguments)
+            if step is not None:
+                print(f"the run in {out} is finished: {step} of {step} steps, model and all. Nothing was changed.")
+                return DONE
+            print(f"the run goes on from step {checkpoint_step(checkpoint)}, {checkpoint}", flush=True)
+        inputs = _load_inputs(arguments)
+        print(_describe(inputs, fresh=checkpoint is None), flush=True)
+        trainer = _checked_trainer(inputs)
+        if arguments.run.overwrite_output_dir and checkpoint is None:
+            deleted = output_directory.delete_run(out)
+            if deleted:
+                print(f"deleted the run in {out}: {', '.join(deleted)}")
+        _train(trainer, checkpoint, out)
+        _finish(trainer, inputs.eval_data is not None, out)
     return DONE
+
+
+def _describe(inputs: Inputs, *, fresh: bool) -> str:
+    if inputs.arguments.run.optimizer == "adamw":
+        summary = preview_adamw(inputs.model)
+    else:
+        summary = preview(inputs.model, inputs.arguments.misa, fresh=fresh)
+    data = inputs.train_data
+    size = f"{len(data):,} records" if hasattr(data, "__len__") else "a stream"
+    return f"{summary}\n\ntraining data: {size}"
 
 
 def _check_required(arguments: TrainArguments) -> None:
@@ -110,16 +126,23 @@ def _check_required(arguments: TrainArguments) -> None:
             raise UserError(f"misa train needs --{name} (or '{name}:' in --config). Try misa train --demo first.")
 
 
-def _claim_directory(arguments: TrainArguments, config: str | None, out: Path) -> Path | None:
-    """Check that the run may write to ``out``; return the checkpoint that it goes on from."""
-    sft = arguments.sft
-    checkpoint = _resume_point(sft.resume_from_checkpoint, out)
+def _claim_directory(arguments: TrainArguments, config: str | None, out: Path) -> tuple[TrainArguments, Path | None]:
+    """Check that the run may write to ``out``; find the checkpoint that it goes on from, and with which options."""
+    sft, overwrite = arguments.sft, arguments.run.overwrite_output_dir
+    restored = recover(out)
+    checkpoint = resume_point(sft.resume_from_checkpoint, out)
+    if restored and overwrite and checkpoint is None:
+        raise UserError(
+            f"--overwrite_output_dir: a run was killed while it replaced {restored[0]}, which has now been restored. "
+            "Go on with --resume_from_checkpoint true, or say --overwrite_output_dir again to delete it."
+        )
     inputs = (arguments.model.model_name_or_path, arguments.data.dataset, arguments.data.eval_dataset, config)
-    overwrite = arguments.run.overwrite_output_dir
     output_directory.check_output_directory(out, inputs=inputs, overwrite=overwrite, resume=checkpoint is not None)
-    if checkpoint is not None and "eval_on_start" not in arguments.given:
-        sft.eval_on_start = False  # the log has that line already
-    return checkpoint
+    if checkpoint is not None:
+        arguments = adopt(arguments, checkpoint)
+        if "eval_on_start" not in arguments.given:
+            sft.eval_on_start = False  # the log has that line already
+    return arguments, checkpoint
 
 
 @dataclass(frozen=True)
@@ -166,20 +189,14 @@ def _load_inputs(arguments: TrainArguments) -> Inputs:
     return Inputs(arguments, model, tokenizer, train_data, eval_data, plan)
 
 
-def _checked_trainer(inputs: Inputs, out: Path) -> Any:
+def _checked_trainer(inputs: Inputs) -> Any:
     """The trainer, its loss compared with the plain one and, with a plan, its largest micro-batch tried out."""
-    existed = out.exists()
-    try:
-        trainer = build_trainer(inputs.arguments, inputs.model, inputs.tokenizer, inputs.train_data, inputs.eval_data)
-        trainer.check_loss()  # before anything is deleted
-        if inputs.plan is not None:
-            from misa_engine.cli import vram
+    trainer = build_trainer(inputs.arguments, inputs.model, inputs.tokenizer, inputs.train_data, inputs.eval_data)
+    trainer.check_loss()  # before anything is deleted
+    if inputs.plan is not None:
+        from misa_engine.cli import vram
 
-            vram.dry_step(trainer, inputs.plan)
-    except BaseException:
-        if not existed and out.is_dir() and not any(out.iterdir()):
-            out.rmdir()  # the Trainer makes it before it checks the rest of its arguments
-        raise
+        vram.dry_step(trainer, inputs.plan)
     return trainer
 
 
@@ -216,27 +233,6 @@ def _choose_forward(arguments: TrainArguments, model_type: str) -> None:
         setattr(sft, name, value)
     if options:  # it warns of each of its other backends (Ascend, CuTe) that is not installed
         logging.getLogger("liger_kernel").setLevel(logging.ERROR)
-
-
-def _resume_point(wanted: str | None, out: Path) -> Path | None:
-    """The checkpoint to go on from: the last complete one in ``out``, or a named one."""
-    from misa_engine.cli.output_directory import holds_run
-    from misa_engine.trainer.checkpoints import find_last_complete_checkpoint, why_incomplete
-
-    if wanted is None or wanted.lower() in ("false", "no", "none", "0", ""):
-        return None
-    if wanted.lower() in ("true", "yes", "1"):
-        last = find_last_complete_checkpoint(out)
-        if last is None:
-            raise UserError(f"--resume_from_checkpoint: there is no complete checkpoint in {out}. Start the run again.")
-        return last
-    checkpoint = Path(wanted).expanduser()
-    reason = why_incomplete(checkpoint)
-    if reason is not None:
-        raise UserError(f"--resume_from_checkpoint {wanted}: {reason}.")
-    if checkpoint.resolve().parent != out.resolve() and out.is_dir() and holds_run(out):
-        raise UserError(f"{checkpoint} does not belong to the run in --output_dir {out}: choose an empty directory.")
-    return checkpoint
 
 
 def _load_data(arguments: TrainArguments, tokenizer: Any) -> tuple[Any, Any]:
@@ -287,15 +283,19 @@ def _load_data(arguments: TrainArguments, tokenizer: Any) -> tuple[Any, Any]:
 
 
 def _train(trainer: Any, checkpoint: Path | None, out: Path) -> None:
-    try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except KeyboardInterrupt:
-        from misa_engine.trainer.checkpoints import find_last_complete_checkpoint
+    """Train until the end, or until a signal asks to stop.
 
-        last = find_last_complete_checkpoint(out)
-        raise KeyboardInterrupt(
-            f"go on from {last} with --resume_from_checkpoint" if last else "no checkpoint was saved yet"
-        ) from None
+    Raises:
+        Stopped: a signal did; what was reached is in a checkpoint.
+    """
+    from misa_engine.cli.stopping import StopOnSignal
+
+    stop = StopOnSignal(out)
+    trainer.add_callback(stop)
+    with stop.watching():
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if stop.received is not None and trainer.state.global_step < trainer.state.max_steps:
+        raise stop.stopped()
 
 
 def _finish(trainer: Any, evaluate: bool, out: Path) -> None:

@@ -111,6 +111,12 @@ class RunLogWriter:
             step_time_s=self.clock.summary(),
         )
 
+    def has_end(self) -> bool:
+        """Whether the log ends with a finished run."""
+        if self._log is None or not self._log.path.is_file():
+            return False
+        return any(entry["type"] == "end" for entry in RunLog.read(self._log.path))
+
     def _has_beginning(self) -> bool:
         assert self._log is not None
         return self._log.path.is_file() and any(entry["type"] == "run" for entry in RunLog.read(self._log.path))

@@ -14,28 +14,21 @@ import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from misa_engine.engine.optimizer import MISA
 from misa_engine.method.config import MisaConfig, check_choice
-from misa_engine.trainer import checkpoints, compat
+from misa_engine.trainer import checkpoints, resume_options
 from misa_engine.trainer.compat import check_arguments, config_from_arguments
 from misa_engine.trainer.lean import LossCheck
 from misa_engine.trainer.log_writer import RunLogWriter, describe_run, sampler_metrics
-
-if TYPE_CHECKING:
-
-    class _Base(Trainer):
-        model: Any
-        optimizer: Any
-else:
-    _Base = object  # the mixin stands before a Trainer class in the bases of whoever uses it
+from misa_engine.trainer.resuming import ExactResume
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +56,12 @@ class _RunCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         trainer = self.trainer
+        if trainer.is_finished and trainer.log_writer.has_end():
+            return  # nothing will happen that is worth a line
+        if args.should_save:
+            aside = checkpoints.set_aside_after(Path(str(args.output_dir)), state.global_step)
+            if aside is not None:
+                logger.warning("checkpoints after step %d are now in %s", state.global_step, aside)
         description = describe_run(trainer.misa_config, trainer.optimizer_name, args.device)
         trainer.log_writer.begin(state.global_step, trainer.model, trainer.misa, description)
 
@@ -80,7 +79,7 @@ class _RunCallback(TrainerCallback):
         self.trainer.log_writer.end(state.global_step, self.trainer.model, self.trainer.misa)
 
 
-class MisaMixin(_Base):
+class MisaMixin(ExactResume):
     """Puts MISA into the Trainer class that follows it in the bases.
 
     Args:
@@ -118,11 +117,8 @@ class MisaMixin(_Base):
         self._staged_checkpoint: Path | None = None
         self._push_later: list[str] = []
         self._loss_checked = False
+        self._changed_options: tuple[str, ...] = ()
         self.add_callback(_RunCallback(self))
-
-    @property
-    def _out(self) -> Path:
-        return Path(str(self.args.output_dir))
 
     # ---- optimizer and clipping ----
 
@@ -170,37 +166,7 @@ class MisaMixin(_Base):
             grad_norm = misa.clip_grad_norm_(self._max_norm)
         return super()._get_grad_norm(model, grad_norm)
 
-    # ---- training and resuming ----
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train, from the start or exactly from where a checkpoint was taken.
-
-        Args:
-            resume_from_checkpoint: a checkpoint folder, or True for the last complete one in ``output_dir``.
-            *args: as in ``Trainer.train``.
-            **kwargs: as in ``Trainer.train``.
-
-        Raises:
-            ValueError: the checkpoint is missing, incomplete, or of another model or configuration; or the trainer's
-                loss is not the plain one (see ``misa_engine.trainer.lean``).
-            CheckpointError: a checkpoint could not be written.
-        """
-        run_dir = self._out
-        if self.args.should_save:
-            checkpoints.recover(run_dir)
-        self.accelerator.wait_for_everyone()
-        checkpoint: Path | None = None
-        if resume_from_checkpoint is True:
-            checkpoint = checkpoints.find_last_complete_checkpoint(run_dir)
-            if checkpoint is None:
-                raise ValueError(f"there is no complete checkpoint in {run_dir} to resume from; start the run anew")
-        elif resume_from_checkpoint:
-            checkpoint = Path(resume_from_checkpoint)
-        if checkpoint is not None:
-            self._check_checkpoint(checkpoint)
-        self.check_loss()
-        self.log_writer.arm()
-        return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+    # ---- the loss ----
 
     def check_loss(self) -> None:
         """Put the lean forward in and hold it to the plain loss: once, before the optimizer exists.
@@ -220,53 +186,6 @@ class MisaMixin(_Base):
             apply_liger_kernel(self.model, self.args.liger_kernel_config)
         if check is not None:
             check.compare()
-
-    def _check_checkpoint(self, checkpoint: Path) -> None:
-        reason = checkpoints.why_incomplete(checkpoint)
-        if reason is not None:
-            last = checkpoints.find_last_complete_checkpoint(checkpoint.parent)
-            raise ValueError(
-                f"cannot resume from {checkpoint}: {reason}. "
-                + (f"The last complete checkpoint there is {last}." if last else "There is no complete checkpoint.")
-            )
-        if not self._is_sharded and not (checkpoint / "optimizer.pt").is_file():
-            raise ValueError(
-                f"cannot resume from {checkpoint}: it holds no optimizer state (saved with save_only_model?). Start a "
-                "new run from its weights: --model_name_or_path with this folder and another output_dir."
-            )
-        later = [p for p in checkpoints.list_checkpoints(checkpoint.parent) if p.name != checkpoint.name]
-        step = checkpoints.checkpoint_step(checkpoint)
-        later = [path for path in later if checkpoints.checkpoint_step(path) > step >= 0]
-        if later:
-            logger.warning(
-                "resuming from %s although %s exist(s): that part of the run is made again and replaced",
-                checkpoint.name,
-                ", ".join(path.name for path in later),
-            )
-        if not self._is_sharded:
-            compat.check_same_model(checkpoint, checkpoints.stored_shapes(checkpoint), self.model)
-
-    @property
-    def _is_sharded(self) -> bool:
-        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self.log_writer.remember(self.model)  # before the checkpoint's weights arrive
-        if not self._load_renamed(Path(resume_from_checkpoint)):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_best_model(self) -> None:
-        if not self._load_renamed(Path(str(self.state.best_model_checkpoint))):
-            super()._load_best_model()
-
-    def _load_renamed(self, checkpoint: Path) -> bool:
-        """Load weights whose names in the file are not the model's; False when the Trainer can do it itself."""
-        if self._is_sharded:
-            return False
-        if not compat.check_same_model(checkpoint, checkpoints.stored_shapes(checkpoint), self.model):
-            return False
-        compat.load_renamed(checkpoint, self.model)
-        return True
 
     # ---- saving ----
 
@@ -298,6 +217,7 @@ class MisaMixin(_Base):
                 self.state.best_model_checkpoint = best  # never a path inside the staging folder
             if writer:
                 self.state.save_to_json(str(staged / "trainer_state.json"))
+                resume_options.write_options(staged, self._options())
             self.accelerator.wait_for_everyone()
             if writer:
                 checkpoints.publish(staged, final)

@@ -12,7 +12,7 @@ import psutil  # accelerate needs it anyway
 import torch
 from torch import Tensor, nn
 
-from misa_engine.trainer.checkpoints import SAFE_INDEX, SAFE_WEIGHTS, read_header, weight_files
+from misa_engine.trainer.completeness import SAFE_INDEX, SAFE_WEIGHTS, read_header, weight_files
 
 #: Up to here the starting weights are kept on the host; larger models are compared with the files they came from.
 SNAPSHOT_LIMIT_BYTES = 2 << 30
