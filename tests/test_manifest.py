@@ -4,9 +4,9 @@ import json
 
 import pytest
 
+from checkpoint_files import write_checkpoint
 from misa_engine.trainer import completeness, manifest
 from misa_engine.trainer.manifest import MANIFEST
-from test_checkpoints import write_checkpoint
 
 FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 
