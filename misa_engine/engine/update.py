@@ -92,11 +92,12 @@ class ArenaUpdate:
         """Update every slot whose gradient is present.
 
         Args:
-            measured: (tiles,) sums of squares for the scores, where the gradients were changed since they arrived.
+            measured: (tiles,) sums of squares for the scores, where the gradients were changed since they arrived;
+                None = those of this step's norm, so that the update need not sum again.
         """
         assert self._arena.grad is not None
         self._finalise()
-        self._adamw(self._arena.grad, measured=measured)
+        self._adamw(self._arena.grad, measured=self._arena.step_sumsq if measured is None else measured)
         if self._config.score == "squared_mean_norm":
             self._add_norms_after_clipping()
 
@@ -113,7 +114,7 @@ class ArenaUpdate:
             flat, arena.step_sumsq, arena.table, backend=self._backend, tiles=slot.tiles, grad_start=slot.start
         )
         self._finalise()
-        self._adamw(flat, tiles=slot.tiles, grad_start=slot.start)
+        self._adamw(flat, measured=arena.step_sumsq, tiles=slot.tiles, grad_start=slot.start)
         if self._config.score == "squared_mean_norm":
             self._add_norms_after_clipping()
 
