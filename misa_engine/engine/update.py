@@ -84,6 +84,13 @@ class ArenaUpdate:
         with phase("clip/norm"):
             sum_of_squares(arena.grad, arena.step_sumsq, arena.table, backend=self._backend)
 
+    def measure_slot(self, index: int) -> None:
+        """The norm pass over one slot, as its gradient arrives."""
+        arena = self._arena
+        assert arena.grad is not None
+        tiles = arena.slots[index].tiles
+        sum_of_squares(arena.grad, arena.step_sumsq, arena.table, backend=self._backend, tiles=tiles)
+
     def global_norm(self) -> Tensor:
         """Norm of all gradients that are present, from what was measured; a float32 scalar on the device."""
         with phase("clip/norm"):
