@@ -154,7 +154,7 @@ def test_without_options_the_config_is_the_engines_own() -> None:
 
 
 FLAGS = """--preset paper --delta 0.1 --inner_steps 7 --always_train norm --always_train lm_head embed_tokens
- --exponent_cap inf --closing_momentum false --sample_last 3 --no_skip_nonfinite --include_outside
+ --exponent_cap inf --closing_momentum false --sample_last 3 --no_gemm_gradients --include_outside
  --parameter_groups [{"pattern":"*.mlp.*","lr":0.5}] --static_weights {"*.q_proj.*":2.0}
  --learning_rate 5e-5 --adam_beta1 0.8 --weight_decay 0.1 --seed 7 --bf16 --packing --max_length none
  --lr_scheduler_type cosine --lr_scheduler_kwargs {"num_cycles":2} --report_to tensorboard trackio
@@ -169,7 +169,7 @@ always_train: [norm, lm_head, embed_tokens]
 exponent_cap: .inf
 closing_momentum: false
 sample_last: 3
-skip_nonfinite: no
+gemm_gradients: no
 include_outside: true
 parameter_groups:
   - {pattern: "*.mlp.*", lr: 0.5}
@@ -207,7 +207,7 @@ def test_yaml_and_flags_give_the_same_run(tmp_path: Path) -> None:
         assert asdict(getattr(by_flags, part)) == asdict(getattr(by_file, part))
     assert by_flags.given == by_file.given
     misa = by_flags.misa
-    assert misa.always_train == ("norm", "lm_head", "embed_tokens") and misa.skip_nonfinite is False
+    assert misa.always_train == ("norm", "lm_head", "embed_tokens") and misa.gemm_gradients is False
     assert (misa.lr, misa.betas, misa.seed, misa.preset) == (5e-5, (0.8, 0.999), 7, "paper")
     assert misa.closing_momentum is False and misa.static_weights == {"*.q_proj.*": 2.0}
     assert by_flags.sft.max_length is None and by_flags.sft.report_to == ["tensorboard", "trackio"]

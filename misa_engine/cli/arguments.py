@@ -16,13 +16,13 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import Field, dataclass, field, fields, make_dataclass
+from dataclasses import Field, dataclass, field, fields, is_dataclass, make_dataclass
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from misa_engine.errors import UserError, bad_input, did_you_mean
-from misa_engine.method.config import CHOICES, PRESETS, MisaConfig
+from misa_engine.method.config import CHOICES, PRESET_OPTIONS, MisaConfig
 
 if TYPE_CHECKING:
     from trl import SFTConfig
@@ -107,11 +107,13 @@ class RunArguments:
 
 def attribute_docs(cls: type) -> dict[str, str]:
     """The string below each field of a dataclass, which Python itself throws away."""
-    body = ast.parse(inspect.getsource(cls)).body[0].body  # type: ignore[attr-defined]
-    docs = {}
-    for entry, following in zip(body, body[1:], strict=False):
-        if isinstance(entry, ast.AnnAssign) and isinstance(following, ast.Expr):
-            docs[entry.target.id] = " ".join(ast.literal_eval(following.value).split())  # type: ignore[union-attr]
+    docs: dict[str, str] = {}
+    for part in (kind for kind in cls.__mro__ if is_dataclass(kind)):
+        body = ast.parse(inspect.getsource(part)).body[0].body  # type: ignore[attr-defined]
+        for entry, following in zip(body, body[1:], strict=False):
+            if isinstance(entry, ast.AnnAssign) and isinstance(following, ast.Expr):
+                text = " ".join(ast.literal_eval(following.value).split())
+                docs.setdefault(entry.target.id, text)  # type: ignore[union-attr]
     return docs
 
 
@@ -126,15 +128,16 @@ def _misa_arguments() -> type:
         choices = CHOICES.get(entry.name, ())
         if not all(choice in help for choice in choices):
             help += f" One of {', '.join(choices)}."
-        if entry.name in PRESETS["engine"]:
-            help += " (default: the preset's)"
+        default = entry.default
+        if entry.name in PRESET_OPTIONS:
+            help, default = f"{help} (default: the preset's)", None
         if hint == tuple[str, ...]:
             members.append((entry.name, list[str], option(help, default=[], action="extend")))
         elif entry.name in ("parameter_groups", "static_weights"):
             shape = "list of objects" if entry.name == "parameter_groups" else "object"
             members.append((entry.name, dict[str, Any] | str | None, option(f"JSON {shape}. {help}")))
         else:
-            members.append((entry.name, hint, option(help, default=entry.default)))
+            members.append((entry.name, hint, option(help, default=default)))
     made = make_dataclass("MisaArguments", members)
     made.__doc__ = "MISA."
     return made
