@@ -190,7 +190,7 @@ def test_a_plan_that_does_not_fit_its_card_is_printed_and_refused(capsys):
         (["--model", "llama-3-8b", "--delta", "3"], ["(0, 1]"]),
         (["--model", "llama-3-8b", "--detla", "0.1"], ["--delta"]),
         (["--model", "llama-3-8b", "--state_dtype", "int4"], ["int4"]),
-        (["--model", "llama-3-8b", "--batch", "0"], ["0 x 2048"]),
+        (["--model", "llama-3-8b", "--batch", "0"], ["--batch", "at least 1", "not 0"]),
         ([], ["--model"]),
     ],
 )

@@ -116,13 +116,9 @@ def train(words: list[str]) -> int:
 
 def _front_options(words: list[str]) -> tuple[Any, list[str]]:
     """The few options that are not part of a run's configuration."""
-    import argparse
+    from misa_engine.cli.parsing import Parser
 
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> Any:
-            raise UserError(message)
-
-    parser = Parser(add_help=False, allow_abbrev=False)
+    parser = Parser("misa train", add_help=False)
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--help_all", "--help-all", action="store_true")
     parser.add_argument("--demo", action="store_true")

@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from misa_engine.errors import BAD_INPUT, DONE, UserError, bad_input, did_you_mean
+from misa_engine.cli.parsing import MODEL_FLAGS, Parser, positive, positive_size, truth
+from misa_engine.errors import BAD_INPUT, DONE, UserError, bad_input
 from misa_engine.method.config import CHOICES, MisaConfig
 from misa_engine.planner.activations import LOSSES
 from misa_engine.planner.cards import HUB_IDS
@@ -42,8 +43,8 @@ def _run(options: argparse.Namespace) -> int:
             "include_outside": options.include_outside,
         }
     )
-    if options.batch is not None and options.batch < 1 or options.length < 2:
-        raise UserError(f"a micro-batch needs at least 1 x 2 tokens; got {options.batch} x {options.length}")
+    if options.length < 2:
+        raise UserError(f"--length must be at least 2, a token and the one that follows; got {options.length}")
     subject = Subject(model_config(options.model))
     checkpointing = options.gradient_checkpointing
     run = Pass(
@@ -197,16 +198,9 @@ def _summary(names: tuple[str, ...]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> Any:
-            word = next((word for word in message.split() if word.startswith("--")), "").split("=")[0].lstrip("-")
-            known = [flag.lstrip("-") for action in self._actions for flag in action.option_strings]
-            hint = did_you_mean(word, known, "--") if message.startswith("unrecognized") else ""
-            raise UserError(f"misa plan: {message}.{hint} See misa plan --help.")
-
-    parser = Parser(prog="misa plan", usage=USAGE, description=__doc__, allow_abbrev=False)
+    parser = Parser("misa plan", USAGE, __doc__)
     add = parser.add_argument
-    add("--model", "--model_name_or_path", required=True, help="built-in name, directory or Hub id")
+    add(*MODEL_FLAGS, required=True, help="built-in name, directory or Hub id")
     add(
         "--gpu",
         default="rtx4090",
@@ -214,7 +208,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--max_vram_gb",
-        type=float,
+        type=positive_size,
         help="choose delta, moments, checkpointing and micro-batch to fit into so many GiB",
     )
     add("--delta", type=float, help="share of the model that trains at a time (default: 0.03)")
@@ -223,8 +217,8 @@ def _parser() -> argparse.ArgumentParser:
         add(f"--{name}", choices=CHOICES[name], help=f"as in misa train (default: {default})")
     add("--always_train", nargs="+", default=[], metavar="PATTERN", help="trained in every step, outside delta")
     add("--include_outside", action="store_true", help="embeddings and head are units too")
-    add("--length", "--max_length", type=int, default=2048, help="tokens of a sequence (default: 2048)")
-    add("--batch", "--per_device_train_batch_size", type=int, help="sequences of a micro-batch (default: 1)")
+    add("--length", "--max_length", type=positive, default=2048, help="tokens of a sequence (default: 2048)")
+    add("--batch", "--per_device_train_batch_size", type=positive, help="sequences of a micro-batch (default: 1)")
     add("--gradient_checkpointing", "--checkpointing", nargs="?", const=True, type=truth, metavar="BOOL",
         help="recompute activations (default: on)")  # fmt: skip
     add("--no_checkpointing", dest="gradient_checkpointing", action="store_false", help="keep all activations")
@@ -237,12 +231,3 @@ def _parser() -> argparse.ArgumentParser:
     add("--plot", metavar="FILE.png", help="draw the categories as stacked bars")
     parser.set_defaults(gradient_checkpointing=None)
     return parser
-
-
-def truth(text: str) -> bool:
-    """An argparse type: true, yes, 1, on and their opposites."""
-    if text.lower() in ("true", "yes", "1", "on"):
-        return True
-    if text.lower() in ("false", "no", "0", "off"):
-        return False
-    raise argparse.ArgumentTypeError(f"true or false, not {text!r}")
