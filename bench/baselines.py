@@ -16,7 +16,6 @@ from misa_engine.bench.measure import installed
 from misa_engine.bench.method import Build, Loss, Method, Settings, Unavailable
 from misa_engine.bench.unfused import misa_options, unfused_misa
 
-
 # ---- our own ----
 
 
@@ -135,7 +134,9 @@ BASELINES: dict[str, Baseline] = {
         f"{_ROUNDING_NOTE}; compiled at its first step, on a CPU by a C++ compiler (a minute)",
     ),
     "flashadamw": Baseline(
-        peers.packaged("flashadamw", "flashoptim", "FlashAdamW", cuda_only="flashoptim's FlashAdamW has no other kernels"),
+        peers.packaged(
+            "flashadamw", "flashoptim", "FlashAdamW", cuda_only="flashoptim's FlashAdamW has no other kernels"
+        ),
         "FlashAdamW: 8-bit states, 24-bit master weights (flashoptim, CUDA)",
         (("flashoptim", "flashoptim"),),
     ),

@@ -1,7 +1,7 @@
 """One case of a benchmark: what a fresh process measures, and the row that it reports as it goes.
 
-    CommandCase     another command: the GPU's tests, kernel benchmarks, a profile
-    TrainingCase    a method on a model; its kinds are in steps.py, limits.py and loss.py
+CommandCase     another command: the GPU's tests, kernel benchmarks, a profile
+TrainingCase    a method on a model; its kinds are in steps.py, limits.py and loss.py
 """
 
 from __future__ import annotations

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from misa_engine.bench.kernel_table import markdown
 
 from misa_engine.bench.bandwidth import CopyBandwidth, event_seconds
-from misa_engine.bench.kernel_table import markdown
 from misa_engine.bench.measure import environment, synchronize
 
 #: Parameters of the updates, by device.

@@ -26,9 +26,10 @@ from misa_engine.bench.checks import JUDGED, ask_plan, judge
 from misa_engine.bench.limits import LongestCase
 from misa_engine.bench.loss import LossCase
 from misa_engine.bench.measure import environment
-from misa_engine.bench.presets import BASE_WEIGHTS, Bench
+from misa_engine.bench.presets import Bench
 from misa_engine.bench.processes import CaseProcesses
 from misa_engine.bench.steps import StepCase
+from misa_engine.bench.suites import BASE_WEIGHTS
 from misa_engine.errors import UserError
 
 #: Seconds below which no case is begun.

@@ -97,7 +97,7 @@ class _Recomputation(AbstractContextManager[None]):
 
 
 def _recomputation() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """torch's checkpointing asks for the contexts of the forward pass and of what it runs again."""
+    """Torch's checkpointing asks for the contexts of the forward pass and of what it runs again."""
     return nullcontext(), _Recomputation()
 
 
