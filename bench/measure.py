@@ -50,7 +50,11 @@ def _command() -> str:
     """What was typed, without the paths of this machine's Python and scripts."""
     script, *words = sys.argv
     module = sys.modules["__main__"].__spec__
-    name = f"python -m {module.name}" if module is not None and module.name else Path(script).name
+    name = (
+        f"python -m {module.name.removesuffix('.__main__')}"
+        if module is not None and module.name
+        else Path(script).name
+    )
     return shlex.join([*name.split(), *words])
 
 

@@ -258,7 +258,11 @@ def _steps_text(document: Row, settings: Row) -> str:
     if not any(row.get("step_time_s") for row in document["results"]):
         return ""
     on_gpu = settings["device"] != "cpu"
-    peak = "reserved by PyTorch's allocator" if on_gpu else "largest resident memory of the process"
+    peak = (
+        "reserved by PyTorch's allocator; attention is pinned to torch's flash kernel"
+        if on_gpu
+        else "largest resident memory of the process"
+    )
     limit = f", allocator limited to {settings['vram_gib']:.2f} GiB" if settings["vram_gib"] else ""
     if settings["suite"] == "round":
         return f"\nTime and memory: random weights, checkpointing, δ {settings['delta']:g}{limit}. Peak is the {peak}."
@@ -275,8 +279,8 @@ def _loss_text(document: Row, settings: Row) -> str:
         return ""
     return (
         f"\nHeld-out loss, a smoke test of learning: {settings['loss_model']}, trained for {settings['base_steps']} "
-        f"steps on {settings['data']}, then {settings['loss_steps']} steps on {settings['loss_data']} by each method (δ "
-        f"{settings['loss_delta']:g}), at the best of the learning rates "
+        f"steps on {settings['data']}, then {settings['loss_steps']} steps on {settings['loss_data']} by each method "
+        f"(δ {settings['loss_delta']:g}), at the best of the learning rates "
         f"{', '.join(f'{lr:g}' for lr in settings['lrs'])}; {settings['seeds']} seed(s). A small model's loss says "
         "nothing about an 8B model's."
     )

@@ -37,6 +37,8 @@ class UnfusedMISA(torch.optim.Optimizer):
     Attributes:
         round: switches so far.
         active: names of the matrices that train now.
+        clones: their float32 copies by name.
+        budget: parameters that they may hold together.
     """
 
     def __init__(self, model: nn.Module, config: MisaConfig) -> None:
@@ -50,13 +52,13 @@ class UnfusedMISA(torch.optim.Optimizer):
             family=config.family,
         )
         self._weights = dict(model.named_parameters())
-        self._tracker = ImportanceTracker(
-            [unit.numel for unit in self._parts.units], check_budget(self._parts, config.delta), config
-        )
+        self.budget = check_budget(self._parts, config.delta)
+        self._tracker = ImportanceTracker([unit.numel for unit in self._parts.units], self.budget, config)
         super().__init__(list(self._weights.values()), {"lr": config.lr})
         self.round, self._steps = 0, 0
         self._begin_round()
 
+    @torch.no_grad()
     def end_round(self) -> None:
         """Account for the round that ends, forget its clones and begin the next one."""
         self._tracker.update(self._norm_sums, [self._steps] * len(self._norm_sums))
