@@ -74,7 +74,7 @@ def base_case(bench: Bench, weights: Path) -> BaseModelCase:
 def loss_cases(bench: Bench, base: BaseModelCase) -> list[Case]:
     """A case for each method, learning rate and seed, like the base model's but for what is told here."""
     shared = {entry.name: getattr(base, entry.name) for entry in fields(LossCase)}
-    shared |= {"data": bench.loss_data, "steps": bench.loss_steps, "eval_every": max(1, bench.loss_steps // 6)}
+    shared |= {"data": bench.loss_data, "steps": bench.loss_steps, "eval_every": -(-bench.loss_steps // 6)}
     shared |= {"start_from": base.save_to, "delta": bench.loss_delta, "timeout_s": bench.timeout_s}
     return [
         make(LossCase, bench, **{**shared, "name": f"{bench.loss_model} {method} lr {lr:g} seed {seed}",
