@@ -24,8 +24,7 @@ from command import make_workplace, words
 from misa_engine import MISA
 from misa_engine.cli.arguments import ALLOCATOR_VARIABLES, parse_train
 from misa_engine.cli.main import main
-from misa_engine.trainer import checkpoints
-from misa_engine.trainer.mixin import MisaTrainer
+from misa_engine.trainer import MisaTrainer, checkpoints
 from misa_engine.trainer.recorder import RunRecorder
 from models import TINY
 
@@ -77,7 +76,7 @@ from trl import SFTConfig
 from misa_engine.trainer import checkpoints
 from misa_engine.cli import loading
 from misa_engine.cli.arguments import ModelArguments
-from misa_engine.trainer.mixin import MisaTrainer
+from misa_engine.trainer import MisaTrainer
 
 def anonymous():
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -16,9 +16,9 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from misa_engine import MISA, MisaConfig
 from misa_engine.report.log import RunLog
-from misa_engine.trainer import checkpoints, recorder
+from misa_engine.trainer import MisaFactory, MisaMixin, MisaTrainer, checkpoints, recorder
 from misa_engine.trainer.checkpoints import CheckpointError
-from misa_engine.trainer.mixin import MisaFactory, MisaMixin, MisaTrainer, config_from_arguments
+from misa_engine.trainer.mixin import config_from_arguments
 from models import TINY
 from training import changed, weights
 

@@ -27,7 +27,7 @@ from misa_engine.method.config import CHOICES, PRESETS, MisaConfig
 if TYPE_CHECKING:
     from trl import SFTConfig
 
-RECIPES = Path(__file__).parent / "recipes"
+RECIPES = Path(__file__).parents[1] / "recipes"
 
 #: Options of MisaConfig that SFTConfig has under another or the same name; every trainer reads them there.
 SHARED = {
