@@ -100,7 +100,7 @@ def between(text: str, name: str) -> tuple[str, str, str]:
         raise ValueError(f"the markers {begin} and {end} must be there once each")
     before, rest = text.split(begin)
     content, after = rest.split(end)
-    return f"{before}{begin}\n", content.strip(), f"\n{end}{after}"
+    return f"{before}{begin}\n\n", content.strip(), f"\n\n{end}{after}"
 
 
 def main() -> None:
