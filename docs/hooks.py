@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
 RESULTS = "bench/results/cpu/"
 #: Exceptions with a message for the user.
 RAISED = {"UserError", "ValueError", "RuntimeError", "CheckpointError", "ModuleNotFoundError"}
@@ -27,9 +28,18 @@ def on_files(files: Any, config: Any) -> Any:
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Fit links that leave docs/ to the site, and put in the error texts."""
-    markdown = markdown.replace(f"](../{RESULTS}", f"]({RESULTS}")
-    # A file outside docs/ has no page: its path is shown as code.
-    markdown = re.sub(r"\[`?([^\]`]+)`?\]\((?:\.\./)+(?!bench/results)[^)]*\)", r"`\1`", markdown)
+    folder = (DOCS / page.file.src_uri).parent
+
+    def on_site(link: re.Match[str]) -> str:
+        text, target = link.groups()
+        path = target.partition("#")[0]
+        if "://" in target or not path or (folder / path).resolve().is_relative_to(DOCS):
+            return link.group(0)
+        if RESULTS in target:
+            return f"[{text}]({target[target.index(RESULTS) :]})"
+        return text if text.startswith("`") else f"`{text}`"  # a file of the repository has no page
+
+    markdown = re.sub(r"\[([^\]]*)\]\(([^)\s]+)\)", on_site, markdown)
     if "<!-- errors -->" in markdown:
         markdown = markdown.replace("<!-- errors -->", error_list())
     return markdown

@@ -16,7 +16,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     """Run the whole suite in WORKERS processes; what is named on the command line runs in this one (or as -n says).
 
     Each process begins with its half of the files and takes from the other's end when it is done. pytest-benchmark
-    cannot measure then and would warn about it: `pytest bench/ --benchmark-only` names its directory and is not touched.
+    cannot measure then and would warn; `pytest bench/ --benchmark-only` names a directory and is not touched.
     """
     worker = "PYTEST_XDIST_WORKER" in os.environ  # its own command line says nothing of -n
     alone = worker or config.getoption("usepdb", False) or config.getoption("collectonly", False)

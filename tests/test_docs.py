@@ -10,6 +10,7 @@ import sys
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -204,16 +205,39 @@ def test_quoted_errors_are_raised_somewhere():
     assert [text for text in rows if text not in sources] == []
 
 
-def test_the_list_of_errors_is_made_from_the_sources():
+@pytest.fixture(scope="module")
+def hooks():
     sys.path.insert(0, str(ROOT / "docs"))
     try:
-        hooks = importlib.import_module("hooks")
+        yield importlib.import_module("hooks")
     finally:
         sys.path.remove(str(ROOT / "docs"))
+
+
+def page_of_site(name: str) -> SimpleNamespace:
+    return SimpleNamespace(file=SimpleNamespace(src_uri=name))
+
+
+def test_the_list_of_errors_is_made_from_the_sources(hooks):
     listed = hooks.error_list()
     assert "### engine/guards.py" in listed and "is float16, whose gradients underflow" in listed
     assert listed.count("\n- ") > 100
-    assert hooks.on_page_markdown("a <!-- errors --> b", None) == f"a {listed} b"
+    assert hooks.on_page_markdown("a <!-- errors --> b", page_of_site("troubleshooting.md")) == f"a {listed} b"
+
+
+@pytest.mark.parametrize(
+    ("link", "on_site"),
+    [
+        ("[Algorithm](../algorithm.md)", "[Algorithm](../algorithm.md)"),
+        ("[`a.py`](../../examples/plain_loop.py)", "`a.py`"),
+        ("[a](../../README.md)", "`a`"),
+        ("![loss](../../bench/results/cpu/loss.png)", "![loss](bench/results/cpu/loss.png)"),
+        ("[x](https://arxiv.org/abs/2511.00056)", "[x](https://arxiv.org/abs/2511.00056)"),
+        ("[x](#here)", "[x](#here)"),
+    ],
+)
+def test_links_that_leave_the_pages_are_fitted_to_the_site(hooks, link, on_site):
+    assert hooks.on_page_markdown(link, page_of_site("guide/options.md")) == on_site
 
 
 def test_pages_of_the_site_are_all_in_its_navigation():

@@ -1,4 +1,4 @@
-"""What is installed: the links ``misa_engine/kernels`` and ``misa_engine/bench`` become real folders, and work as such."""
+"""What is installed: the links misa_engine/kernels and misa_engine/bench become real folders and work as such."""
 
 from __future__ import annotations
 
