@@ -68,7 +68,7 @@ def options() -> str:
     """Every field of MisaConfig: its default and its docstring."""
     docs, default, presets = attribute_docs(MisaConfig), MisaConfig(), by_presets()
     rows = []
-    for field in fields(MisaConfig):
+    for field in sorted(fields(MisaConfig), key=lambda field: field.name in presets):  # those of the presets last
         value = "the preset's" if field.name in presets else f"`{getattr(default, field.name)!r}`"
         text = docs[field.name].replace("``", "`").replace("|", "\\|")
         choices = CHOICES.get(field.name, ())
