@@ -59,6 +59,7 @@ setup(
         "datasets>=4",
         "accelerate>=1.10",
         "safetensors>=0.5",
+        "psutil>=6",
         "rich>=13",
     ],
     extras_require={
@@ -73,6 +74,7 @@ setup(
             "ruff",
             "mypy",
             "types-PyYAML",
+            "types-psutil",
             "import-linter>=2.5",  # acyclic_siblings
             "setuptools>=77",  # tests/test_packaging.py builds without the network
         ],

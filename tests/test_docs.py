@@ -184,7 +184,7 @@ def test_the_table_of_options_has_every_field_once(make_tables):
     _, content, _ = make_tables.between(text_of(ROOT / "docs/guide/options.md"), "options")
     rows = re.findall(r"^\| `(\w+)` \| (.+?) \| ", content, re.MULTILINE)
     assert sorted(name for name, _ in rows) == sorted(field.name for field in fields(MisaConfig))
-    defaults = {name: value for name, value in rows}
+    defaults = dict(rows)
     assert defaults["delta"] == f"`{MisaConfig().delta!r}`" and defaults["score"] == "the preset's"
 
 
