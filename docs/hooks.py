@@ -49,10 +49,10 @@ def error_list() -> str:
     """Every message that misa_engine raises, by package and file, straight from the sources."""
     lines = []
     for package in PACKAGES:
-        for path in sorted((ROOT / "misa_engine" / package).glob("*.py")):
+        for path in sorted((ROOT / "misa_engine" / package).glob("**/*.py")):
             found = list(dict.fromkeys(messages(path)))
             if found:
-                lines += ["", f"### {package}/{path.name}", "", *(f"- {text}" for text in found)]
+                lines += ["", f"### {path.relative_to(ROOT / 'misa_engine')}", "", *(f"- {text}" for text in found)]
     return "\n".join(lines)
 
 
