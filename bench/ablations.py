@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedul
 
 from misa_engine import MISA
 from misa_engine.bench.measure import environment
-from misa_engine.cli.demo import LENGTH, OWN_OPTIONS, build_demo
+from misa_engine.cli.demo_data import LENGTH, OWN_OPTIONS, build_demo
 
 OPTIONS = {**OWN_OPTIONS["misa"], "max_grad_norm": 1.0}
 

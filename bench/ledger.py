@@ -61,8 +61,8 @@ def overhead(
         for _ in range(PARTS_STEPS):
             _misa_step(model, loss, optimizer, next(batches))
     if optimizer.round == first_round:
-        with _timed_switch(optimizer, switch), torch.no_grad():
-            optimizer._switch()
+        with _timed_switch(optimizer, switch):
+            optimizer.end_round()
     switch_s = (switch.total("switch") + clock.total("switch")) / (optimizer.round - first_round)
     inner_steps = optimizer.config.inner_steps
     parts = {phase: clock.total(phase) / PARTS_STEPS for phase in OWN if phase != "switch"}

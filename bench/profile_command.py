@@ -21,7 +21,7 @@ from misa_engine.bench.method import Method, Settings, Unavailable
 from misa_engine.bench.phases import MARKS, OWN, PHASES, PREFIX, WINDOW, Cost, account, annotate
 from misa_engine.bench.timeline import record_timeline
 from misa_engine.bench.workload import SMALL_SHAPES, build_model, make_loss, model_config, token_batches
-from misa_engine.cli.plan import truth
+from misa_engine.cli.parsing import truth
 from misa_engine.errors import DONE, UserError, did_you_mean
 from misa_engine.planner.cards import MODELS
 

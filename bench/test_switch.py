@@ -85,7 +85,7 @@ def test_switch(measure: Any, device: torch.device, shape: str, way: str) -> Non
     while len(seen) < len(optimizer.units):
         seen.update(optimizer.active)
         one_step(optimizer)
-        optimizer._switch()
+        optimizer.end_round()
     optimizer.events.clear()
 
     def moved() -> float:
@@ -99,7 +99,7 @@ def test_switch(measure: Any, device: torch.device, shape: str, way: str) -> Non
         }
 
     group = f"switch, {optimizer.budget / 1e6:g}M of bfloat16 parameters"
-    measure(optimizer._switch, moved, group, way, setup=lambda: one_step(optimizer), facts=facts)
+    measure(optimizer.end_round, moved, group, way, setup=lambda: one_step(optimizer), facts=facts)
     optimizer.remove()
 
 
@@ -111,7 +111,7 @@ def test_switch_by_clones(measure: Any, device: torch.device, shape: str) -> Non
     budget, turns = optimizer.budget, []
     for _ in range(200):
         turns.append([named[name] for name in optimizer.arena.names])
-        optimizer._switch()
+        optimizer.end_round()
     optimizer.remove()
     optimizer = None  # type: ignore[assignment]
     model.requires_grad_(False)
