@@ -199,7 +199,7 @@ def test_update_uses_16_byte_accesses_and_spills_nothing(variant, architecture, 
     # The engine measures first ("measured"); summing again beside 8-bit moments spills one register on sm_100 alone.
     allowed = 16 if (variant, architecture) == ("int8_split", 100) else 0
     assert report["spilled_bytes"] <= allowed and report["registers"] <= (80 if int8 else 64), report
-    # 8 elements a thread, with the slow paths of division and root, which ordinary numbers never take. Seen: 67-87, 156.
+    # 8 elements a thread, with the slow paths of division and root, which few numbers take. Seen: 67-87, 156.
     assert report["instructions"] / 8 <= (165 if int8 else 90), report
 
 

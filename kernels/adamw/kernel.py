@@ -26,8 +26,8 @@ from ..tiles import GROUP as _GROUP
 GROUP = tl.constexpr(_GROUP)
 
 #: Registers of a thread, by the dtype of the moments. With 64, 8 programs of 128 threads fit the 65,536 registers of a
-#: multiprocessor; the weights that are held while 8-bit moments are encoded would spill there, with 80 (6 programs) they
-#: do not. AMD has no such option.
+#: multiprocessor; the weights that are held while 8-bit moments are encoded would spill there, but not with 80 (6
+#: programs). AMD has no such option.
 REGISTERS = {} if torch.version.hip else {torch.float32: {"maxnreg": 64}, torch.int8: {"maxnreg": 80}}
 
 

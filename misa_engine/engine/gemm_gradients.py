@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from misa_engine.engine.marks import phase
+
 #: name -> (slot in the parameter's shape, whether the gradient is added to its content)
 FindSlot = Callable[[str], tuple[Tensor, bool]]
 
@@ -76,18 +78,20 @@ class GemmGradients:
             left: (tokens, rows of the weight).
             right: (tokens, columns of the weight).
         """
-        slot, add = self._find_slot(name)
-        if slot.dtype == left.dtype:
-            torch.addmm(slot, left.t(), right, out=slot) if add else torch.mm(left.t(), right, out=slot)
-        elif slot.is_cuda:  # float32 slots of a bfloat16 model: the GEMM's own accumulator, not rounded in between
-            if add:
-                torch.addmm(slot, left.t(), right, out_dtype=slot.dtype, out=slot)
-            else:
-                torch.mm(left.t(), right, out_dtype=slot.dtype, out=slot)
-        else:  # no such GEMM on a CPU
-            product = torch.mm(left.t().to(slot.dtype), right.to(slot.dtype))
-            slot.add_(product) if add else slot.copy_(product)
-        self._written(name)
+        with phase("backward dW"):
+            slot, add = self._find_slot(name)
+            if slot.dtype == left.dtype:
+                torch.addmm(slot, left.t(), right, out=slot) if add else torch.mm(left.t(), right, out=slot)
+            elif slot.is_cuda:  # float32 slots of a bfloat16 model: the GEMM's own accumulator, not rounded in between
+                if add:
+                    torch.addmm(slot, left.t(), right, out_dtype=slot.dtype, out=slot)
+                else:
+                    torch.mm(left.t(), right, out_dtype=slot.dtype, out=slot)
+            else:  # no such GEMM on a CPU
+                product = torch.mm(left.t().to(slot.dtype), right.to(slot.dtype))
+                slot.add_(product) if add else slot.copy_(product)
+            with phase("hooks"):
+                self._written(name)
 
 
 def _transposed(module: nn.Module) -> bool | None:

@@ -1,7 +1,7 @@
 """Where the engine's time goes: named phases that a profiler or a stopwatch can see, and that cost nothing otherwise.
 
-The engine runs each phase ``with phase("update"):``. torch.profiler then shows a range "misa: update"; a benchmark with a
-clock of its own runs its steps inside ``with observed(clock.around):``.
+The engine runs each phase ``with phase("update"):``. torch.profiler then shows a range "misa: update"; a benchmark with
+a clock of its own runs its steps inside ``with observed(clock.around):``.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from misa_engine.engine.arena import Arena, upload
+from misa_engine.engine.marks import phase
 from misa_engine.kernels.adamw import adamw, closing_step
 from misa_engine.kernels.finalise import finalise
 from misa_engine.kernels.norm import global_norm, reduce_slots, sum_of_squares
@@ -68,7 +69,7 @@ class ArenaUpdate:
             self._hyper_values = rows
         betas = [tuple(group["betas"]) for group in groups]
         if betas != self._betas:
-            table = bias_table(betas, enabled=bool(self._config.bias_correction), device="cpu")
+            table = bias_table(betas, enabled=self._config.bias_correction, device="cpu")
             device = self._hyper.device
             self._bias = (table.pin_memory() if self._hyper.is_cuda else table).to(device, non_blocking=True)
             self._betas = betas
@@ -81,11 +82,20 @@ class ArenaUpdate:
         """The norm pass over all slots."""
         arena = self._arena
         assert arena.grad is not None
-        sum_of_squares(arena.grad, arena.step_sumsq, arena.table, backend=self._backend)
+        with phase("clip/norm"):
+            sum_of_squares(arena.grad, arena.step_sumsq, arena.table, backend=self._backend)
+
+    def measure_slot(self, index: int) -> None:
+        """The norm pass over one slot, as its gradient arrives."""
+        arena = self._arena
+        assert arena.grad is not None
+        tiles = arena.slots[index].tiles
+        sum_of_squares(arena.grad, arena.step_sumsq, arena.table, backend=self._backend, tiles=tiles)
 
     def global_norm(self) -> Tensor:
         """Norm of all gradients that are present, from what was measured; a float32 scalar on the device."""
-        global_norm(self._arena.step_sumsq, self._arena.table, self.control, backend=self._backend)
+        with phase("clip/norm"):
+            global_norm(self._arena.step_sumsq, self._arena.table, self.control, backend=self._backend)
         return self.control.grad_norm[0]
 
     def step(self, measured: Tensor | None = None) -> None:
@@ -108,26 +118,28 @@ class ArenaUpdate:
         """
         arena, slot = self._arena, self._arena.slots[index]
         flat = gradient.detach().reshape(-1)
-        arena.table.slot_present.zero_()
-        arena.table.slot_present[index : index + 1].fill_(1)
-        sum_of_squares(
-            flat, arena.step_sumsq, arena.table, backend=self._backend, tiles=slot.tiles, grad_start=slot.start
-        )
-        self._finalise()
-        self._adamw(flat, measured=arena.step_sumsq, tiles=slot.tiles, grad_start=slot.start)
-        if self._config.score == "squared_mean_norm":
-            self._add_norms_after_clipping()
+        with phase("update"):
+            arena.table.slot_present.zero_()
+            arena.table.slot_present[index : index + 1].fill_(1)
+            sum_of_squares(
+                flat, arena.step_sumsq, arena.table, backend=self._backend, tiles=slot.tiles, grad_start=slot.start
+            )
+            self._finalise()
+            self._adamw(flat, measured=arena.step_sumsq, tiles=slot.tiles, grad_start=slot.start)
+            if self._config.score == "squared_mean_norm":
+                self._add_norms_after_clipping()
 
     def _finalise(self) -> None:
-        finalise(
-            self._arena.step_sumsq,
-            self._hyper,
-            self._bias,
-            self._arena.table,
-            self.control,
-            skip_nonfinite=self._config.skip_nonfinite,
-            backend=self._backend,
-        )
+        with phase("clip/norm"):
+            finalise(
+                self._arena.step_sumsq,
+                self._hyper,
+                self._bias,
+                self._arena.table,
+                self.control,
+                skip_nonfinite=True,
+                backend=self._backend,
+            )
 
     def _adamw(self, gradient: Tensor, **where: Any) -> None:
         arena = self._arena
@@ -173,11 +185,12 @@ class ArenaUpdate:
     def report(self) -> RoundReport:
         """End the round's accounts. The one synchronisation of a round."""
         arena, table = self._arena, self._arena.table
-        if self._config.score == "mean_square":
-            reduce_slots(arena.tile_sumsq, self.norm_sums, table, self.control, root=False, backend=self._backend)
         n = len(arena.slots)
-        columns = (self.norm_sums[:n], table.slot_measured[:n], table.slot_step[:n], self.control.skipped_steps)
-        values = torch.cat([column.double() for column in columns]).tolist()
-        self.norm_sums.zero_()
+        with phase("switch (host copy)"):
+            if self._config.score == "mean_square":
+                reduce_slots(arena.tile_sumsq, self.norm_sums, table, self.control, root=False, backend=self._backend)
+            columns = (self.norm_sums[:n], table.slot_measured[:n], table.slot_step[:n], self.control.skipped_steps)
+            values = torch.cat([column.double() for column in columns]).tolist()
+            self.norm_sums.zero_()
         measured, steps = ([int(value) for value in values[k * n : (k + 1) * n]] for k in (1, 2))
         return RoundReport(values[:n], measured, steps, int(values[-1]))
