@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +25,14 @@ NOT_ARRIVED = -1
 
 #: torch's parameter groups at the time of the call; an optimizer may exchange the list.
 Groups = Callable[[], Sequence[Mapping[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Scaler:
+    """What torch.amp.GradScaler says about the gradients of a step."""
+
+    scale: Tensor | None
+    """What they are still multiplied by; None when the caller has unscaled them."""
 
 
 class GradientIntake(ABC):
@@ -94,11 +103,15 @@ class GradientIntake(ABC):
         """
 
     @abstractmethod
-    def step(self) -> None:
+    def step(self, scaler: Scaler | None = None) -> None:
         """Update the active parameters with what has arrived, as far as that has not been done, and begin a new step.
 
+        Args:
+            scaler: what torch.amp.GradScaler says, if one makes the step.
+
         Raises:
-            ValueError: a parameter was moved, replaced or reshaped since construction; nothing has been written then.
+            ValueError: a parameter was moved, replaced or reshaped since construction, or gradients were scaled in a
+                way that cannot be undone; nothing has been written then.
         """
 
     @abstractmethod
@@ -121,8 +134,9 @@ class GradientIntake(ABC):
             if index is None:
                 parameter.grad = None
                 raise RuntimeError(
-                    f"{name} received a gradient while it is inactive: something set requires_grad on it. MISA decides "
-                    "which parameters train; leave requires_grad alone after building the optimizer."
+                    f"{name} received a gradient while it is inactive: something set requires_grad on it, or the graph "
+                    "is from before the last switch. MISA decides which parameters train; leave requires_grad alone "
+                    "after building the optimizer, and call backward() before the step() that ends the round."
                 )
             if parameter.grad is not None:  # torch 2.13 calls the hook for a gradient of None too
                 with phase("hooks"):
@@ -168,7 +182,8 @@ class GradientSlots(GradientIntake):
         self._clip_next: float | None = None
         self._views: list[Tensor] = []  # p.grad of each slot
         self._versions: list[int] = []  # version counter of each view when its gradient last arrived
-        self._measured_contents: list[int] = []  # version counters when clip() measured the slots
+        self._measured: list[bool] = []  # slots whose gradient was measured as it arrived
+        self._at_clip: Tensor | None = None  # (tiles,) what clip() measured
         self._gemm = GemmGradients(model, self._slot_for_gemm, self._written_by_gemm) if gemm else None
 
     def bind(self) -> None:
@@ -184,28 +199,72 @@ class GradientSlots(GradientIntake):
     def forget(self) -> None:
         """Begin a new step: what lies in the slots has been used."""
         self._versions = [NOT_ARRIVED] * len(self._views)
-        self._measured_contents, self._clip_next = [], None
+        self._measured = [False] * len(self._views)
+        self._at_clip, self._clip_next = None, None
 
     def clip(self, max_norm: float) -> None:
         """One norm pass; the next ``step`` clips to ``max_norm``, which may be inf."""
         self._collect()
         self._kernels.measure()
-        self._measured_contents = self._contents()
+        self._at_clip = self._arena.step_sumsq.clone()  # one float a tile
         self._clip_next = max_norm
 
-    def step(self) -> None:
-        """Norms, unless they are known, and the update of all slots."""
-        stale = self._collect()
-        self._kernels.set_hyperparameters(
-            self._groups(), self._max_norm if self._clip_next is None else self._clip_next
-        )
-        norms_on_arrival: Tensor | None = None
-        if stale and self._measured:  # clipped by the caller: the scores stay those of the raw gradients
-            norms_on_arrival = self._arena.step_sumsq.clone()  # one float a tile
-        if stale and self._measured_contents != self._contents():
-            self._kernels.measure()
-        self._kernels.step(norms_on_arrival)
+    def step(self, scaler: Scaler | None = None) -> None:
+        """The norm pass and the update of all slots.
+
+        The norms are taken here whatever is known: the caller can change a gradient without a trace (``p.grad.data``),
+        and what the update reads must be what was found finite. One more read of 2 bytes a weight beside 26.
+        """
+        self._collect()
+        scale = self._unscale(scaler) if scaler is not None else None
+        clip = self._max_norm if self._clip_next is None else self._clip_next
+        self._kernels.set_hyperparameters(self._groups(), clip)
+        self._kernels.measure()
+        self._kernels.step(self._raw(scaler, scale), self._present)
         self.forget()
+
+    def _unscale(self, scaler: Scaler) -> Tensor | None:
+        """Divide by the loss scale, unless the caller did. Returns the scale that earlier measurements still contain.
+
+        Raises:
+            ValueError: the caller has unscaled and then changed gradients, so that nobody knows the raw norms.
+        """
+        slots = zip(self._views, self._versions, self._present, strict=True)
+        present = [(view, at) for view, at, here in slots if here]
+        if scaler.scale is not None:
+            for view, _ in present:
+                view.div_(scaler.scale)
+            return scaler.scale
+        # unscale_ itself does not count as an edit of the gradients it divides
+        edited = any(at != NOT_ARRIVED and view._version != at for view, at in present)
+        if edited and self.measure_on_arrival and self._at_clip is None:
+            raise ValueError(
+                "gradients were changed after GradScaler.unscale_(optimizer), and the scores need their norms from "
+                "before. Clip with optimizer.clip_grad_norm_(max_norm) in place of torch.nn.utils.clip_grad_norm_."
+            )
+        return None
+
+    def _raw(self, scaler: Scaler | None, scale: Tensor | None) -> Tensor | None:
+        """Give sums of squares of raw gradients by tile: as they arrived, else as ``clip`` saw them, else None (now).
+
+        Args:
+            scaler: of the loss, if one is in use; gradients then arrive multiplied by the scale.
+            scale: which of the scaler's factors the measurements contain, if any.
+        """
+        arrived = self._arena.arrived_sumsq
+        if scaler is not None and scale is None:  # unscaled by the caller since they arrived
+            return self._at_clip
+        known = [measured for measured, here in zip(self._measured, self._present, strict=True) if here]
+        if arrived is not None and known and all(known):
+            raw: Tensor | None = arrived
+        elif arrived is not None and any(known):
+            raw = (self._arena.step_sumsq if self._at_clip is None else self._at_clip).clone()
+            for slot, measured in zip(self._arena.slots, self._measured, strict=True):
+                if measured:
+                    raw[slot.tiles.start : slot.tiles.stop] = arrived[slot.tiles.start : slot.tiles.stop]
+        else:
+            raw = self._at_clip
+        return raw if raw is None or scale is None else raw / scale.square()
 
     def remove(self) -> None:
         """Take all hooks off and give the linear layers their own forward back."""
@@ -213,54 +272,45 @@ class GradientSlots(GradientIntake):
         if self._gemm is not None:
             self._gemm.bind(())
 
-    def _collect(self) -> bool:
-        """Make sure that every gradient lies in its slot, and tell the device which slots have one.
-
-        Returns:
-            Whether ``arena.step_sumsq`` no longer describes the gradients: one was edited by the caller after it
-            arrived, was put there by the caller, or norms are not taken on arrival.
-        """
-        stale, present = not self.measure_on_arrival, []
-        for name, view, version in zip(self._arena.names, self._views, self._versions, strict=True):
+    def _collect(self) -> None:
+        """Make sure that every gradient lies in its slot, and tell the device which slots have one."""
+        present = []
+        for name, view in zip(self._arena.names, self._views, strict=True):
             self.places.check(name)
             gradient = self._parameters[name].grad
             present.append(gradient is not None)
-            if gradient is None:
-                continue
-            if gradient is not view:
+            if gradient is not None and gradient is not view:
+                _check_dense(name, gradient)
                 view.copy_(gradient)
                 self._parameters[name].grad = view
-            stale |= view._version != version
         self._tell_present(present)
-        return stale
 
-    @property
-    def _measured(self) -> bool:
-        """Whether ``arena.step_sumsq`` holds the norm on arrival of every gradient that is present."""
-        arrived = (version != NOT_ARRIVED for version, here in zip(self._versions, self._present, strict=True) if here)
-        return self.measure_on_arrival and all(arrived)
-
-    def _contents(self) -> list[int]:
-        """Changes whenever the content of any slot does."""
-        return [view._version for view in self._views]
-
+    @torch.no_grad()
     def _arrived(self, name: str, index: int, parameter: nn.Parameter) -> None:
         view, gradient = self._views[index], parameter.grad
         assert gradient is not None
+        if gradient.requires_grad:  # backward(create_graph=True): the caller wants to differentiate it; step() copies
+            self._measured[index] = False
+            return
         if gradient is not view:
             self.places.check(name)
+            _check_dense(name, gradient)
             view.copy_(gradient)
             parameter.grad = view  # the temporary is freed as soon as autograd lets go of it
         if self._versions[index] != view._version:  # not what the GEMM wrote and measured
             self._measure(index)
 
-    def _slot_for_gemm(self, name: str) -> tuple[Tensor, bool]:
-        """Where the gradient of ``name`` goes, and whether it is added to what is there."""
+    def _slot_for_gemm(self, name: str) -> tuple[Tensor, bool] | None:
+        """Where the gradient of ``name`` goes, and whether it is added to what is there; None leaves it to autograd."""
+        index, parameter = self.slot_of.get(name), self._parameters[name]
+        others = len(getattr(parameter, "_post_accumulate_grad_hooks", None) or ()) > 1
+        if index is None or parameter._backward_hooks or others:
+            return None
         self.places.check(name)
-        view, parameter = self._views[self.slot_of[name]], self._parameters[name]
-        if parameter.grad is not None and parameter.grad is not view:  # put there by the caller
-            view.copy_(parameter.grad)
-        return view, parameter.grad is not None
+        view, gradient = self._views[index], parameter.grad
+        if gradient is not None and gradient is not view:
+            return None
+        return view, gradient is not None
 
     def _written_by_gemm(self, name: str) -> None:
         index = self.slot_of[name]
@@ -269,8 +319,10 @@ class GradientSlots(GradientIntake):
 
     def _measure(self, index: int) -> None:
         self._versions[index] = self._views[index]._version
+        self._at_clip = None  # no longer of all that is there
         if self.measure_on_arrival:
             self._kernels.measure_slot(index)
+        self._measured[index] = self.measure_on_arrival
 
 
 class UpdateOnArrival(GradientIntake):
@@ -302,8 +354,13 @@ class UpdateOnArrival(GradientIntake):
             )
         self._collect()
 
-    def step(self) -> None:
+    def step(self, scaler: Scaler | None = None) -> None:
         """Use what was left behind; everything else has been done."""
+        if scaler is not None:
+            raise ValueError(
+                "GradScaler with update_in='backward': gradients were used as they arrived, before it could unscale "
+                "them. Train in bfloat16 without a scaler, or use update_in='step'."
+            )
         self._collect()
         self._kernels.global_norm()
         self.forget()
@@ -335,5 +392,14 @@ class UpdateOnArrival(GradientIntake):
                 "Set optimizer.last_micro_batch = False before every backward but the last, or call step() after each."
             )
         self._kernels.set_hyperparameters(self._groups(), None)
+        _check_dense(name, gradient)
         self._kernels.step_slot(index, gradient)
         self._updated[index] = True
+
+
+def _check_dense(name: str, gradient: Tensor) -> None:
+    if gradient.layout != torch.strided:
+        raise ValueError(
+            f"{name} received a gradient of layout {gradient.layout}; MISA takes dense ones. Build its module with "
+            "sparse=False, or name it in frozen=(...)."
+        )
