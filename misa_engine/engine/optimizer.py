@@ -22,12 +22,14 @@ from misa_engine.engine import state
 from misa_engine.engine.active_set import ActiveSet
 from misa_engine.engine.arena import Arena, capacity_for
 from misa_engine.engine.events import CallbackHandle, SwitchEvent
-from misa_engine.engine.gradients import GradientIntake, GradientSlots, Scaler, UpdateOnArrival
+from misa_engine.engine.gradient_slots import GradientSlots
+from misa_engine.engine.gradients import GradientIntake, Scaler
 from misa_engine.engine.groups import build_groups
 from misa_engine.engine.guards import CheckpointingGuard, check_model, check_trainable
 from misa_engine.engine.host import HostStore
 from misa_engine.engine.marks import phase
 from misa_engine.engine.update import ArenaUpdate
+from misa_engine.engine.update_on_arrival import UpdateOnArrival
 from misa_engine.kernels.backend import choose_backend
 from misa_engine.method.config import MisaConfig
 from misa_engine.method.partition import Partition, Unit, check_budget, partition
