@@ -9,7 +9,7 @@ import torch
 
 from misa_engine.bench.cases import TrainingCase
 from misa_engine.bench.workload import model_config
-from misa_engine.planner.activations import Pass
+from misa_engine.planner.activations import MicroBatch
 from misa_engine.planner.cards import Card
 from misa_engine.planner.plan import plan
 from misa_engine.trainer.lean import lean_options
@@ -30,7 +30,7 @@ def ask_plan(case: TrainingCase) -> dict[str, Any]:
     device = torch.device(case.device)
     config = model_config(case.shape)
     liger = bool(lean_options(config.model_type, device, sft=False))
-    run = Pass(
+    micro_batch = MicroBatch(
         batch=case.batch,
         length=case.length,
         checkpointing=case.checkpointing,
@@ -40,7 +40,9 @@ def ask_plan(case: TrainingCase) -> dict[str, Any]:
     state_dtype = "int8" if case.method == "misa-int8" else "float32"
     card = Card("imitated", case.limit_bytes) if case.limit_bytes else None
     try:
-        predicted = plan(config, card=card, run=run, name=case.shape, delta=case.delta, state_dtype=state_dtype)
+        predicted = plan(
+            config, card=card, micro_batch=micro_batch, name=case.shape, delta=case.delta, state_dtype=state_dtype
+        )
     except ValueError as error:
         return {"status": f"no plan: {error}"}
     return {"status": "ok", **predicted.to_dict()}

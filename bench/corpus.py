@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from misa_engine.cli.demo import standard_library
+from misa_engine.cli.demo_data import standard_library
 
 #: Share of the documents that is held out; whole documents, so that nothing in it was seen.
 HELD_OUT = 0.1

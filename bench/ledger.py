@@ -99,7 +99,7 @@ def overhead(method: Method, batches: Iterator[Tensor], steps: int = 20) -> dict
             _misa_step(method, next(batches))
     if optimizer.round == first_round:
         with observed(switch.around):
-            optimizer._switch()
+            optimizer.end_round()
     switch_s = (switch.totals["switch"] + clock.totals["switch"]) / (optimizer.round - first_round)
     inner_steps = optimizer.config.inner_steps
     parts = {phase: clock.totals[phase] / PARTS_STEPS for phase in OWN if phase != "switch"}

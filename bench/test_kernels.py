@@ -22,10 +22,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from misa_engine import MisaConfig
 from misa_engine.bench import traffic
 from misa_engine.bench.updates import SCHEMES, bound_arena, draws, sizes_of
 from misa_engine.engine.arena import Arena, padded
 from misa_engine.engine.gradients import GradientSlots
+from misa_engine.engine.update import ArenaUpdate
 from misa_engine.kernels.backend import choose_backend
 from misa_engine.kernels.blockwise8 import GROUP, compress, expand
 from misa_engine.kernels.split_float import join_into, round_stochastic_, split_into
@@ -137,7 +139,8 @@ def test_accumulation(measure: Any, device: torch.device, shape: str, scheme: st
         arena = Arena(padded(layer.weight.numel()), 1, dtype=dtype, device=device, split=False, grad_dtype=slot_dtype)
         named = dict(layer.named_parameters())
         backend = choose_backend("auto", device)
-        slots = GradientSlots(layer, named, arena, backend, measure_on_arrival=False, gemm=scheme != "hook")
+        kernels = ArenaUpdate(arena, 1, MisaConfig(), backend)
+        slots = GradientSlots(layer, named, arena, kernels, lambda: [], max_norm=1.0, gemm=scheme != "hook")
         arena.bind(named, {"weight": 0}, {})
         slots.bind()
     outputs: list[Tensor] = []

@@ -85,7 +85,7 @@ def test_switch(measure: Any, device: torch.device, shape: str, way: str) -> Non
     while len(seen) < len(optimizer.units):
         seen.update(optimizer.active)
         one_step(optimizer, model)
-        optimizer._switch()
+        optimizer.end_round()
     optimizer.events.clear()
 
     def moved() -> float:
@@ -99,7 +99,7 @@ def test_switch(measure: Any, device: torch.device, shape: str, way: str) -> Non
         }
 
     group = f"switch, {optimizer.budget / 1e6:g}M of bfloat16 parameters"
-    measure(optimizer._switch, moved, group, way, setup=lambda: one_step(optimizer, model), facts=facts)
+    measure(optimizer.end_round, moved, group, way, setup=lambda: one_step(optimizer, model), facts=facts)
     optimizer.remove()
 
 

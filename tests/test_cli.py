@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,12 +16,13 @@ import torch
 import yaml
 
 from misa_engine.cli import arguments as arguments_module
-from misa_engine.cli.arguments import SHARED, parse_train, recipe_names
+from misa_engine.cli.arguments import parse_train, recipe_names
 from misa_engine.cli.help import MAIN_SFT_OPTIONS
 from misa_engine.cli.main import main
 from misa_engine.errors import UserError
 from misa_engine.method.config import MisaConfig
 from misa_engine.report.log import RunLog
+from misa_engine.trainer.compat import FROM_ARGUMENTS
 from models import TINY
 
 RECORDS = [
@@ -137,8 +139,8 @@ def test_every_misa_option_has_exactly_one_flag() -> None:
     from trl import SFTConfig
 
     ours = {entry.name for entry in fields(arguments_module.MisaArguments)}
-    assert ours | set(SHARED) == {entry.name for entry in fields(MisaConfig)}
-    assert not ours & set(SHARED)
+    assert ours | set(FROM_ARGUMENTS) == {entry.name for entry in fields(MisaConfig)}
+    assert not ours & set(FROM_ARGUMENTS)
     names = [entry.name for cls in (*arguments_module.OURS, SFTConfig) for entry in fields(cls) if entry.init]
     assert len(names) == len(set(names))
     assert all(entry.metadata["help"] for cls in arguments_module.OURS for entry in fields(cls))
@@ -154,7 +156,7 @@ def test_without_options_the_config_is_the_engines_own() -> None:
 
 
 FLAGS = """--preset paper --delta 0.1 --inner_steps 7 --always_train norm --always_train lm_head embed_tokens
- --exponent_cap inf --closing_momentum false --sample_last 3 --no_skip_nonfinite --include_outside
+ --exponent_cap inf --closing_momentum false --sample_last 3 --no_gemm_gradients --include_outside
  --parameter_groups [{"pattern":"*.mlp.*","lr":0.5}] --static_weights {"*.q_proj.*":2.0}
  --learning_rate 5e-5 --adam_beta1 0.8 --weight_decay 0.1 --seed 7 --bf16 --packing --max_length none
  --lr_scheduler_type cosine --lr_scheduler_kwargs {"num_cycles":2} --report_to tensorboard trackio
@@ -169,7 +171,7 @@ always_train: [norm, lm_head, embed_tokens]
 exponent_cap: .inf
 closing_momentum: false
 sample_last: 3
-skip_nonfinite: no
+gemm_gradients: no
 include_outside: true
 parameter_groups:
   - {pattern: "*.mlp.*", lr: 0.5}
@@ -207,7 +209,7 @@ def test_yaml_and_flags_give_the_same_run(tmp_path: Path) -> None:
         assert asdict(getattr(by_flags, part)) == asdict(getattr(by_file, part))
     assert by_flags.given == by_file.given
     misa = by_flags.misa
-    assert misa.always_train == ("norm", "lm_head", "embed_tokens") and misa.skip_nonfinite is False
+    assert misa.always_train == ("norm", "lm_head", "embed_tokens") and misa.gemm_gradients is False
     assert (misa.lr, misa.betas, misa.seed, misa.preset) == (5e-5, (0.8, 0.999), 7, "paper")
     assert misa.closing_momentum is False and misa.static_weights == {"*.q_proj.*": 2.0}
     assert by_flags.sft.max_length is None and by_flags.sft.report_to == ["tensorboard", "trackio"]
@@ -421,7 +423,7 @@ def test_other_failures_exit_1_in_one_line_unless_debug(
     def boom(*args: Any, **kwargs: Any) -> None:
         raise TypeError("a bug")
 
-    monkeypatch.setattr("misa_engine.cli.train.run", boom)
+    monkeypatch.setattr("misa_engine.cli.train.train", boom)
     assert main(flags()) == 1
     shown = capsys.readouterr().err
     assert shown == "misa: failed: TypeError: a bug\n(--debug shows where)\n"
@@ -594,14 +596,14 @@ def test_full_disk_and_ctrl_c_name_the_last_good_checkpoint(
     monkeypatch.undo()
 
     def interrupt(self: MISA, *args: Any, **kwargs: Any) -> Any:
-        if self.total_steps == 5:
-            raise KeyboardInterrupt
+        if self.total_steps == 4:
+            signal.raise_signal(signal.SIGINT)
         return step(self, *args, **kwargs)
 
     monkeypatch.setattr(MISA, "step", interrupt)
     assert main(flags("--resume_from_checkpoint")) == 130
     shown = capsys.readouterr().err
-    assert "interrupted: go on from" in shown and "checkpoint-4" in shown and "Traceback" not in shown
+    assert "misa: stopped at 5/6, resume with" in shown and "checkpoint-5" in shown and "Traceback" not in shown
 
 
 def test_plain_text_is_packed_full_and_the_baseline_trains_everything(

@@ -11,7 +11,8 @@ from misa_engine import MISA, MisaConfig
 from misa_engine.engine.arena import arena_bytes
 from misa_engine.method.config import PRESETS
 from misa_engine.method.partition import check_budget, partition
-from misa_engine.method.sampling import RULES, ImportanceTracker
+from misa_engine.method.rules import RULES
+from misa_engine.method.sampling import ImportanceTracker
 from models import TINY
 from training import batches, changed, loss_of, tiny, train, weights
 
@@ -668,3 +669,31 @@ def test_8_bit_moments_learn_like_float32_ones():
     plain, eight = ends["float32"], ends["int8"]
     assert max(plain) < 2.5  # from log 64 = 4.16: it has learnt, and the floor is log 2 = 0.69
     assert abs(statistics.mean(plain) - statistics.mean(eight)) < max(plain) - min(plain) + 0.02
+
+
+@pytest.mark.parametrize("update_in", ["step", "backward"])
+def test_a_round_that_ends_early_is_a_round_with_fewer_steps(update_in):
+    def run(inner_steps, by_hand):
+        model = tiny()
+        optimizer = MISA(model, lr=1e-2, delta=DELTA, inner_steps=inner_steps, cold_start="none", update_in=update_in)
+        data = batches()
+        for _ in range(4):
+            train(model, optimizer, data, 3)
+            if by_hand:
+                optimizer.end_round()
+        return optimizer, weights(model)
+
+    (early, a), (timely, b) = run(100, True), run(3, False)
+    assert early.round == timely.round == 4 and early.inner_step == timely.inner_step == 0
+    assert early.active == timely.active and early.scores == timely.scores
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_round_that_ends_without_a_step_leaves_scores_and_weights_alone():
+    model = tiny()
+    optimizer = MISA(model, delta=DELTA, inner_steps=5, cold_start="none")
+    before, scores = weights(model), optimizer.scores
+    loss_of(model, next(batches())).backward()
+    optimizer.end_round()
+    assert optimizer.round == 1 and optimizer.scores == scores and not changed(before, model)
+    assert all(parameter.grad is None for parameter in model.parameters())

@@ -1,4 +1,4 @@
-"""Scores, draws and guarantees of misa_engine.method.sampling, against hand-computed numbers and exact enumeration."""
+"""Scores, draws and guarantees of the sampler, against hand-computed numbers and exact enumeration."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from misa_engine.method.config import CHOICES, PRESETS, MisaConfig
-from misa_engine.method.sampling import RULES, ImportanceTracker, fill_budget, log_gamma_variates, race
+from misa_engine.method.rules import RULES, log_gamma_variates, race
+from misa_engine.method.sampling import ImportanceTracker, fill_budget
 
 Outcome = tuple[tuple[int, ...], int | None]  # active units in order, refused unit
 WEIGHTED = ("importance", "uniform", "static", "epsilon_greedy")
@@ -78,10 +79,6 @@ def chi_square_excess(observed: Counter, expected: dict) -> float:
 
 
 # --- what every rule must hold ---------------------------------------------------------------------------------------
-
-
-def test_rules_are_those_of_the_config():
-    assert tuple(RULES) == CHOICES["rule"]
 
 
 @pytest.mark.parametrize("budget", [56, 150])
@@ -652,7 +649,7 @@ def test_starvation_is_reported_after_ten_times_the_mean_wait():
     assert tracker.starved() == [1, 2] and tracker.stale_rounds == [0, 31, 31]
 
 
-def test_starvation_threshold_follows_the_mean_units_per_round_or_the_user():
+def test_starvation_threshold_follows_the_mean_units_per_round():
     options: dict[str, Any] = {"rule": "top_k", "cold_start": "none", "ema": "plain"}
     large = ImportanceTracker([1, 1, 1, 1], 3, MisaConfig(**options))
     large.load_state_dict({**large.state_dict(), "ema": [1.0, 1.0, 1.0, 0.0]})
@@ -661,12 +658,6 @@ def test_starvation_threshold_follows_the_mean_units_per_round_or_the_user():
     assert large.starved() == []
     large.draw()
     assert large.starved() == [3]
-    told = ImportanceTracker([1, 1, 1, 1], 3, MisaConfig(stale_after=2, **options))
-    told.load_state_dict({**told.state_dict(), "ema": [1.0, 1.0, 1.0, 0.0]})
-    assert told.starved() == []
-    for _ in range(3):
-        told.draw()
-    assert told.starved() == [3]
 
 
 def test_entropy_is_normalised():

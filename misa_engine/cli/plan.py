@@ -20,7 +20,7 @@ USAGE = "misa plan --model NAME [--gpu CARD | --max_vram_gb GIB] [options]"
 MEMORY_OPTIONS = ("granularity", "state_dtype", "grad_dtype", "update_in", "master")
 
 
-def run_plan(words: list[str]) -> int:
+def command(words: list[str]) -> int:
     """The whole command; returns its exit code."""
     options = _parser().parse_args(words)
     with bad_input():
@@ -28,11 +28,11 @@ def run_plan(words: list[str]) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from misa_engine.planner.activations import Pass
+    from misa_engine.planner.activations import MicroBatch
     from misa_engine.planner.cards import Card
     from misa_engine.planner.plan import plan
     from misa_engine.planner.solve import Wishes, impossible, solve
-    from misa_engine.planner.worst_case import Subject
+    from misa_engine.planner.worst_case import MetaModel
 
     given = {name: getattr(options, name) for name in MEMORY_OPTIONS if getattr(options, name) is not None}
     misa = MisaConfig.from_dict(
@@ -45,9 +45,9 @@ def _run(options: argparse.Namespace) -> int:
     )
     if options.length < 2:
         raise UserError(f"--length must be at least 2, a token and the one that follows; got {options.length}")
-    subject = Subject(model_config(options.model))
+    meta = MetaModel(model_config(options.model))
     checkpointing = options.gradient_checkpointing
-    run = Pass(
+    micro_batch = MicroBatch(
         batch=options.batch or 1,
         length=options.length,
         checkpointing=checkpointing is not False,
@@ -59,18 +59,18 @@ def _run(options: argparse.Namespace) -> int:
     if options.max_vram_gb is not None:
         limit = Card.of(f"{options.max_vram_gb:g}GiB")
         wishes = Wishes(options.delta, options.state_dtype, checkpointing, options.batch, options.length)
-        solved = solve(subject, limit, misa, run, wishes)
-        result = plan(subject, card=limit, misa=solved.misa, run=solved.run)
+        solved = solve(meta, limit, misa, micro_batch, wishes)
+        result = plan(meta, card=limit, misa=solved.misa, micro_batch=solved.micro_batch)
     else:
         limit = Card.of(options.gpu)
-        result = plan(subject, card=limit, misa=misa, run=run)
+        result = plan(meta, card=limit, misa=misa, micro_batch=micro_batch)
         if not result.fits:
-            error = impossible(subject, limit, result)
+            error = impossible(meta, limit, result)
     command = train_command(options.model, result) if options.max_vram_gb is not None else None
     if options.plot:
-        from misa_engine.planner.picture import draw
+        from misa_engine.planner.picture import save_picture
 
-        draw(result, variants(subject, result), Path(options.plot))
+        save_picture(result, variants(meta, result), Path(options.plot))
     if options.json:
         print(json.dumps({**result.to_dict(), **({"command": command} if command else {})}, indent=2))
     else:
@@ -110,7 +110,7 @@ def model_config(name: str) -> Any:
         ) from error
 
 
-def variants(subject: Any, result: Any) -> dict[str, Any]:
+def variants(meta: Any, result: Any) -> dict[str, Any]:
     """The same run with the other precision of moments and without, or with, checkpointing."""
     from misa_engine.planner.plan import plan
 
@@ -118,24 +118,24 @@ def variants(subject: Any, result: Any) -> dict[str, Any]:
     for checkpointing in (True, False):
         for state_dtype in CHOICES["state_dtype"]:
             misa = replace(result.misa, state_dtype=state_dtype)
-            run = replace(result.run, checkpointing=checkpointing)
+            micro_batch = replace(result.micro_batch, checkpointing=checkpointing)
             label = f"{state_dtype} moments\n{'' if checkpointing else 'no '}checkpointing"
-            found[label] = plan(subject, misa=misa, run=run)
+            found[label] = plan(meta, misa=misa, micro_batch=micro_batch)
     return found
 
 
 def train_command(model: str, result: Any) -> str:
     """The ``misa train`` call that runs the plan."""
-    misa, run = result.misa, result.run
+    misa, micro_batch = result.misa, result.micro_batch
     given = {
         "model_name_or_path": HUB_IDS.get(model.lower(), model),
         "dataset": "DATA",
         "output_dir": "OUT",
         "delta": f"{misa.delta:g}",
         "state_dtype": misa.state_dtype,
-        "per_device_train_batch_size": run.batch,
-        "max_length": run.length,
-        "gradient_checkpointing": str(run.checkpointing).lower(),
+        "per_device_train_batch_size": micro_batch.batch,
+        "max_length": micro_batch.length,
+        "gradient_checkpointing": str(micro_batch.checkpointing).lower(),
     }
     for name in ("granularity", "grad_dtype", "update_in", "master"):
         if getattr(misa, name) != getattr(MisaConfig, name):
@@ -151,16 +151,16 @@ def train_command(model: str, result: Any) -> str:
 
 def describe(result: Any) -> str:
     """The plan as lines of text."""
-    run, misa = result.run, result.misa
+    micro_batch, misa = result.micro_batch, result.misa
     loss = {
         "plain": "all logits at once",
         "chunked": "cross-entropy in chunks",
         "liger": "Liger's fused cross-entropy",
     }
     parts = [
-        f"{run.batch} x {run.length} tokens",
-        f"{'' if run.checkpointing else 'no '}gradient checkpointing",
-        loss[run.loss] + (", Liger's kernels" if run.liger else ""),
+        f"{micro_batch.batch} x {micro_batch.length} tokens",
+        f"{'' if micro_batch.checkpointing else 'no '}gradient checkpointing",
+        loss[micro_batch.loss] + (", Liger's kernels" if micro_batch.liger else ""),
         f"{misa.state_dtype} moments",
     ]
     parts += ["update in backward"] if misa.update_in == "backward" else []

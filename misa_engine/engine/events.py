@@ -39,7 +39,7 @@ class SwitchEvent:
     stale_rounds_max: int
     """Rounds since the last visit of the unit that waits longest."""
     starved: tuple[str, ...]
-    """Units that have waited longer than ``stale_after`` rounds."""
+    """Units that have waited longer than ten times what they would under a uniform draw."""
 
     def to_dict(self) -> dict[str, Any]:
         """A dictionary that JSON can hold."""

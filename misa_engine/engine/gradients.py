@@ -6,8 +6,10 @@ parameter still requires gradients: a frozen one takes none, and hooks survive `
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,33 +17,63 @@ from torch import Tensor, nn
 from misa_engine.engine.arena import Arena, upload
 from misa_engine.engine.gemm_gradients import GemmGradients
 from misa_engine.engine.marks import phase
-from misa_engine.kernels.norm import sum_of_squares
+from misa_engine.engine.places import Places
+from misa_engine.engine.update import ArenaUpdate
 
 NOT_ARRIVED = -1
 
+#: torch's parameter groups at the time of the call; an optimizer may exchange the list.
+Groups = Callable[[], Sequence[Mapping[str, Any]]]
+
 
 class GradientIntake(ABC):
-    """Hooks on all trained parameters, active or not, and the check that they are still where they were.
+    """Takes the gradients of all active parameters, and makes the step that uses them.
 
     Args:
-        model: the model, to find each parameter's owner.
+        model: the model, for the modules whose forward passes can help.
         parameters: name -> parameter, everything that can be bound to the arena.
         arena: where the parameters' state lies.
+        kernels: what the step runs.
+        groups: gives torch's parameter groups.
     """
 
-    def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter], arena: Arena):
-        self._parameters, self._arena = parameters, arena
+    #: Whether gradients outlive the backward pass, so that ``step`` can still measure them.
+    _holds_gradients: bool
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        arena: Arena,
+        kernels: ArenaUpdate,
+        groups: Groups,
+    ):
+        self._parameters, self._arena, self._kernels, self._groups = parameters, arena, kernels, groups
+        self._measure_on_arrival = self._last_micro_batch = True
+        self.places = Places(model, parameters)
         self.slot_of: dict[str, int] = {}
         self._present: list[bool] = []
-        self._places = {name: _place(parameter) for name, parameter in parameters.items()}
-        self._owners = {
-            f"{prefix}.{attribute}" if prefix else attribute: (module, attribute)
-            for prefix, module in model.named_modules()
-            for attribute in module._parameters
-        }
         self._handles = [
             parameter.register_post_accumulate_grad_hook(self._hook(name)) for name, parameter in parameters.items()
         ]
+
+    @property
+    def measure_on_arrival(self) -> bool:
+        """Whether each gradient is measured as it arrives; setting it does nothing where there is no choice."""
+        return self._measure_on_arrival
+
+    @measure_on_arrival.setter
+    def measure_on_arrival(self, value: bool) -> None:
+        self._measure_on_arrival = value or not self._holds_gradients
+
+    @property
+    def last_micro_batch(self) -> bool:
+        """Whether the next backward pass is the last of its step; setting it does nothing where it does not matter."""
+        return self._last_micro_batch
+
+    @last_micro_batch.setter
+    def last_micro_batch(self, value: bool) -> None:
+        self._last_micro_batch = value or self._holds_gradients
 
     def bind(self) -> None:
         """Follow the arena after it has bound other parameters; no gradient has arrived then."""
@@ -51,40 +83,27 @@ class GradientIntake(ABC):
 
     @abstractmethod
     def forget(self) -> None:
-        """Begin a new step: what has arrived was used."""
+        """Begin a new step: what has arrived was used, or is not wanted."""
 
     @abstractmethod
-    def collect(self) -> bool:
-        """Before a step: bring in what is not in its place yet, and tell the device which slots have a gradient.
+    def clip(self, max_norm: float) -> None:
+        """Measure all gradients, and clip their global norm in the next ``step`` without touching them.
 
-        Returns:
-            Whether ``arena.step_sumsq`` no longer describes the gradients.
+        Raises:
+            ValueError: a finite bound, where the updates have been made by then.
+        """
+
+    @abstractmethod
+    def step(self) -> None:
+        """Update the active parameters with what has arrived, as far as that has not been done, and begin a new step.
+
+        Raises:
+            ValueError: a parameter was moved, replaced or reshaped since construction; nothing has been written then.
         """
 
     @abstractmethod
     def _arrived(self, name: str, index: int, parameter: nn.Parameter) -> None:
         """A gradient has arrived in ``parameter.grad``."""
-
-    def check_in_place(self, name: str) -> None:
-        """Refuse to go on when a parameter is no longer what or where it was at construction.
-
-        Raises:
-            ValueError: it was replaced, moved, converted or reshaped.
-        """
-        parameter = self._parameters[name]
-        module, attribute = self._owners[name]
-        if getattr(module, attribute, None) is not parameter:
-            raise ValueError(
-                f"{name} was replaced by another tensor after the optimizer was built, so training would no longer "
-                "reach the model. Load weights in place (load_state_dict without assign) or build a new optimizer."
-            )
-        if _place(parameter) != self._places[name]:
-            _, shape, dtype, device = self._places[name]
-            raise ValueError(
-                f"{name} changed after the optimizer was built: it was {shape}, {dtype} on {device}, and is now "
-                f"{tuple(parameter.shape)}, {parameter.dtype} on {parameter.device} or elsewhere in memory. Move or "
-                "convert the model first and build the optimizer afterwards."
-            )
 
     def remove(self) -> None:
         """Take all hooks off."""
@@ -124,25 +143,32 @@ class GradientSlots(GradientIntake):
         model: the model, to find each parameter's owner.
         parameters: name -> parameter, everything that can be bound to the arena.
         arena: where gradients go.
-        backend: "triton" or "reference".
-        measure_on_arrival: take the norm of each gradient as it arrives, into ``arena.step_sumsq``.
+        kernels: what the step runs.
+        groups: gives torch's parameter groups.
+        max_norm: clip the global norm to this in every step; None does not clip.
         gemm: let the GEMMs of linear layers write into the slots.
     """
+
+    _holds_gradients = True
 
     def __init__(
         self,
         model: nn.Module,
         parameters: Mapping[str, nn.Parameter],
         arena: Arena,
-        backend: str,
-        measure_on_arrival: bool,
+        kernels: ArenaUpdate,
+        groups: Groups,
+        *,
+        max_norm: float | None,
         gemm: bool,
     ):
-        super().__init__(model, parameters, arena)
-        self._backend = backend
-        self.measure_on_arrival = measure_on_arrival
+        super().__init__(model, parameters, arena, kernels, groups)
+        self.measure_on_arrival = max_norm is None
+        self._max_norm = max_norm
+        self._clip_next: float | None = None
         self._views: list[Tensor] = []  # p.grad of each slot
         self._versions: list[int] = []  # version counter of each view when its gradient last arrived
+        self._measured_contents: list[int] = []  # version counters when clip() measured the slots
         self._gemm = GemmGradients(model, self._slot_for_gemm, self._written_by_gemm) if gemm else None
 
     def bind(self) -> None:
@@ -158,8 +184,36 @@ class GradientSlots(GradientIntake):
     def forget(self) -> None:
         """Begin a new step: what lies in the slots has been used."""
         self._versions = [NOT_ARRIVED] * len(self._views)
+        self._measured_contents, self._clip_next = [], None
 
-    def collect(self) -> bool:
+    def clip(self, max_norm: float) -> None:
+        """One norm pass; the next ``step`` clips to ``max_norm``, which may be inf."""
+        self._collect()
+        self._kernels.measure()
+        self._measured_contents = self._contents()
+        self._clip_next = max_norm
+
+    def step(self) -> None:
+        """Norms, unless they are known, and the update of all slots."""
+        stale = self._collect()
+        self._kernels.set_hyperparameters(
+            self._groups(), self._max_norm if self._clip_next is None else self._clip_next
+        )
+        norms_on_arrival: Tensor | None = None
+        if stale and self._measured:  # clipped by the caller: the scores stay those of the raw gradients
+            norms_on_arrival = self._arena.step_sumsq.clone()  # one float a tile
+        if stale and self._measured_contents != self._contents():
+            self._kernels.measure()
+        self._kernels.step(norms_on_arrival)
+        self.forget()
+
+    def remove(self) -> None:
+        """Take all hooks off and give the linear layers their own forward back."""
+        super().remove()
+        if self._gemm is not None:
+            self._gemm.bind(())
+
+    def _collect(self) -> bool:
         """Make sure that every gradient lies in its slot, and tell the device which slots have one.
 
         Returns:
@@ -168,7 +222,7 @@ class GradientSlots(GradientIntake):
         """
         stale, present = not self.measure_on_arrival, []
         for name, view, version in zip(self._arena.names, self._views, self._versions, strict=True):
-            self.check_in_place(name)
+            self.places.check(name)
             gradient = self._parameters[name].grad
             present.append(gradient is not None)
             if gradient is None:
@@ -181,26 +235,20 @@ class GradientSlots(GradientIntake):
         return stale
 
     @property
-    def measured(self) -> bool:
+    def _measured(self) -> bool:
         """Whether ``arena.step_sumsq`` holds the norm on arrival of every gradient that is present."""
         arrived = (version != NOT_ARRIVED for version, here in zip(self._versions, self._present, strict=True) if here)
         return self.measure_on_arrival and all(arrived)
 
-    def contents(self) -> list[int]:
+    def _contents(self) -> list[int]:
         """Changes whenever the content of any slot does."""
         return [view._version for view in self._views]
-
-    def remove(self) -> None:
-        """Take all hooks off and give the linear layers their own forward back."""
-        super().remove()
-        if self._gemm is not None:
-            self._gemm.bind(())
 
     def _arrived(self, name: str, index: int, parameter: nn.Parameter) -> None:
         view, gradient = self._views[index], parameter.grad
         assert gradient is not None
         if gradient is not view:
-            self.check_in_place(name)
+            self.places.check(name)
             view.copy_(gradient)
             parameter.grad = view  # the temporary is freed as soon as autograd lets go of it
         if self._versions[index] != view._version:  # not what the GEMM wrote and measured
@@ -208,7 +256,7 @@ class GradientSlots(GradientIntake):
 
     def _slot_for_gemm(self, name: str) -> tuple[Tensor, bool]:
         """Where the gradient of ``name`` goes, and whether it is added to what is there."""
-        self.check_in_place(name)
+        self.places.check(name)
         view, parameter = self._views[self.slot_of[name]], self._parameters[name]
         if parameter.grad is not None and parameter.grad is not view:  # put there by the caller
             view.copy_(parameter.grad)
@@ -222,56 +270,63 @@ class GradientSlots(GradientIntake):
     def _measure(self, index: int) -> None:
         self._versions[index] = self._views[index]._version
         if self.measure_on_arrival:
-            arena, tiles = self._arena, self._arena.slots[index].tiles
-            assert arena.grad is not None
-            sum_of_squares(arena.grad, arena.step_sumsq, arena.table, backend=self._backend, tiles=tiles)
+            self._kernels.measure_slot(index)
 
 
 class UpdateOnArrival(GradientIntake):
-    """Hands every active gradient on as it arrives and frees it: no gradient outlives the backward pass.
+    """Uses every active gradient as it arrives and frees it: no gradient outlives the backward pass."""
 
-    Args:
-        model: the model, to find each parameter's owner.
-        parameters: name -> parameter, everything that can be bound to the arena.
-        arena: where the parameters' state lies.
-        update: called with the slot's index and the gradient, in the backward pass.
-    """
+    _holds_gradients = False
 
     def __init__(
         self,
         model: nn.Module,
         parameters: Mapping[str, nn.Parameter],
         arena: Arena,
-        update: Callable[[int, Tensor], None],
+        kernels: ArenaUpdate,
+        groups: Groups,
     ):
-        super().__init__(model, parameters, arena)
-        self._update = update
+        super().__init__(model, parameters, arena, kernels, groups)
         self._updated: list[bool] = []
-        self.last_micro_batch = True
 
     def forget(self) -> None:
         """Begin a new step."""
         self._updated = [False] * len(self._arena.names)
 
-    def collect(self) -> bool:
+    def clip(self, max_norm: float) -> None:
+        """Refuse a finite bound; gradients that are still held are used now."""
+        if max_norm < math.inf:
+            raise ValueError(
+                f"clip_grad_norm_({max_norm}): with update_in='backward' every matrix was updated before the global "
+                "norm is known. Train without clipping (misa train: --max_grad_norm 0) or use update_in='step'."
+            )
+        self._collect()
+
+    def step(self) -> None:
+        """Use what was left behind; everything else has been done."""
+        self._collect()
+        self._kernels.global_norm()
+        self.forget()
+
+    def _collect(self) -> None:
         """Tell the device which slots were updated, and use gradients that the caller put there or left behind.
 
         A step whose every backward ran with ``last_micro_batch`` False ends here: its sums are used now.
         """
         for index, name in enumerate(self._arena.names):
-            self.check_in_place(name)
+            self.places.check(name)
             if self._parameters[name].grad is not None:
                 self._use(name, index, self._parameters[name])
         self._present = []  # the updates have written one slot at a time
         self._tell_present(list(self._updated))
-        return False
 
     def _arrived(self, name: str, index: int, parameter: nn.Parameter) -> None:
         if self.last_micro_batch:
             self._use(name, index, parameter)
 
+    @torch.no_grad()
     def _use(self, name: str, index: int, parameter: nn.Parameter) -> None:
-        self.check_in_place(name)
+        self.places.check(name)
         gradient, parameter.grad = parameter.grad, None
         assert gradient is not None
         if self._updated[index]:
@@ -279,9 +334,6 @@ class UpdateOnArrival(GradientIntake):
                 f"{name} received a second gradient in one step, but update_in='backward' has already used the first. "
                 "Set optimizer.last_micro_batch = False before every backward but the last, or call step() after each."
             )
-        self._update(index, gradient)
+        self._kernels.set_hyperparameters(self._groups(), None)
+        self._kernels.step_slot(index, gradient)
         self._updated[index] = True
-
-
-def _place(parameter: Tensor) -> tuple[int, tuple[int, ...], torch.dtype, torch.device]:
-    return parameter.data_ptr(), tuple(parameter.shape), parameter.dtype, parameter.device

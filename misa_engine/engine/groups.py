@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from misa_engine.method.config import MisaConfig
-from misa_engine.method.partition import Unit, matches
+from misa_engine.method.partition import matches
 
 
 def build_groups(
@@ -53,22 +53,3 @@ def build_groups(
             {"params": [parameters[name] for name in names], "pattern": settings[entry]["pattern"], **options}
         )
     return groups, group_of
-
-
-def static_weights(units: Sequence[Unit], weights: Mapping[str, float]) -> list[float] | None:
-    """Relative weight of each unit for ``rule="static"``: the first matching pattern's, otherwise 1.
-
-    Returns:
-        One weight a unit, or None when no weights are given.
-
-    Raises:
-        ValueError: a pattern matches no unit.
-    """
-    if not weights:
-        return None
-    for pattern in weights:
-        if not any(matches(pattern, unit.name) for unit in units):
-            raise ValueError(
-                f"static_weights pattern {pattern!r} matches no unit; unit names look like {units[0].name!r}"
-            )
-    return [next((weight for pattern, weight in weights.items() if matches(pattern, unit.name)), 1.0) for unit in units]

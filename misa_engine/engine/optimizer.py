@@ -10,8 +10,6 @@ Nothing between two round ends waits for the device.
 
 from __future__ import annotations
 
-import hashlib
-import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -21,19 +19,19 @@ import torch
 from torch import Tensor, nn
 
 from misa_engine.engine import state
+from misa_engine.engine.active_set import ActiveSet
 from misa_engine.engine.arena import Arena, capacity_for
 from misa_engine.engine.events import CallbackHandle, SwitchEvent
-from misa_engine.engine.gradients import GradientSlots, UpdateOnArrival
-from misa_engine.engine.groups import build_groups, static_weights
+from misa_engine.engine.gradients import GradientIntake, GradientSlots, UpdateOnArrival
+from misa_engine.engine.groups import build_groups
 from misa_engine.engine.guards import CheckpointingGuard, check_model, check_trainable
 from misa_engine.engine.host import HostStore
 from misa_engine.engine.marks import phase
 from misa_engine.engine.update import ArenaUpdate
 from misa_engine.kernels.backend import choose_backend
-from misa_engine.kernels.split_float import round_stochastic_
 from misa_engine.method.config import MisaConfig
 from misa_engine.method.partition import Partition, Unit, check_budget, partition
-from misa_engine.method.sampling import ImportanceTracker
+from misa_engine.method.sampling import ImportanceTracker, static_weights
 
 
 class MISA(torch.optim.Optimizer):
@@ -95,7 +93,7 @@ class MISA(torch.optim.Optimizer):
         assert dtype is not None
         device = next(iter(self._parameters.values())).device
         self.backend = choose_backend(config.backend, device)
-        groups, self._group_of = build_groups(model, self._parameters, config)
+        groups, group_of = build_groups(model, self._parameters, config)
         defaults = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
         super().__init__(groups, defaults)
 
@@ -120,7 +118,7 @@ class MISA(torch.optim.Optimizer):
             residual=config.leave_rounding == "keep",
             backend=self.backend,
         )
-        self._kernels = ArenaUpdate(self.arena, len(groups), config, self.backend)
+        self._kernels = kernels = ArenaUpdate(self.arena, len(groups), config, self.backend)
         self.tracker = ImportanceTracker(
             [unit.numel for unit in self.units], self.budget, config, static_weights(self.units, config.static_weights)
         )
@@ -130,25 +128,29 @@ class MISA(torch.optim.Optimizer):
         self.skipped_steps = 0
         self.events: deque[SwitchEvent] = deque(maxlen=200)  # 67 KB each for an 8B model's 224 units
         self._callbacks: list[Callable[[SwitchEvent], None]] = []
-        self._measured_contents: list[int] = []  # of the slots when clip_grad_norm_ measured them
-        self._clip_next: float | None = None
         self._model_bytes = sum(parameter.nbytes for parameter in named.values())  # tied ones are listed once
 
         # Hooks first: a frozen parameter takes none, and hooks survive requires_grad being toggled.
         self._model = model
         self._guard = CheckpointingGuard(model)
-        self._intake: GradientSlots | UpdateOnArrival
+        intake = (model, self._parameters, self.arena, kernels, lambda: self.param_groups)
+        self._intake: GradientIntake
         if config.update_in == "backward":
-            self._intake = UpdateOnArrival(model, self._parameters, self.arena, self._update_slot)
+            self._intake = UpdateOnArrival(*intake)
         else:
-            self._intake = GradientSlots(
-                model,
-                self._parameters,
-                self.arena,
-                self.backend,
-                measure_on_arrival=config.max_grad_norm is None,
-                gemm=config.gemm_gradients,
-            )
+            self._intake = GradientSlots(*intake, max_norm=config.max_grad_norm, gemm=config.gemm_gradients)
+        self._active_set = ActiveSet(
+            self._parameters,
+            group_of,
+            self.arena,
+            self.host,
+            self._intake,
+            rounding_seed=config.seed if config.leave_rounding == "stochastic" else None,
+            backend=self.backend,
+        )
+        self._parts = state.Parts(
+            config, self.partition, dtype, self.tracker, self.arena, kernels, self.host, self._active_set
+        )
         model.requires_grad_(False)
         model.zero_grad(set_to_none=True)
         self._open_round({}, started=time.perf_counter())
@@ -187,12 +189,11 @@ class MISA(torch.optim.Optimizer):
         On unless ``max_grad_norm`` is given. Switch it off to save that pass when you clip with ``clip_grad_norm_``.
         Always on with ``update_in="backward"``, which needs the norm to know a gradient that is not finite.
         """
-        return self._intake.measure_on_arrival if isinstance(self._intake, GradientSlots) else True
+        return self._intake.measure_on_arrival
 
     @measure_on_arrival.setter
     def measure_on_arrival(self, value: bool) -> None:
-        if isinstance(self._intake, GradientSlots):
-            self._intake.measure_on_arrival = value
+        self._intake.measure_on_arrival = value
 
     @property
     def last_micro_batch(self) -> bool:
@@ -201,12 +202,11 @@ class MISA(torch.optim.Optimizer):
         Under accumulation set it to False before every backward but the last: gradients then add up in ``p.grad``, as
         ordinary tensors, until the last pass uses them. Without effect with ``update_in="step"``.
         """
-        return self._intake.last_micro_batch if isinstance(self._intake, UpdateOnArrival) else True
+        return self._intake.last_micro_batch
 
     @last_micro_batch.setter
     def last_micro_batch(self, value: bool) -> None:
-        if isinstance(self._intake, UpdateOnArrival):
-            self._intake.last_micro_batch = value
+        self._intake.last_micro_batch = value
 
     def memory(self) -> dict[str, int]:
         """Bytes by category: the model's weights and everything this optimizer holds (host memory named as such)."""
@@ -234,16 +234,7 @@ class MISA(torch.optim.Optimizer):
         Raises:
             ValueError: a finite bound with ``update_in="backward"``, where the updates have been made by then.
         """
-        self._intake.collect()
-        if isinstance(self._intake, GradientSlots):
-            self._kernels.measure()
-            self._measured_contents = self._intake.contents()
-            self._clip_next = max_norm
-        elif max_norm < math.inf:
-            raise ValueError(
-                f"clip_grad_norm_({max_norm}): with update_in='backward' every matrix was updated before the global "
-                "norm is known. Train without clipping (misa train: --max_grad_norm 0) or use update_in='step'."
-            )
+        self._intake.clip(max_norm)
         return self._kernels.global_norm().clone()
 
     @torch.no_grad()
@@ -265,40 +256,26 @@ class MISA(torch.optim.Optimizer):
         with phase("update"):
             ends_round = self.inner_step + 1 >= self.tracker.round_length
             if ends_round:  # any unit may come next, so all have to be in their places before anything is written
-                for name in self._parameters:
-                    self._intake.check_in_place(name)
-            if isinstance(self._intake, GradientSlots):
-                self._update_slots(self._intake)
-            else:
-                self._intake.collect()
-                self._kernels.global_norm()
-            self._intake.forget()
+                self._intake.places.check_all()
+            self._intake.step()
             self.total_steps += 1
             self.inner_step += 1
             if ends_round:
                 self._switch()
         return loss
 
-    def _update_slots(self, intake: GradientSlots) -> None:
-        """Norms, unless they are known, and the update of all slots."""
-        stale = intake.collect()
-        self._set_hyperparameters()
-        norms_on_arrival: Tensor | None = None
-        if stale and intake.measured:  # clipped by the caller: the scores stay those of the raw gradients
-            norms_on_arrival = self.arena.step_sumsq.clone()  # one float a tile
-        if stale and self._measured_contents != intake.contents():
-            self._kernels.measure()
-        self._kernels.step(norms_on_arrival)
-        self._measured_contents, self._clip_next = [], None
+    @torch.no_grad()
+    def end_round(self) -> None:
+        """End the present round now instead of after its T steps: scores, closing step and draw as ever.
 
-    def _update_slot(self, index: int, gradient: Tensor) -> None:
-        """``update_in="backward"``: use one gradient in the backward pass that made it."""
-        self._set_hyperparameters()
-        self._kernels.step_slot(index, gradient)
+        To be called between two steps; gradients that have arrived since the last one are dropped. For schedules of
+        one's own, and for benchmarks that time a switch.
 
-    def _set_hyperparameters(self) -> None:
-        clip = self._clip_next if self._clip_next is not None else self.config.max_grad_norm
-        self._kernels.set_hyperparameters(self.param_groups, clip)
+        Raises:
+            ValueError: a parameter was moved, replaced or reshaped since construction; nothing has been changed then.
+        """
+        self._intake.places.check_all()
+        self._switch()
 
     # ---------------------------------------------------------------------------------------------------- a switch
 
@@ -334,14 +311,8 @@ class MISA(torch.optim.Optimizer):
             self.tracker.draw()
         after = self.active
         wanted = [*self._always, *(name for index in self.tracker.active for name in self.units[index].params)]
-        leaving = [name for name in self.arena.names if name not in set(wanted)]
-        moved = self._leave(leaving, steps)
-        kept = [name for name in self.arena.names if name in set(wanted)]
-        if self.config.revisit == "clear":
-            kept = [name for name in kept if name in self._always]
-        self._bind(wanted, {name: steps[name] for name in kept})
-        for name in wanted:
-            moved += self.host.enter(name, self._intake.slot_of[name])
+        fresh = wanted[len(self._always) :] if self.config.revisit == "clear" else []
+        moved = self._active_set.change(wanted, steps, self.round, fresh)
         self.inner_step = 0
         numel = sum(self.units[index].numel for index in self.tracker.active)
         event = SwitchEvent(
@@ -368,39 +339,6 @@ class MISA(torch.optim.Optimizer):
         for callback in list(self._callbacks):
             callback(event)
 
-    def _leave(self, leaving: list[str], steps: dict[str, int]) -> int:
-        """Freeze parameters and give up, or keep on the host, what belongs to them. Returns bytes copied there."""
-        moved = 0
-        for name in leaving:
-            index, parameter = self._intake.slot_of[name], self._parameters[name]
-            slot = self.arena.slots[index]
-            if self.arena.residual is not None and self.config.leave_rounding == "stochastic":
-                bits = self.arena.residual[slot.start : slot.start + slot.numel]
-                round_stochastic_(slot.weight, bits, self._rounding_seed(name), backend=self.backend)
-            moved += self.host.leave(name, index, steps[name])
-            self._freeze(parameter)
-        return moved
-
-    @staticmethod
-    def _freeze(parameter: nn.Parameter) -> None:
-        parameter.requires_grad_(False)
-        parameter.grad = None
-        parameter.grad_dtype = parameter.dtype
-
-    def _rounding_seed(self, name: str) -> int:
-        # one stream per (seed, round, parameter), the same in every process: Python's own hash() is salted
-        text = f"{self.config.seed}:{self.round}:{name}".encode()
-        return int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "little")
-
-    def _bind(self, names: list[str], steps: dict[str, int], starts: list[int] | None = None) -> None:
-        """Give ``names`` their slots, make them trainable and forget all gradients."""
-        for name in self.arena.names:
-            self._parameters[name].grad = None
-        self.arena.bind({name: self._parameters[name] for name in names}, self._group_of, steps, starts=starts)
-        self._intake.bind()
-        for name in names:
-            self._parameters[name].requires_grad_(True)
-
     # ------------------------------------------------------------------------------------------ saving and the end
 
     def state_dict(self) -> dict[str, Any]:
@@ -409,7 +347,7 @@ class MISA(torch.optim.Optimizer):
         Tensors are references to the live buffers, as in every torch optimizer; ``torch.save`` or a deep copy makes
         them a snapshot. Loads with ``torch.load(weights_only=True)``.
         """
-        return {**super().state_dict(), "misa": state.pack(self)}
+        return {**super().state_dict(), "misa": state.pack(self._parts, self._clocks())}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -419,9 +357,13 @@ class MISA(torch.optim.Optimizer):
             ValueError: the state is another optimizer's, or of another model, δ, granularity, preset or option of the
                 sampler; the message lists what differs. Nothing has been changed then.
         """
-        state.check(self, state_dict)
+        state.check(self._parts, len(self.param_groups), state_dict)
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "misa"})
-        state.unpack(self, state_dict["misa"])
+        clocks = state.unpack(self._parts, self._clocks(), state_dict["misa"])
+        self.inner_step, self.total_steps, self.skipped_steps = clocks
+
+    def _clocks(self) -> state.Clocks:
+        return state.Clocks(self.inner_step, self.total_steps, self.skipped_steps)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Only for torch's own use during construction; groups come from ``parameter_groups=[{"pattern": ...}]``."""
@@ -436,6 +378,5 @@ class MISA(torch.optim.Optimizer):
         """Take all hooks off the model and make every parameter trainable again, as before construction."""
         self._guard.remove()
         self._intake.remove()
-        for name in self.arena.names:
-            self._freeze(self._parameters[name])
+        self._active_set.release()
         self._model.requires_grad_(True)

@@ -13,41 +13,82 @@ Layout of ``state_dict()["misa"]``, plain Python values and tensors only:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from misa_engine.method.config import FREE_ON_LOAD
-
-if TYPE_CHECKING:
-    from misa_engine.engine.optimizer import MISA
+from misa_engine.engine.active_set import ActiveSet
+from misa_engine.engine.arena import Arena
+from misa_engine.engine.host import HostStore
+from misa_engine.engine.update import ArenaUpdate
+from misa_engine.method.config import FREE_ON_LOAD, RETIRED, MisaConfig
+from misa_engine.method.partition import Partition
+from misa_engine.method.sampling import ImportanceTracker
 
 VERSION = 2
 
 
-def pack(optimizer: MISA) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Parts:
+    """What an optimizer consists of, as far as a checkpoint knows it."""
+
+    config: MisaConfig
+    partition: Partition
+    dtype: torch.dtype
+    """Of the trained weights."""
+    tracker: ImportanceTracker
+    arena: Arena
+    kernels: ArenaUpdate
+    host: HostStore
+    active_set: ActiveSet
+
+
+class Clocks(NamedTuple):
+    """Counters of the optimizer itself."""
+
+    inner_step: int
+    total_steps: int
+    skipped_steps: int
+
+
+def pack(parts: Parts, clocks: Clocks) -> dict[str, Any]:
     """Collect everything beyond torch's parameter groups; tensors are references."""
-    arena, config = optimizer.arena, optimizer.config.to_dict()
+    return {**_identity(parts), **_progress(parts, clocks)}
+
+
+def _identity(parts: Parts) -> dict[str, Any]:
+    """What a checkpoint must share with the optimizer that loads it."""
     return {
         "version": VERSION,
-        "config": {option: value for option, value in config.items() if option not in FREE_ON_LOAD},
-        "units": [[unit.name, unit.numel] for unit in optimizer.units],
-        "always": list(optimizer.partition.always),
-        "total": optimizer.partition.total,
-        "dtype": str(optimizer.dtype),
-        "tracker": optimizer.tracker.state_dict(),
-        "inner_step": optimizer.inner_step,
-        "total_steps": optimizer.total_steps,
-        "skipped_steps": optimizer.skipped_steps,
-        "slots": [[name, slot.start] for name, slot in zip(arena.names, arena.slots, strict=True)],
-        "buffers": {name: arena.stretch(buffer, 0, arena.used) for name, buffer in _buffers(optimizer).items()},
-        "round": _round_tensors(optimizer),
-        "host": optimizer.host.state_dict(),
+        "config": {name: value for name, value in parts.config.to_dict().items() if name not in FREE_ON_LOAD},
+        "units": [[unit.name, unit.numel] for unit in parts.partition.units],
+        "always": list(parts.partition.always),
+        "total": parts.partition.total,
+        "dtype": str(parts.dtype),
     }
 
 
-def check(optimizer: MISA, state_dict: dict[str, Any]) -> None:
+def _progress(parts: Parts, clocks: Clocks) -> dict[str, Any]:
+    arena = parts.arena
+    return {
+        "tracker": parts.tracker.state_dict(),
+        **clocks._asdict(),
+        "slots": [[name, slot.start] for name, slot in zip(arena.names, arena.slots, strict=True)],
+        "buffers": {name: arena.stretch(buffer, 0, arena.used) for name, buffer in _buffers(arena).items()},
+        "round": _round_tensors(parts),
+        "host": parts.host.state_dict(),
+    }
+
+
+def check(parts: Parts, groups: int, state_dict: dict[str, Any]) -> None:
     """Refuse a state that does not belong to this optimizer.
+
+    Args:
+        parts: of the optimizer.
+        groups: how many parameter groups it has.
+        state_dict: what is to be loaded.
 
     Raises:
         ValueError: with everything that differs, one difference a line.
@@ -61,11 +102,16 @@ def check(optimizer: MISA, state_dict: dict[str, Any]) -> None:
         )
     if saved["version"] != VERSION:
         raise ValueError(f"MISA state of version {saved['version']}; this release reads version {VERSION}")
-    here = pack(optimizer)
+    here = _identity(parts)
     differences = [
         f"{option}: {saved['config'].get(option)!r} in the checkpoint, {value!r} here"
         for option, value in here["config"].items()
         if saved["config"].get(option) != value
+    ]
+    differences += [
+        f"{option}: {saved['config'][option]!r} in the checkpoint, always {only!r} here"
+        for option, only in RETIRED.items()
+        if saved["config"].get(option, only) != only
     ]
     differences += [
         f"{what}: {saved[key]} in the checkpoint, {here[key]} here"
@@ -82,10 +128,8 @@ def check(optimizer: MISA, state_dict: dict[str, Any]) -> None:
         )
     if saved["always"] != here["always"]:
         differences.append(f"always trained: {saved['always']} in the checkpoint, {here['always']} here")
-    if len(state_dict["param_groups"]) != len(optimizer.param_groups):
-        differences.append(
-            f"parameter groups: {len(state_dict['param_groups'])} in the checkpoint, {len(optimizer.param_groups)} here"
-        )
+    if len(state_dict["param_groups"]) != groups:
+        differences.append(f"parameter groups: {len(state_dict['param_groups'])} in the checkpoint, {groups} here")
     if differences:
         raise ValueError(
             "the checkpoint belongs to another run, so continuing would not be the same training:\n  - "
@@ -94,51 +138,46 @@ def check(optimizer: MISA, state_dict: dict[str, Any]) -> None:
         )
 
 
-def unpack(optimizer: MISA, saved: dict[str, Any]) -> None:
-    """Put a checked state back: same slots, same contents, same clocks.
+def unpack(parts: Parts, clocks: Clocks, saved: dict[str, Any]) -> Clocks:
+    """Put a checked state back: same slots, same contents. Returns the clocks to go on with.
 
     Raises:
         ValueError: the state refers to this optimizer's own buffers, which have moved on since.
     """
-    if _is_live(optimizer, saved):
-        here = pack(optimizer)
+    if _is_live(parts, saved):
+        here = _progress(parts, clocks)
         if any(saved[key] != here[key] for key in ("inner_step", "total_steps", "slots")):
             raise ValueError(
                 "this state_dict() holds references to the optimizer's live buffers, which training has changed since. "
                 "Take a snapshot with copy.deepcopy(optimizer.state_dict()) or torch.save."
             )
-        return  # accelerate hands an optimizer its own state while preparing it
-    optimizer.tracker.load_state_dict(saved["tracker"])
-    names = [name for name, _ in saved["slots"]]
-    for name in set(optimizer.arena.names) - set(names):
-        optimizer._freeze(optimizer._parameters[name])
-    optimizer._bind(names, {}, [start for _, start in saved["slots"]])
-    for name, buffer in _buffers(optimizer).items():
+        return clocks  # accelerate hands an optimizer its own state while preparing it
+    parts.tracker.load_state_dict(saved["tracker"])
+    parts.active_set.bind([name for name, _ in saved["slots"]], {}, [start for _, start in saved["slots"]])
+    for name, buffer in _buffers(parts.arena).items():
         buffer[: saved["buffers"][name].numel()].copy_(saved["buffers"][name])
-    for name, tensor in _round_tensors(optimizer).items():
+    for name, tensor in _round_tensors(parts).items():
         tensor.copy_(saved["round"][name])
-    optimizer.host.load_state_dict(saved["host"])
-    optimizer.inner_step = int(saved["inner_step"])
-    optimizer.total_steps = int(saved["total_steps"])
-    optimizer.skipped_steps = int(saved["skipped_steps"])
+    parts.host.load_state_dict(saved["host"])
+    return Clocks(*(int(saved[name]) for name in Clocks._fields))
 
 
-def _is_live(optimizer: MISA, saved: dict[str, Any]) -> bool:
-    return saved["round"]["slot_step"].data_ptr() == optimizer.arena.table.slot_step.data_ptr()
+def _is_live(parts: Parts, saved: dict[str, Any]) -> bool:
+    return bool(saved["round"]["slot_step"].data_ptr() == parts.arena.table.slot_step.data_ptr())
 
 
-def _buffers(optimizer: MISA) -> dict[str, Tensor]:
-    named = optimizer.arena.buffers()
+def _buffers(arena: Arena) -> dict[str, Tensor]:
+    named = arena.buffers()
     named.pop("gradients", None)  # dead between two steps
     return named
 
 
-def _round_tensors(optimizer: MISA) -> dict[str, Tensor]:
-    arena = optimizer.arena
+def _round_tensors(parts: Parts) -> dict[str, Tensor]:
+    table = parts.arena.table
     return {
-        "slot_step": arena.table.slot_step,
-        "slot_measured": arena.table.slot_measured,
-        "tile_sumsq": arena.tile_sumsq,
-        "norm_sums": optimizer._kernels.norm_sums,
-        "skipped_on_device": optimizer._kernels.control.skipped_steps,
+        "slot_step": table.slot_step,
+        "slot_measured": table.slot_measured,
+        "tile_sumsq": parts.arena.tile_sumsq,
+        "norm_sums": parts.kernels.norm_sums,
+        "skipped_on_device": parts.kernels.control.skipped_steps,
     }

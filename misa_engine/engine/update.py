@@ -20,7 +20,8 @@ from torch import Tensor
 from misa_engine.engine.arena import Arena, upload
 from misa_engine.engine.marks import phase
 from misa_engine.kernels.adamw import adamw, closing_step
-from misa_engine.kernels.norm import finalise, global_norm, reduce_slots, sum_of_squares
+from misa_engine.kernels.finalise import finalise
+from misa_engine.kernels.norm import global_norm, reduce_slots, sum_of_squares
 from misa_engine.kernels.tiles import Control, bias_table, hyper_row
 from misa_engine.method.config import MisaConfig
 
@@ -68,7 +69,7 @@ class ArenaUpdate:
             self._hyper_values = rows
         betas = [tuple(group["betas"]) for group in groups]
         if betas != self._betas:
-            table = bias_table(betas, enabled=bool(self._config.bias_correction), device="cpu")
+            table = bias_table(betas, enabled=self._config.bias_correction, device="cpu")
             device = self._hyper.device
             self._bias = (table.pin_memory() if self._hyper.is_cuda else table).to(device, non_blocking=True)
             self._betas = betas
@@ -83,6 +84,13 @@ class ArenaUpdate:
         assert arena.grad is not None
         with phase("clip/norm"):
             sum_of_squares(arena.grad, arena.step_sumsq, arena.table, backend=self._backend)
+
+    def measure_slot(self, index: int) -> None:
+        """The norm pass over one slot, as its gradient arrives."""
+        arena = self._arena
+        assert arena.grad is not None
+        tiles = arena.slots[index].tiles
+        sum_of_squares(arena.grad, arena.step_sumsq, arena.table, backend=self._backend, tiles=tiles)
 
     def global_norm(self) -> Tensor:
         """Norm of all gradients that are present, from what was measured; a float32 scalar on the device."""
@@ -128,7 +136,7 @@ class ArenaUpdate:
                 self._bias,
                 self._arena.table,
                 self.control,
-                skip_nonfinite=self._config.skip_nonfinite,
+                skip_nonfinite=True,
                 backend=self._backend,
             )
 

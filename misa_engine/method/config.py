@@ -1,7 +1,7 @@
 """MisaConfig: every option of the engine, validated once, before anything is allocated.
 
 Three presets bundle the options in which the paper, the published code and this engine differ. A preset fills in
-what the user left at ``None``; an option given explicitly wins.
+what the user did not give; an option given explicitly wins.
 """
 
 from __future__ import annotations
@@ -12,61 +12,72 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-#: What each preset fills in. Sources: arXiv 2511.00056, Algorithm 1 ("paper"); github.com/pkumelon/MISA ("official").
-PRESETS: dict[str, dict[str, Any]] = {
-    "engine": {
-        "score": "mean_square",
-        "score_normalisation": "relative",
-        "ema": "corrected_on_read",
-        "exponent_cap": math.inf,
-        "cold_start": "probe",
-        "revisit": "keep_adjacent",
-        "bias_correction": True,
-        "closing_momentum": False,
-        "sample_last": 0,
-        "leave_rounding": "stochastic",
-        "fill": "carry",
-    },
-    "paper": {
-        "score": "mean_square",
-        "score_normalisation": "none",
-        "ema": "plain",
-        "exponent_cap": math.inf,
-        "cold_start": "none",
-        "revisit": "clear",
-        "bias_correction": False,
-        "closing_momentum": True,
-        "sample_last": 0,
-        "leave_rounding": "nearest",
-        "fill": "stop",
-    },
-    "official": {
-        "score": "squared_mean_norm",
-        "score_normalisation": "none",
-        "ema": "official",
-        "exponent_cap": 5.0,
-        "cold_start": "official",
-        "revisit": "keep",
-        "bias_correction": True,
-        "closing_momentum": False,
-        "sample_last": 2,
-        "leave_rounding": "nearest",
-        "fill": "skip",
-    },
+from misa_engine.method.rules import RULES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """The options in which the paper, the published code and this engine differ. Defaults are the engine's."""
+
+    score: str = "mean_square"
+    """What is measured: mean_square (‖g‖²/n_u, mean over the round) or squared_mean_norm (mean of ‖g‖, unscaled)."""
+    score_normalisation: str = "relative"
+    """relative divides G_u by the mean of G, so that η means the same for every model; none does not."""
+    ema: str = "corrected_on_read"
+    """corrected_on_read (true bias correction), plain (Eq. 4), or official (corrected value fed back)."""
+    exponent_cap: float = math.inf
+    """Upper bound of the exponent η·G_u (official: of η·G_u²)."""
+    cold_start: str = "probe"
+    """probe: one-step rounds until every unit was seen once; official: the same, divided by T; none."""
+    revisit: str = "keep_adjacent"
+    """Moments of a unit: keep_adjacent (while it stays active), clear (every round), keep or offload (for ever, on the
+    host: keep as they are, offload in 8 bits)."""
+    bias_correction: bool = True
+    """Adam's bias correction, counted from the unit's fresh moments."""
+    closing_momentum: bool = False
+    """Line 16 of Algorithm 1: one more step along the first moment when a round ends."""
+    sample_last: int = 0
+    """This many least recently used units are forced into each draw."""
+    leave_rounding: str = "stochastic"
+    """The extra 16 master bits of a unit that leaves: rounded away (stochastic or nearest), or keep (2 bytes a weight
+    on the host: an exact float32 master over the whole run)."""
+    fill: str = "carry"
+    """What happens when a drawn unit does not fit: carry (it opens the next round), stop, or skip (draw on)."""
+
+
+#: Names of the options that a preset fills in.
+PRESET_OPTIONS = tuple(entry.name for entry in fields(Preset))
+
+#: Sources: arXiv 2511.00056, Algorithm 1 ("paper"); github.com/pkumelon/MISA ("official").
+PRESETS: dict[str, Preset] = {
+    "engine": Preset(),
+    "paper": Preset(
+        score_normalisation="none",
+        ema="plain",
+        cold_start="none",
+        revisit="clear",
+        bias_correction=False,
+        closing_momentum=True,
+        leave_rounding="nearest",
+        fill="stop",
+    ),
+    "official": Preset(
+        score="squared_mean_norm",
+        score_normalisation="none",
+        ema="official",
+        exponent_cap=5.0,
+        cold_start="official",
+        revisit="keep",
+        sample_last=2,
+        leave_rounding="nearest",
+        fill="skip",
+    ),
 }
 
 #: Permitted values of the options that name an alternative.
 CHOICES: dict[str, tuple[str, ...]] = {
     "preset": tuple(PRESETS),
-    "rule": (
-        "importance",
-        "uniform",
-        "cyclic",
-        "shuffle",
-        "static",
-        "top_k",
-        "epsilon_greedy",
-    ),
+    "rule": tuple(RULES),
     "granularity": ("module", "block", "layer"),
     "score": ("mean_square", "squared_mean_norm"),
     "score_normalisation": ("relative", "none"),
@@ -91,12 +102,14 @@ FREE_ON_LOAD = (
     "weight_decay",
     "max_grad_norm",
     "backend",
-    "stale_after",
     "parameter_groups",
     "grad_dtype",
     "gemm_gradients",
     "update_in",
 )
+
+#: Options of former versions and the only value that they may still have, in the state of an older run for instance.
+RETIRED: dict[str, Any] = {"skip_nonfinite": True, "stale_after": 0}
 
 
 def check_choice(option: str, value: object, choices: Iterable[str]) -> None:
@@ -109,12 +122,11 @@ def check_choice(option: str, value: object, choices: Iterable[str]) -> None:
     raise ValueError(f"unknown {option} {value!r}: choose one of {', '.join(choices)}.{hint}")
 
 
-@dataclass(frozen=True)
-class MisaConfig:
-    """All options of MISA. Immutable; invalid values raise ValueError at construction.
+@dataclass(frozen=True, kw_only=True)
+class MisaConfig(Preset):
+    """All options of MISA, by keyword. Immutable; invalid values raise ValueError at construction.
 
-    ``None`` in a field of the second block means "what the preset says" and is replaced during construction, so that
-    a constructed config never holds ``None`` there.
+    The options of ``Preset`` come from the preset of that name where they are not given (or given as None).
     """
 
     lr: float = 1e-5
@@ -155,8 +167,6 @@ class MisaConfig:
     """Share of uniform draws of ``rule="epsilon_greedy"``."""
     max_grad_norm: float | None = None
     """Clip the global gradient norm inside the update; None leaves clipping to the caller."""
-    skip_nonfinite: bool = True
-    """Skip a step in which any gradient is inf or NaN (one pass over the active gradients, no synchronisation)."""
     master: str = "split"
     """bf16 models: "split" keeps 16 more bits per active weight (an exact fp32 master); "none" rounds at each step."""
     state_dtype: str = "float32"
@@ -169,42 +179,31 @@ class MisaConfig:
     """When weights are updated: in "step", or in "backward" as each gradient arrives (no slots, no clipping)."""
     backend: str = "auto"
     """"triton" on a GPU and "reference" (plain PyTorch) elsewhere, or either by force."""
-    stale_after: int = 0
-    """Rounds without a visit after which a unit is reported as starved; 0 means 10·B/(mean units per round)."""
     seed: int = 0
     """Seed of the optimizer's own generator; the global generators are never touched."""
 
-    score: str | None = None
-    """What is measured: mean_square (‖g‖²/n_u, mean over the round) or squared_mean_norm (mean of ‖g‖, unscaled)."""
-    score_normalisation: str | None = None
-    """relative divides G_u by the mean of G, so that η means the same for every model; none does not."""
-    ema: str | None = None
-    """corrected_on_read (true bias correction), plain (Eq. 4), or official (corrected value fed back)."""
-    exponent_cap: float | None = None
-    """Upper bound of the exponent η·G_u (official: of η·G_u²)."""
-    cold_start: str | None = None
-    """probe: one-step rounds until every unit was seen once; official: the same, divided by T; none."""
-    revisit: str | None = None
-    """Moments of a unit: keep_adjacent (while it stays active), clear (every round), keep or offload (for ever, on the
-    host: keep as they are, offload in 8 bits)."""
-    bias_correction: bool | None = None
-    """Adam's bias correction, counted from the unit's fresh moments."""
-    closing_momentum: bool | None = None
-    """Line 16 of Algorithm 1: one more step along the first moment when a round ends."""
-    sample_last: int | None = None
-    """This many least recently used units are forced into each draw."""
-    leave_rounding: str | None = None
-    """The extra 16 master bits of a unit that leaves: rounded away (stochastic or nearest), or keep (2 bytes a weight
-    on the host: an exact float32 master over the whole run)."""
-    fill: str | None = None
-    """What happens when a drawn unit does not fit: carry (it opens the next round), stop, or skip (draw on)."""
+    def __new__(cls, **options: Any) -> MisaConfig:
+        """Remember which options were given, which a dataclass does not."""
+        config = super().__new__(cls)
+        given = (name for name, value in options.items() if value is not None or name not in PRESET_OPTIONS)
+        object.__setattr__(config, "_given", frozenset(given))
+        return config
+
+    @property
+    def given(self) -> frozenset[str]:
+        """Names of the options that the caller named, whether or not with their default. Not part of equality.
+
+        A copy made by ``dataclasses.replace`` was given all of them.
+        """
+        given: frozenset[str] = self.__dict__["_given"]
+        return given
 
     def __post_init__(self) -> None:
         """Fill in the preset's values, normalise containers, check every range."""
         check_choice("preset", self.preset, PRESETS)
-        for option, value in PRESETS[self.preset].items():
-            if getattr(self, option) is None:
-                object.__setattr__(self, option, value)
+        for option in PRESET_OPTIONS:
+            if option not in self.given:
+                object.__setattr__(self, option, getattr(PRESETS[self.preset], option))
         for option in ("always_train", "frozen"):
             value = getattr(self, option)
             object.__setattr__(self, option, (value,) if isinstance(value, str) else tuple(value))
@@ -239,9 +238,8 @@ class MisaConfig:
             ("eta", self.eta, self.eta >= 0, "at least 0"),
             ("score_beta", self.score_beta, 0 <= self.score_beta < 1, "in [0, 1)"),
             ("epsilon", self.epsilon, 0 <= self.epsilon <= 1, "in [0, 1]"),
-            ("exponent_cap", float(self.exponent_cap or 0), (self.exponent_cap or 0) > 0, "larger than 0"),
-            ("sample_last", float(self.sample_last or 0), (self.sample_last or 0) >= 0, "at least 0"),
-            ("stale_after", self.stale_after, self.stale_after >= 0, "at least 0"),
+            ("exponent_cap", self.exponent_cap, self.exponent_cap > 0, "larger than 0"),
+            ("sample_last", self.sample_last, self.sample_last >= 0, "at least 0"),
             ("max_grad_norm", self.max_grad_norm or 1.0, self.max_grad_norm is None or self.max_grad_norm > 0, "> 0"),
         )
         for name, value, fine, needed in ranges:
@@ -272,6 +270,10 @@ class MisaConfig:
         Raises:
             ValueError: an option is unknown (the closest known one is named) or has an invalid value.
         """
+        for option, only in RETIRED.items():
+            if options.get(option, only) != only:
+                raise ValueError(f"{option} is no longer an option; it is always {only}, got {options[option]!r}")
+        options = {option: value for option, value in options.items() if option not in RETIRED}
         known = {entry.name for entry in fields(cls)}
         for option in options:
             check_choice("option", option, known)

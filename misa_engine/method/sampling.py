@@ -1,8 +1,8 @@
-"""Who trains next: the units' scores, the rules that draw from them, and the budget that every draw keeps.
+"""Who trains next: the units' scores, the draws, and the budget that every draw keeps.
 
-A rule is a pure function of a :class:`DrawContext` and a generator: it orders the units. What does not depend on the
-rule happens once, in :class:`ImportanceTracker`: the score's moving average, forced choices, filling the budget, visit
-counts, the checkpoint. Everything here is float64 or int on the host and runs once a round, between two steps.
+The rules (``rules.py``) order the units. What does not depend on the rule happens here: the score's moving average,
+forced choices, filling the budget, visit counts, the checkpoint. Everything is float64 or int on the host and runs once
+a round, between two steps.
 
 B units; G_u the score of a unit, n_u its number of parameters, η and β as in MisaConfig, T inner steps a round.
 """
@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from misa_engine.method.config import MisaConfig
+from misa_engine.method.partition import Unit, matches
+from misa_engine.method.rules import RULES, DrawContext
 
 #: Named wherever a tensor is made: the generator lives on the host, whatever torch.set_default_device says.
 CPU = torch.device("cpu")
@@ -35,150 +36,6 @@ SAVED = (
     *("round", "round_length", "active", "visits", "last_visit", "refused_sums"),
     *("_ema", "_updates", "_missed", "_carried", "_left"),
 )
-
-
-@dataclass(frozen=True)
-class DrawContext:
-    """All that a rule may look at."""
-
-    scores: Tensor  # (B,) float64, G_u as the preset reads it
-    exponents: Tensor  # (B,) float64, η times the normalised score, capped: P_u ∝ exp(exponent)
-    log_weights: Tensor  # (B,) float64, logarithms of the static weights
-    visits: tuple[int, ...]  # rounds in which the unit was active
-    last_visit: tuple[int, ...]  # last such round, -1 for none
-    left: tuple[int, ...]  # what is left of the present pass (cyclic, shuffle), in order
-    epsilon: float  # share of uniform draws (epsilon_greedy)
-
-
-@dataclass(frozen=True)
-class Draw:
-    """Units in the order in which a rule draws them; as many get in as the budget holds."""
-
-    order: Sequence[int]
-    then: Sequence[int] = ()  # the next pass; begins only when all of `order` got in
-
-
-@dataclass(frozen=True)
-class Rule:
-    """A row of RULES. The distribution of ``draw``'s first unit is ``probabilities``."""
-
-    draw: Callable[[DrawContext, torch.Generator], Draw]
-    probabilities: Callable[[DrawContext], Tensor]
-    needs_scores: bool = False  # the cold start is for rules that look at scores, or at what follows from them
-    carries: bool = False  # fill="carry" is for random draws; a pass keeps a refused unit anyhow, and greedy is greedy
-
-
-def race(log_weights: Tensor, generator: torch.Generator) -> list[int]:
-    """Order all units as sequential weighted draws without replacement would.
-
-    Exponential clocks with rates w_u ring in exactly that order (Efraimidis and Spirakis 2006). In logarithms the
-    clock is a Gumbel variable added to log w_u, so a weight that underflows as a number still has its place.
-    """
-    uniform = torch.rand(len(log_weights), dtype=torch.float64, device=CPU, generator=generator)
-    gumbel = -torch.log(-torch.log1p(-uniform))
-    # Beyond 1e16 the sum forgets the noise; sorting by noise first still breaks ties between equal weights fairly.
-    by_noise = torch.argsort(gumbel, descending=True, stable=True)
-    keys = (log_weights - log_weights.max() + gumbel)[by_noise]
-    return by_noise[torch.argsort(keys, descending=True, stable=True)].tolist()
-
-
-def log_gamma_variates(shape: Tensor, generator: torch.Generator) -> Tensor:
-    """Logarithms of Gamma(shape, 1) variates for shapes of at least 1 (Marsaglia and Tsang 2000).
-
-    torch.distributions draws from the global generator only, and a Dirichlet vector is normalised Gamma variates.
-    """
-    result = torch.empty_like(shape)
-    waiting = torch.arange(len(shape), device=CPU)
-    while len(waiting):  # accepts over 95% at every shape, so four or five turns for 10,000 units
-        d = shape[waiting] - 1 / 3
-        x = torch.randn(len(d), dtype=torch.float64, device=CPU, generator=generator)
-        log_u = torch.rand(len(d), dtype=torch.float64, device=CPU, generator=generator).log()
-        v = (1 + x / (9 * d).sqrt()) ** 3
-        accepted = (v > 0) & (log_u < x.square() / 2 + d - d * v + d * v.log())
-        result[waiting[accepted]] = (d * v)[accepted].log()
-        waiting = waiting[~accepted]
-    return result
-
-
-def _one_hot(unit: int, like: Tensor) -> Tensor:
-    return torch.zeros_like(like).index_fill(0, torch.tensor([unit], device=CPU), 1.0)
-
-
-def _weighted(log_weights: Callable[[DrawContext], Tensor], needs_scores: bool = False) -> Rule:
-    """Rule that draws with weights exp(log_weights), one after the other, without replacement."""
-    return Rule(
-        draw=lambda context, generator: Draw(race(log_weights(context), generator)),
-        probabilities=lambda context: torch.softmax(log_weights(context), dim=0),
-        needs_scores=needs_scores,
-        carries=True,
-    )
-
-
-def _draw_cyclic(context: DrawContext, generator: torch.Generator) -> Draw:
-    return Draw(context.left, range(len(context.scores)))
-
-
-def _probabilities_cyclic(context: DrawContext) -> Tensor:
-    return _one_hot(context.left[0] if context.left else 0, context.scores)
-
-
-def _draw_shuffle(context: DrawContext, generator: torch.Generator) -> Draw:
-    return Draw(context.left, torch.randperm(len(context.scores), device=CPU, generator=generator).tolist())
-
-
-def _probabilities_shuffle(context: DrawContext) -> Tensor:
-    choices = torch.tensor(context.left or range(len(context.scores)), device=CPU)
-    return torch.zeros_like(context.scores).index_fill(0, choices, 1 / len(choices))
-
-
-def _best_first(context: DrawContext) -> list[int]:
-    """Highest score first; ties go to the least recent visit, then to the lower index."""
-    oldest = torch.argsort(torch.tensor(context.last_visit, device=CPU), stable=True)
-    return oldest[torch.argsort(context.scores[oldest], descending=True, stable=True)].tolist()
-
-
-def _draw_top_k(context: DrawContext, generator: torch.Generator) -> Draw:
-    return Draw(_best_first(context))
-
-
-def _probabilities_top_k(context: DrawContext) -> Tensor:
-    return _one_hot(_best_first(context)[0], context.scores)
-
-
-def _counts(context: DrawContext) -> Tensor:
-    return torch.tensor(context.visits, dtype=torch.float64, device=CPU) + 1
-
-
-def _draw_epsilon_greedy(context: DrawContext, generator: torch.Generator) -> Draw:
-    """With probability ε all of the draw is uniform, else its weights are a Dirichlet(visits + 1) sample.
-
-    The selection step of AdaGradSelect (arXiv 2512.15764) with ε and the exploring distribution held constant: units
-    visited often are likely to be visited again, and a fresh Dirichlet sample each round decides how likely. Visits
-    carry the information, not gradient norms.
-    """
-    exploring = torch.rand((), dtype=torch.float64, device=CPU, generator=generator).item() < context.epsilon
-    if exploring:
-        return Draw(race(torch.zeros_like(context.scores), generator))
-    return Draw(race(log_gamma_variates(_counts(context), generator), generator))
-
-
-def _probabilities_epsilon_greedy(context: DrawContext) -> Tensor:
-    # The mean of Dirichlet(a) is a / Σa, and that is the distribution of the first unit drawn with such weights.
-    counts = _counts(context)
-    return context.epsilon / len(counts) + (1 - context.epsilon) * counts / counts.sum()
-
-
-#: How units are drawn. importance: MISA; uniform: LISA; cyclic and shuffle: BAdam's fixed and random order (every unit
-#: once a pass); static: OwLore, OWS; top_k: greedy; epsilon_greedy: AdaGradSelect.
-RULES: dict[str, Rule] = {
-    "importance": _weighted(lambda context: context.exponents, needs_scores=True),
-    "uniform": _weighted(lambda context: torch.zeros_like(context.scores)),
-    "cyclic": Rule(_draw_cyclic, _probabilities_cyclic),
-    "shuffle": Rule(_draw_shuffle, _probabilities_shuffle),
-    "static": _weighted(lambda context: context.log_weights),
-    "top_k": Rule(_draw_top_k, _probabilities_top_k, needs_scores=True),
-    "epsilon_greedy": Rule(_draw_epsilon_greedy, _probabilities_epsilon_greedy, needs_scores=True, carries=True),
-}
 
 
 def fill_budget(
@@ -207,6 +64,25 @@ def fill_budget(
         elif fill != "skip":
             return taken, unit
     return taken, None
+
+
+def static_weights(units: Sequence[Unit], weights: Mapping[str, float]) -> list[float] | None:
+    """Relative weight of each unit for ``rule="static"``: the first matching pattern's, otherwise 1.
+
+    Returns:
+        One weight a unit, or None when no weights are given.
+
+    Raises:
+        ValueError: a pattern matches no unit.
+    """
+    if not weights:
+        return None
+    for pattern in weights:
+        if not any(matches(pattern, unit.name) for unit in units):
+            raise ValueError(
+                f"static_weights pattern {pattern!r} matches no unit; unit names look like {units[0].name!r}"
+            )
+    return [next((weight for pattern, weight in weights.items() if matches(pattern, unit.name)), 1.0) for unit in units]
 
 
 class ImportanceTracker:
@@ -281,7 +157,7 @@ class ImportanceTracker:
         return self.active
 
     def _draw_by_rule(self, forced: list[int]) -> list[int]:
-        fill = str(self.config.fill)
+        fill = self.config.fill
         drawn = self._rule.draw(self._context(), self._generator)
         order = list(dict.fromkeys([*forced, *drawn.order]))
         taken, refused = fill_budget(order, self.sizes, self.budget, fill, self._smallest)
@@ -311,7 +187,7 @@ class ImportanceTracker:
         return [unseen[i] for i in permutation.tolist()]
 
     def _least_recent(self, unseen: list[int]) -> list[int]:
-        wanted = int(self.config.sample_last or 0)
+        wanted = self.config.sample_last
         if not wanted:
             return []
         others = set(range(len(self.sizes))) - set(unseen)
@@ -381,7 +257,7 @@ class ImportanceTracker:
         if self.config.score_normalisation == "relative" and signal.any():
             signal = signal / signal.max()  # first, so that the mean neither overflows nor is subnormal
             signal = signal / signal.mean()
-        cap = min(float(self.config.exponent_cap or math.inf), LARGEST_EXPONENT)
+        cap = min(self.config.exponent_cap, LARGEST_EXPONENT)
         return (self.config.eta * signal).clamp(max=cap)
 
     @property
@@ -403,15 +279,14 @@ class ImportanceTracker:
         return [self.round - last for last in self.last_visit]
 
     def starved(self) -> list[int]:
-        """Units without a visit for more than ``stale_after`` rounds.
+        """Units without a visit for more than 10·B / (mean units per round) rounds, hence at least 10.
 
-        By default that is 10·B / (mean units per round), hence at least 10: drawn uniformly, a unit waits so long with
-        probability e⁻¹⁰ = 4.5e-5.
+        Drawn uniformly, a unit waits so long with probability e⁻¹⁰ = 4.5e-5.
         """
         drawn = sum(self.visits)
         if not drawn:
             return []
-        limit = self.config.stale_after or 10 * len(self.sizes) * (self.round + 1) / drawn
+        limit = 10 * len(self.sizes) * (self.round + 1) / drawn
         return [unit for unit, stale in enumerate(self.stale_rounds) if stale > limit]
 
     def state_dict(self) -> dict[str, Any]:

@@ -13,8 +13,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backend import on_device, triton_kernels, uses_triton
-from .tiles import BLOCK, CHUNK
+from ..backend import uses_triton
+from .reference import join_into, round_stochastic_reference, split_into
+
+__all__ = ["join", "join_into", "round_stochastic_", "split", "split_into"]
 
 
 def split(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,28 +38,6 @@ def join(hi: Tensor, lo: Tensor) -> Tensor:
     return out
 
 
-def split_into(
-    x: Tensor,  # float32, any shape, overwritten: it is the scratch space
-    hi: Tensor,  # bfloat16, same shape, modified in place
-    lo: Tensor,  # int16, same shape, modified in place
-) -> None:
-    """Split without allocating anything."""
-    bits = x.view(torch.int32)
-    lo.copy_(bits)  # keeps the low 16 bits, which as an int16 are bits - (hi << 16)
-    hi.view(torch.int16).copy_(bits.add_(0x8000).bitwise_right_shift_(16))
-
-
-def join_into(
-    hi: Tensor,  # bfloat16, any shape
-    lo: Tensor,  # int16, same shape
-    out: Tensor,  # float32, same shape, modified in place
-) -> None:
-    """Join without allocating anything."""
-    bits = out.view(torch.int32)
-    bits.copy_(hi.view(torch.int16))
-    bits.bitwise_left_shift_(16).add_(lo)
-
-
 @torch.no_grad()
 def round_stochastic_(
     weight: Tensor,  # (numel,) bfloat16, upper half of the master, modified in place
@@ -77,19 +57,11 @@ def round_stochastic_(
         raise ValueError(f"seed must be in [0, 2^63) and first_index at least 0; got {seed} and {first_index}")
     key1, key2 = _keys(seed)
     if not uses_triton(backend, weight):
-        _round_stochastic_reference(weight, lo, key1, key2, first_index)
+        round_stochastic_reference(weight, lo, key1, key2, first_index)
         return
-    with on_device(weight):
-        triton_kernels().round_stochastic_kernel[(-(-weight.numel() // BLOCK),)](
-            weight.view(torch.int16),
-            lo,
-            weight.numel(),
-            first_index,
-            key1,
-            key2,
-            ALIGNED=weight.numel() % 16 == 0,
-            BLOCK=BLOCK,
-        )
+    from .kernel import launch_round_stochastic
+
+    launch_round_stochastic(weight, lo, key1, key2, first_index)
 
 
 def _keys(seed: int) -> tuple[int, int]:
@@ -104,28 +76,3 @@ def _keys(seed: int) -> tuple[int, int]:
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
     x ^= x >> 31
     return x & 0x7FFFFFFF, x >> 33
-
-
-def _round_stochastic_reference(weight: Tensor, lo: Tensor, key1: int, key2: int, first_index: int) -> None:
-    for start in range(0, weight.numel(), CHUNK):
-        hi, rest = weight[start : start + CHUNK].view(torch.int16), lo[start : start + CHUNK]
-        first = first_index + start
-        index = torch.arange(first, first + hi.numel(), dtype=torch.int64, device=weight.device)
-        random = _mix(_mix((index & 0xFFFFFFFF) ^ key1) ^ key2 ^ (index >> 32))
-        bits = (hi.int() << 16) + rest
-        rounded = ((bits + (random >> 16).int()) >> 16).short()
-        # A master at the edge of the range keeps its nearest neighbour instead of becoming infinite.
-        hi.copy_(torch.where((rounded & 0x7F80) == 0x7F80, hi, rounded))
-        rest.zero_()
-
-
-def _mix(x: Tensor) -> Tensor:
-    """Bijective 32-bit mixing function ("lowbias32", C. Wellons), on the low 32 bits of an int64.
-
-    A few integer operations, the same in every backend; Philox costs ten rounds and differs between libraries.
-    """
-    x = x ^ (x >> 16)
-    x = (x * 0x7FEB352D) & 0xFFFFFFFF
-    x = x ^ (x >> 15)
-    x = (x * 0x846CA68B) & 0xFFFFFFFF
-    return x ^ (x >> 16)

@@ -1,4 +1,4 @@
-"""RunRecorder: turns a training run into its run log, from the first line ("run") to the last ("end")."""
+"""RunLogWriter: turns a training run into its run log, from the first line ("run") to the last ("end")."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 PACKAGES = ("misa_engine", "torch", "triton", "transformers", "trl", "accelerate")
 
 
-class RunRecorder:
+class RunLogWriter:
     """Writes the run log of one training run, with or without MISA (the baseline has the same log).
 
     Args:
@@ -110,6 +110,12 @@ class RunRecorder:
             snapshot_bytes=self._start.held_bytes,  # on the host, so part of the peak where that is the device
             step_time_s=self.clock.summary(),
         )
+
+    def has_end(self) -> bool:
+        """Whether the log ends with a finished run."""
+        if self._log is None or not self._log.path.is_file():
+            return False
+        return any(entry["type"] == "end" for entry in RunLog.read(self._log.path))
 
     def _has_beginning(self) -> bool:
         assert self._log is not None

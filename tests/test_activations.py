@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from misa_engine import MisaConfig
-from misa_engine.planner.activations import Pass, liger_rows, peak
+from misa_engine.planner.activations import MicroBatch, liger_rows, peak
 from misa_engine.planner.cards import published_config
 from misa_engine.planner.plan import plan
 from misa_engine.planner.probe import measure
-from misa_engine.planner.worst_case import Subject, WorstCase, draws
+from misa_engine.planner.worst_case import MetaModel, WorstCase, draws
 
 #: What the product promises.
 TOLERANCE = 0.03
@@ -26,25 +26,25 @@ def subjects():
 
     def get(name):
         if name not in made:
-            made[name] = Subject(published_config(name))
+            made[name] = MetaModel(published_config(name))
         return made[name]
 
     return get
 
 
-def drawn(subject, which, delta=0.03, run=None):
+def drawn(meta, which, delta=0.03, micro_batch=None):
     """Parameter names of an active set by what it is called."""
     misa = MisaConfig(delta=delta)
-    units = subject.partition(misa).units
+    units = meta.partition(misa).units
     last = max(unit.layer for unit in units)
     if which == "worst":
-        return WorstCase(subject, misa, run).peak(run)[1]
+        return WorstCase(meta, misa, micro_batch).peak(micro_batch)[1]
     if which == "middle":
         return [unit.name for unit in units if unit.layer == last // 2 and unit.kind in ("q", "up")]
     if which == "top":
         return [unit.name for unit in units if unit.layer == last and unit.kind in ("o", "gate")]
     order = random.Random(which).sample(units, len(units))
-    budget, chosen = subject.partition(misa).total * delta, []
+    budget, chosen = meta.partition(misa).total * delta, []
     for unit in order:
         if unit.numel <= budget:
             chosen.append(unit.name)
@@ -52,52 +52,52 @@ def drawn(subject, which, delta=0.03, run=None):
     return chosen
 
 
-def deviation(subject, names, run):
-    layers, embedding, head = subject.places(names)
-    predicted = peak(subject.shape, run, layers, embedding=embedding, head=head).total
+def deviation(meta, names, micro_batch):
+    layers, embedding, head = meta.places(names)
+    predicted = peak(meta.shape, micro_batch, layers, embedding=embedding, head=head).total
     found = measure(
-        subject.config,
+        meta.config,
         names,
-        batch=run.batch,
-        length=run.length,
-        checkpointing=run.checkpointing,
-        loss=run.loss,
-        liger=run.liger,
-        gemm_gradients=run.gemm_gradients,
-        padded=run.padded,
+        batch=micro_batch.batch,
+        length=micro_batch.length,
+        checkpointing=micro_batch.checkpointing,
+        loss=micro_batch.loss,
+        liger=micro_batch.liger,
+        gemm_gradients=micro_batch.gemm_gradients,
+        padded=micro_batch.padded,
     )
     return predicted / found.peak - 1
 
 
 @pytest.mark.parametrize(
-    ("name", "which", "run"),
+    ("name", "which", "micro_batch"),
     [
-        ("llama-3-8b", "worst", Pass(2, 2048, True, "chunked")),
-        ("llama-3-8b", "worst", Pass(1, 2048, False, "plain")),
-        ("llama-2-7b", "worst", Pass(1, 4096, True, "plain")),
-        ("mistral-7b", "middle", Pass(1, 512, False, "chunked")),
-        ("qwen2.5-7b", "worst", Pass(1, 8192, True, "chunked")),
-        ("qwen2.5-7b", 1, Pass(1, 2048, False, "chunked")),
-        ("llama-3-8b", "top", Pass(1, 2048, True, "plain")),
-        ("qwen3-8b", 2, Pass(1, 1024, True, "chunked")),
-        ("tinyllama", 3, Pass(4, 512, True, "chunked", gemm_gradients=False)),
+        ("llama-3-8b", "worst", MicroBatch(2, 2048, True, "chunked")),
+        ("llama-3-8b", "worst", MicroBatch(1, 2048, False, "plain")),
+        ("llama-2-7b", "worst", MicroBatch(1, 4096, True, "plain")),
+        ("mistral-7b", "middle", MicroBatch(1, 512, False, "chunked")),
+        ("qwen2.5-7b", "worst", MicroBatch(1, 8192, True, "chunked")),
+        ("qwen2.5-7b", 1, MicroBatch(1, 2048, False, "chunked")),
+        ("llama-3-8b", "top", MicroBatch(1, 2048, True, "plain")),
+        ("qwen3-8b", 2, MicroBatch(1, 1024, True, "chunked")),
+        ("tinyllama", 3, MicroBatch(4, 512, True, "chunked", gemm_gradients=False)),
     ],
     ids=str,
 )
-def test_the_predicted_peak_is_that_of_a_full_size_pass(subjects, name, which, run):
-    subject = subjects(name)
-    assert abs(deviation(subject, drawn(subject, which, run=run), run)) < TOLERANCE
+def test_the_predicted_peak_is_that_of_a_full_size_pass(subjects, name, which, micro_batch):
+    meta = subjects(name)
+    assert abs(deviation(meta, drawn(meta, which, micro_batch=micro_batch), micro_batch)) < TOLERANCE
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", SEVEN_TO_EIGHT)
 def test_every_combination_of_the_grid(subjects, name):
-    subject, worst = subjects(name), {}
+    meta, worst = subjects(name), {}
     grid = itertools.product((512, 2048, 8192), (True, False), ("chunked", "plain"), (True, False))
     for length, checkpointing, loss, gemm in grid:
-        run = Pass(1, length, checkpointing, loss, gemm_gradients=gemm)
+        micro_batch = MicroBatch(1, length, checkpointing, loss, gemm_gradients=gemm)
         for which in ("worst", "middle", "top", 1, 2):
-            worst[(run, which)] = deviation(subject, drawn(subject, which, run=run), run)
+            worst[(micro_batch, which)] = deviation(meta, drawn(meta, which, micro_batch=micro_batch), micro_batch)
     beyond = {case: found for case, found in worst.items() if abs(found) >= TOLERANCE}
     print(name, len(worst), "cases, largest deviation", max(worst.values(), key=abs))
     assert not beyond
@@ -106,49 +106,18 @@ def test_every_combination_of_the_grid(subjects, name):
 @pytest.mark.parametrize("always", [("norm",), ("embed_tokens",), ("lm_head",)], ids=str)
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_what_is_always_trained_is_in_the_peak(subjects, always, checkpointing):
-    subject = subjects("tinyllama")
-    run = Pass(1, 1024, checkpointing, "plain")
+    meta = subjects("tinyllama")
+    micro_batch = MicroBatch(1, 1024, checkpointing, "plain")
     misa = MisaConfig(delta=0.03, always_train=always)
-    names = max(draws(subject, misa, run), key=len)
-    assert abs(deviation(subject, names, run)) < TOLERANCE
-
-
-@pytest.mark.parametrize("checkpointing", [True, False])
-@pytest.mark.parametrize("granularity", ["module", "block", "layer"])
-def test_no_random_draw_needs_more_than_the_worst_one(subjects, granularity, checkpointing):
-    subject = subjects("llama-3-8b")
-    misa = MisaConfig(delta=0.03 if granularity != "layer" else 0.06, granularity=granularity)
-    run = Pass(1, 2048, checkpointing, "chunked")
-    limit = WorstCase(subject, misa, run).peak(run)[0].total
-    units = subject.partition(misa).units
-    generator = random.Random(0)
-    for _ in range(200):
-        budget, chosen = subject.partition(misa).total * misa.delta, []
-        for unit in generator.sample(units, len(units)):
-            if unit.numel <= budget:
-                chosen += unit.params
-                budget -= unit.numel
-        layers, embedding, head = subject.places(chosen)
-        assert peak(subject.shape, run, layers, embedding=embedding, head=head).total <= limit
-
-
-def test_a_family_without_formulas_is_measured_and_scaled(subjects):
-    # Gemma 2: other norms, sliding windows in every second layer, eager attention
-    config = published_config("gemma-2-9b")
-    config.num_hidden_layers, config.layer_types = 8, config.layer_types[:8]
-    subject = Subject(config)
-    assert subject.shape is None
-    run = Pass(1, 1024, True, "plain")
-    estimate, names = WorstCase(subject, MisaConfig(delta=0.05), run).peak(run)
-    found = measure(subject.config, names, batch=1, length=1024, checkpointing=True, loss="plain")
-    assert abs(estimate.total / found.peak - 1) < TOLERANCE
+    names = max(draws(meta, misa, micro_batch), key=len)
+    assert abs(deviation(meta, names, micro_batch)) < TOLERANCE
 
 
 def test_a_float32_model_is_measured_in_float32():
     config = published_config("tinyllama")
     config.num_hidden_layers = 4
     wide, narrow = (
-        plan(config, misa=MisaConfig(delta=0.1), run=Pass(1, 512, True, "plain"), dtype=dtype)
+        plan(config, misa=MisaConfig(delta=0.1), micro_batch=MicroBatch(1, 512, True, "plain"), dtype=dtype)
         for dtype in (torch.float32, torch.bfloat16)
     )
     assert wide.bytes["weights"] == pytest.approx(2 * narrow.bytes["weights"], rel=1e-6)
@@ -180,11 +149,19 @@ def test_the_plan_agrees_with_the_fit_by_hand(subjects, name):
     # most layers: 2%. Never more than 2% above it, which is the rounding of the table's 3.0k.
     settings = (("float32", 0.03), ("int8", 0.03), ("float32", 0.01))
     for (state_dtype, delta), tokens in zip(settings, FIT[name], strict=True):
-        passes = [Pass(1, 1, True, "chunked"), Pass(1, 1, True, "plain"), Pass(1, 1, False, "chunked")]
-        passes.append(Pass(1, 1, False, "plain"))
-        for run, thousands in zip(passes, tokens, strict=True):
-            found = plan(subjects(name), card="rtx4090", delta=delta, state_dtype=state_dtype, run=run)
-            assert 0.92 < found.max_tokens_per_micro_batch / (1000 * thousands) < 1.02, (run, state_dtype, delta)
+        passes = [
+            MicroBatch(1, 1, True, "chunked"),
+            MicroBatch(1, 1, True, "plain"),
+            MicroBatch(1, 1, False, "chunked"),
+        ]
+        passes.append(MicroBatch(1, 1, False, "plain"))
+        for micro_batch, thousands in zip(passes, tokens, strict=True):
+            found = plan(subjects(name), card="rtx4090", delta=delta, state_dtype=state_dtype, micro_batch=micro_batch)
+            assert 0.92 < found.max_tokens_per_micro_batch / (1000 * thousands) < 1.02, (
+                micro_batch,
+                state_dtype,
+                delta,
+            )
 
 
 def test_ligers_chunks_follow_its_rule():

@@ -1,4 +1,4 @@
-"""Triton kernels of blockwise8.py, and the codec that ``adamw_kernel`` shares with them. The rules: triton_kernels.py.
+"""The codec as Triton functions, which ``adamw_kernel`` uses too, its kernels and launchers. Rules: ``kernels``.
 
 A tile is BLOCK elements of one dimension, its scales are BLOCK/64. A thread holds 8 elements in a row, so that a group
 of 64 lies in 8 neighbouring threads and ``reshape`` moves nothing.
@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from . import blockwise8
+from .. import tiles
+from ..backend import on_device
+from ..tiles import BLOCK
 
-GROUP = tl.constexpr(blockwise8.GROUP)
-HUGE = tl.constexpr(blockwise8.HUGE)
+GROUP = tl.constexpr(tiles.GROUP)
+HUGE = tl.constexpr(tiles.HUGE)
 
 
 @triton.jit
@@ -88,6 +91,24 @@ def compress_kernel(
     tl.store(v_scale + group, s, mask=group * GROUP < n)
 
 
+def launch_compress(m: Tensor, v: Tensor, m8: Tensor, v8: Tensor, m_scale: Tensor, v_scale: Tensor) -> None:
+    """Launch one program a tile."""
+    with on_device(m):
+        compress_kernel[(-(-m.numel() // BLOCK),)](
+            m,
+            v,
+            m8,
+            v8,
+            m_scale,
+            v_scale,
+            m.numel(),
+            ALIGNED=m.numel() % 16 == 0,
+            BLOCK=BLOCK,
+            num_warps=4,
+            enable_fp_fusion=False,
+        )
+
+
 @triton.jit(do_not_specialize=["n"])
 def expand_kernel(
     m,  # (n,) f32, out
@@ -111,3 +132,21 @@ def expand_kernel(
     s = tl.load(v_scale + group, mask=exists, other=0.0)
     tl.store(m + at, decode_first(tl.load(m8 + at, mask=inside, other=0), a, BLOCK), mask=inside)
     tl.store(v + at, decode_second(tl.load(v8 + at, mask=inside, other=0), s, BLOCK), mask=inside)
+
+
+def launch_expand(m8: Tensor, v8: Tensor, m_scale: Tensor, v_scale: Tensor, m: Tensor, v: Tensor) -> None:
+    """Launch one program a tile."""
+    with on_device(m):
+        expand_kernel[(-(-m.numel() // BLOCK),)](
+            m,
+            v,
+            m8,
+            v8,
+            m_scale,
+            v_scale,
+            m.numel(),
+            ALIGNED=m.numel() % 16 == 0,
+            BLOCK=BLOCK,
+            num_warps=4,
+            enable_fp_fusion=False,
+        )

@@ -1,6 +1,6 @@
 """What a record may look like: the shapes that TRL knows and two that become one of them, and checks with a remedy.
 
-A new shape of record is one row in SHAPES.
+A new format of record is one row in FORMATS.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from misa_engine.errors import UserError, did_you_mean
 
 
 @dataclass(frozen=True)
-class Shape:
+class RecordFormat:
     """One kind of record: the columns that make it, and what becomes of them."""
 
     name: str
@@ -51,15 +51,19 @@ def turns_to_messages(record: Mapping[str, Any]) -> dict[str, Any]:
 
 CHAT_EXTRAS = ("tools", "chat_template_kwargs")
 #: First match wins; the kind is read off the first record. ``{text}`` stands for --dataset_text_field.
-SHAPES = (
-    Shape("tokens", ("input_ids",), ("tokens",), optional=("labels", "completion_mask", "assistant_masks")),
-    Shape("messages", ("messages",), ("messages",), optional=CHAT_EXTRAS),
-    Shape("messages", ("conversations",), ("messages",), optional=CHAT_EXTRAS, rename=("conversations", "messages")),
-    Shape("ShareGPT conversations", ("conversations",), ("turns",), CHAT_EXTRAS, turns_to_messages),
-    Shape("prompt/completion messages", ("prompt", "completion"), ("messages", "messages"), optional=CHAT_EXTRAS),
-    Shape("prompt/completion", ("prompt", "completion"), ("text", "text")),
-    Shape("instruction/output", ("instruction", "output"), ("text", "text"), ("input",), instruction_to_prompt),
-    Shape("text", ("{text}",), ("text",)),
+FORMATS = (
+    RecordFormat("tokens", ("input_ids",), ("tokens",), optional=("labels", "completion_mask", "assistant_masks")),
+    RecordFormat("messages", ("messages",), ("messages",), optional=CHAT_EXTRAS),
+    RecordFormat(
+        "messages", ("conversations",), ("messages",), optional=CHAT_EXTRAS, rename=("conversations", "messages")
+    ),
+    RecordFormat("ShareGPT conversations", ("conversations",), ("turns",), CHAT_EXTRAS, turns_to_messages),
+    RecordFormat(
+        "prompt/completion messages", ("prompt", "completion"), ("messages", "messages"), optional=CHAT_EXTRAS
+    ),
+    RecordFormat("prompt/completion", ("prompt", "completion"), ("text", "text")),
+    RecordFormat("instruction/output", ("instruction", "output"), ("text", "text"), ("input",), instruction_to_prompt),
+    RecordFormat("text", ("{text}",), ("text",)),
 )
 NEEDED = (
     "'text'; 'prompt' and 'completion'; 'messages' (a list of {role, content}); 'conversations' (a list of "
@@ -69,48 +73,48 @@ NEEDED = (
 
 
 def check_records(
-    records: Iterable[tuple[str, Any]], source: str, text_field: str, shape: Shape | None = None
-) -> Shape:
-    """Recognise the shape from the first record and hold every other one to it."""
+    records: Iterable[tuple[str, Any]], source: str, text_field: str, format: RecordFormat | None = None
+) -> RecordFormat:
+    """Recognise the format from the first record and hold every other one to it."""
     for place, record in records:
         if not isinstance(record, dict):
             raise UserError(f"{source}, {place}: a record must be an object with named columns; found {_say(record)}.")
-        shape = shape or recognise(record, f"{source}, {place}", text_field)
-        problem = record_problem(record, shape, text_field)
+        format = format or recognise(record, f"{source}, {place}", text_field)
+        problem = record_problem(record, format, text_field)
         if problem:
             raise UserError(f"{source}, {place}: {problem}")
-    if shape is None:
+    if format is None:
         raise UserError(f"{source} holds no records.")
-    return shape
+    return format
 
 
-def check_dataset(dataset: Any, source: str, text_field: str, shape: Shape | None = None) -> Shape:
+def check_dataset(dataset: Any, source: str, text_field: str, format: RecordFormat | None = None) -> RecordFormat:
     """The same for a data set in Arrow, where columns of strings need only a look for nulls."""
     if len(dataset) == 0:
         raise UserError(f"{source} holds no records.")
-    shape = shape or recognise(dataset[0], source, text_field)
-    columns = needed_columns(shape, text_field)
+    format = format or recognise(dataset[0], source, text_field)
+    columns = needed_columns(format, text_field)
     if set(columns) <= set(dataset.column_names) and all(
         getattr(dataset.features[name], "dtype", "") == "string" and dataset.data[name].null_count == 0
         for name in columns
     ):
-        return shape
-    return check_records(((f"record {n}", row) for n, row in enumerate(dataset, 1)), source, text_field, shape)
+        return format
+    return check_records(((f"record {n}", row) for n, row in enumerate(dataset, 1)), source, text_field, format)
 
 
-def recognise(record: Mapping[str, Any], place: str, text_field: str = "text") -> Shape:
-    """The first row of SHAPES whose columns are there in the right kind; a text column the user named comes first."""
+def recognise(record: Mapping[str, Any], place: str, text_field: str = "text") -> RecordFormat:
+    """The first row of FORMATS whose columns are there in the right kind; a text column the user named comes first."""
     partly: str | None = None
     chosen = text_field != "text"
     if chosen and text_field not in record:
         found = ", ".join(map(repr, record)) or "nothing"
         raise UserError(f"{place}: there is no column {text_field!r} (--dataset_text_field); found: {found}.")
-    for shape in SHAPES[-1:] if chosen else SHAPES:
-        columns = needed_columns(shape, text_field)
+    for format in FORMATS[-1:] if chosen else FORMATS:
+        columns = needed_columns(format, text_field)
         if all(name in record for name in columns):
-            problem = record_problem(record, shape, text_field)
+            problem = record_problem(record, format, text_field)
             if problem is None:
-                return shape
+                return format
             partly = problem  # of the last row: it asks for the simplest kind
     if partly:
         raise UserError(f"{place}: {partly}")
@@ -119,16 +123,16 @@ def recognise(record: Mapping[str, Any], place: str, text_field: str = "text") -
     raise UserError(f"{place}: columns found: {found}; needed: {NEEDED}{hint}")
 
 
-def record_problem(record: Mapping[str, Any], shape: Shape, text_field: str = "text") -> str | None:
+def record_problem(record: Mapping[str, Any], format: RecordFormat, text_field: str = "text") -> str | None:
     """What is wrong with one record, or None."""
-    for column, kind in zip(needed_columns(shape, text_field), shape.kinds, strict=True):
+    for column, kind in zip(needed_columns(format, text_field), format.kinds, strict=True):
         if record.get(column) is None:
             missing = "is null" if column in record else f"is missing (found: {', '.join(map(repr, record))})"
-            return f"column {column!r} {missing}; every record of a {shape.name} data set needs it."
+            return f"column {column!r} {missing}; every record of a {format.name} data set needs it."
         problem = KINDS[kind](record[column])
         if problem:
             return f"column {column!r} {problem}"
-    if shape.convert is not None and not isinstance(record.get("input") or "", str):
+    if format.convert is not None and not isinstance(record.get("input") or "", str):
         return f"column 'input' is {_say(record['input'])}; it must be text."
     return None
 
@@ -173,6 +177,6 @@ def _say(value: Any) -> str:
     return "null" if value is None else f"{kind} {shown if len(shown) <= 60 else shown[:57] + '...'}"
 
 
-def needed_columns(shape: Shape, text_field: str) -> list[str]:
-    """Names of the columns that the shape needs, with --dataset_text_field in its place."""
-    return [name.format(text=text_field) for name in shape.needed]
+def needed_columns(format: RecordFormat, text_field: str) -> list[str]:
+    """Names of the columns that the format needs, with --dataset_text_field in its place."""
+    return [name.format(text=text_field) for name in format.needed]

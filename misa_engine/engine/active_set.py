@@ -1,0 +1,108 @@
+"""ActiveSet: the parameters that hold a slot and train, and what happens when one leaves or comes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Mapping, Sequence
+
+from torch import nn
+
+from misa_engine.engine.arena import Arena
+from misa_engine.engine.gradients import GradientIntake
+from misa_engine.engine.host import HostStore
+from misa_engine.kernels.split_float import round_stochastic_
+
+
+class ActiveSet:
+    """Binds parameters to the arena and makes exactly these trainable.
+
+    Args:
+        parameters: name -> parameter, everything that can be bound.
+        groups: name -> row of the hyperparameter table.
+        arena: the slots.
+        host: what is kept of parameters that left.
+        intake: takes the gradients of those that are bound.
+        rounding_seed: round the residual bits of a parameter that leaves stochastically, by this seed; None leaves the
+            model's own bfloat16 weight, which is the master rounded to nearest.
+        backend: "triton" or "reference".
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        groups: Mapping[str, int],
+        arena: Arena,
+        host: HostStore,
+        intake: GradientIntake,
+        *,
+        rounding_seed: int | None,
+        backend: str,
+    ):
+        self._parameters, self._groups = parameters, groups
+        self._arena, self._host, self._intake = arena, host, intake
+        self._rounding_seed, self._backend = rounding_seed, backend
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the parameters that are bound, by slot."""
+        return tuple(self._arena.names)
+
+    def change(self, wanted: Sequence[str], steps: Mapping[str, int], round: int, fresh: Collection[str] = ()) -> int:
+        """Bind ``wanted`` instead of what is bound now.
+
+        Args:
+            wanted: parameters of the next round, in the order wanted for newcomers.
+            steps: name -> Adam steps of those bound so far.
+            round: number of the round that begins; with the seed it decides how residual bits are rounded.
+            fresh: parameters whose moments are cleared even if they stay.
+
+        Returns:
+            Bytes moved between the arena and the host.
+        """
+        staying = set(wanted)
+        moved = sum(self._leave(name, steps[name], round) for name in self.names if name not in staying)
+        self.bind(wanted, {name: steps[name] for name in self.names if name in staying and name not in fresh})
+        return moved + sum(self._host.enter(name, index) for index, name in enumerate(self.names))
+
+    def bind(self, names: Sequence[str], steps: Mapping[str, int], starts: Sequence[int] | None = None) -> None:
+        """Give ``names`` their slots, make them trainable, freeze the others and forget all gradients.
+
+        Args:
+            names: the parameters, in the order wanted for newcomers.
+            steps: name -> Adam steps of those that keep their moments.
+            starts: fixed places (a checkpoint's); the caller then fills in the contents.
+        """
+        kept = set(names)
+        for name in self.names:
+            self._parameters[name].grad = None
+            if name not in kept:
+                self._freeze(name)
+        self._arena.bind({name: self._parameters[name] for name in names}, self._groups, steps, starts=starts)
+        self._intake.bind()
+        for name in names:
+            self._parameters[name].requires_grad_(True)
+
+    def release(self) -> None:
+        """Forget all gradients and everything that was set on the parameters."""
+        for name in self.names:
+            self._freeze(name)
+
+    def _leave(self, name: str, steps: int, round: int) -> int:
+        """Give up, or keep on the host, what belongs to a parameter. Returns bytes copied there."""
+        index = self._arena.names.index(name)
+        slot = self._arena.slots[index]
+        if self._arena.residual is not None and self._rounding_seed is not None:
+            bits = self._arena.residual[slot.start : slot.start + slot.numel]
+            round_stochastic_(slot.weight, bits, self._stream(name, round), backend=self._backend)
+        return self._host.leave(name, index, steps)
+
+    def _stream(self, name: str, round: int) -> int:
+        # one for each (seed, round, parameter), the same in every process: Python's own hash() is salted
+        text = f"{self._rounding_seed}:{round}:{name}".encode()
+        return int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "little")
+
+    def _freeze(self, name: str) -> None:
+        parameter = self._parameters[name]
+        parameter.requires_grad_(False)
+        parameter.grad = None
+        parameter.grad_dtype = parameter.dtype
