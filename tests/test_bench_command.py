@@ -218,7 +218,15 @@ def test_arithmetic_is_right():
         assert eval(problem) == int(answer)  # noqa: S307  (our own digits and signs)
 
 
-# ---- what is refused ----
+# ---- what is said and refused ----
+
+
+@pytest.mark.parametrize("command", ["bench", "profile"])
+def test_help_names_every_option(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert not ended.value.code
+    assert {"--output", "--delta", "--steps"} <= set(capsys.readouterr().out.replace(",", " ").split())
 
 
 @pytest.mark.parametrize(
