@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
@@ -67,6 +68,7 @@ def _problem(generator: random.Random) -> str:
     return f"{a}{sign}{b}={ {'+': a + b, '-': a - b, '*': a * b}[sign] }\n".replace(" ", "")
 
 
+@lru_cache(maxsize=4)
 def rows(source: str, length: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Rows of token ids to train on, shuffled, and rows held out; both (n, length) int64."""
     texts = documents(source, seed)
