@@ -26,7 +26,7 @@ from misa_engine import MisaConfig
 from misa_engine.bench import traffic
 from misa_engine.bench.updates import SCHEMES, bound_arena, draws, sizes_of
 from misa_engine.engine.arena import Arena, padded
-from misa_engine.engine.gradients import GradientSlots
+from misa_engine.engine.gradient_slots import GradientSlots
 from misa_engine.engine.update import ArenaUpdate
 from misa_engine.kernels.backend import choose_backend
 from misa_engine.kernels.blockwise8 import GROUP, compress, expand

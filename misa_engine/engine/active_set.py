@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Collection, Mapping, Sequence
 
 from torch import nn
+from torch.autograd.graph import increment_version
 
 from misa_engine.engine.arena import Arena
 from misa_engine.engine.gradients import GradientIntake
@@ -94,6 +95,7 @@ class ActiveSet:
         if self._arena.residual is not None and self._rounding_seed is not None:
             bits = self._arena.residual[slot.start : slot.start + slot.numel]
             round_stochastic_(slot.weight, bits, self._stream(name, round), backend=self._backend)
+            increment_version([slot.weight])  # for graphs that hold it, as after an update
         return self._host.leave(name, index, steps)
 
     def _stream(self, name: str, round: int) -> int:

@@ -143,6 +143,7 @@ class Arena:
         self.table = TileTable.allocate(tiles, max_slots, device)
         self.tile_sumsq = torch.zeros(tiles, dtype=torch.float32, device=device)  # Σ over the steps of a round
         self.step_sumsq = torch.zeros(tiles, dtype=torch.float32, device=device)  # of the present step's gradients
+        self.arrived_sumsq = zeros(tiles, torch.float32, hold_gradients)  # of gradients as they arrived
         self._scratch = torch.empty(min(capacity, MOVE_BYTES), dtype=torch.uint8, device=device)
         self.slots: list[Slot] = []
         self.names: list[str] = []
@@ -175,6 +176,7 @@ class Arena:
             category = "moment_scales" if name.endswith("_scale") else name
             sizes[category] = sizes.get(category, 0) + buffer.nbytes
         small = [self.tile_sumsq, self.step_sumsq, self._scratch]
+        small += [] if self.arrived_sumsq is None else [self.arrived_sumsq]
         small += [value for value in vars(self.table).values() if isinstance(value, Tensor)]
         sizes["tables"] = sum(buffer.nbytes for buffer in small)
         return sizes

@@ -22,12 +22,14 @@ from misa_engine.engine import state
 from misa_engine.engine.active_set import ActiveSet
 from misa_engine.engine.arena import Arena, capacity_for
 from misa_engine.engine.events import CallbackHandle, SwitchEvent
-from misa_engine.engine.gradients import GradientIntake, GradientSlots, UpdateOnArrival
+from misa_engine.engine.gradient_slots import GradientSlots
+from misa_engine.engine.gradients import GradientIntake, Scaler
 from misa_engine.engine.groups import build_groups
 from misa_engine.engine.guards import CheckpointingGuard, check_model, check_trainable
 from misa_engine.engine.host import HostStore
 from misa_engine.engine.marks import phase
 from misa_engine.engine.update import ArenaUpdate
+from misa_engine.engine.update_on_arrival import UpdateOnArrival
 from misa_engine.kernels.backend import choose_backend
 from misa_engine.method.config import MisaConfig
 from misa_engine.method.partition import Partition, Unit, check_budget, partition
@@ -67,6 +69,9 @@ class MISA(torch.optim.Optimizer):
         ValueError: a bad option, a model that cannot be trained this way (see ``misa_engine.engine.guards``), or a
             budget smaller than the largest unit. Nothing has been changed then.
     """
+
+    #: GradScaler then leaves unscaling and skipping to ``step``.
+    _step_supports_amp_scaling = True
 
     def __init__(self, model: nn.Module, config: MisaConfig | None = None, **options: Any):
         if config is not None and options:
@@ -257,12 +262,16 @@ class MISA(torch.optim.Optimizer):
             ends_round = self.inner_step + 1 >= self.tracker.round_length
             if ends_round:  # any unit may come next, so all have to be in their places before anything is written
                 self._intake.places.check_all()
-            self._intake.step()
+            self._intake.step(self._scaler())
             self.total_steps += 1
             self.inner_step += 1
             if ends_round:
                 self._switch()
         return loss
+
+    def _scaler(self) -> Scaler | None:
+        """What torch.amp.GradScaler has set on this optimizer for the time of its ``step``."""
+        return Scaler(getattr(self, "grad_scale", None)) if hasattr(self, "found_inf") else None
 
     @torch.no_grad()
     def end_round(self) -> None:

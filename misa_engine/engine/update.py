@@ -10,19 +10,20 @@ Nothing here but ``report`` waits for the device.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from misa_engine.engine.arena import Arena, upload
 from misa_engine.engine.marks import phase
 from misa_engine.kernels.adamw import adamw, closing_step
 from misa_engine.kernels.finalise import finalise
 from misa_engine.kernels.norm import global_norm, reduce_slots, sum_of_squares
-from misa_engine.kernels.tiles import Control, bias_table, hyper_row
+from misa_engine.kernels.tiles import Control, Hyper, Slot, bias_table, hyper_row
 from misa_engine.method.config import MisaConfig
 
 
@@ -55,7 +56,7 @@ class ArenaUpdate:
         self._arena, self._config, self._backend = arena, config, backend
         self.control = Control.allocate(device)
         self.norm_sums = torch.zeros(arena.table.slot_group.numel(), dtype=torch.float32, device=device)
-        self._hyper = torch.zeros(n_groups, 8, dtype=torch.float32, device=device)
+        self._hyper = torch.zeros(n_groups, len(Hyper._fields), dtype=torch.float32, device=device)
         self._bias = torch.ones(n_groups, 2, 2, device=device)
         self._hyper_values: list[list[float]] = []
         self._betas: list[tuple[float, float]] = []
@@ -88,9 +89,9 @@ class ArenaUpdate:
     def measure_slot(self, index: int) -> None:
         """The norm pass over one slot, as its gradient arrives."""
         arena = self._arena
-        assert arena.grad is not None
+        assert arena.grad is not None and arena.arrived_sumsq is not None
         tiles = arena.slots[index].tiles
-        sum_of_squares(arena.grad, arena.step_sumsq, arena.table, backend=self._backend, tiles=tiles)
+        sum_of_squares(arena.grad, arena.arrived_sumsq, arena.table, backend=self._backend, tiles=tiles)
 
     def global_norm(self) -> Tensor:
         """Norm of all gradients that are present, from what was measured; a float32 scalar on the device."""
@@ -98,15 +99,20 @@ class ArenaUpdate:
             global_norm(self._arena.step_sumsq, self._arena.table, self.control, backend=self._backend)
         return self.control.grad_norm[0]
 
-    def step(self, measured: Tensor | None = None) -> None:
-        """Update every slot whose gradient is present.
+    def step(self, measured: Tensor | None = None, present: Sequence[bool] | None = None) -> None:
+        """Update every slot whose gradient is present, by the norms of the last ``measure``.
 
         Args:
-            measured: (tiles,) sums of squares for the scores, where the gradients were changed since they arrived.
+            measured: (tiles,) sums of squares for the scores, where the gradients were changed since they arrived;
+                None = those of the last ``measure``, so that the update need not sum again.
+            present: which slots have a gradient, as the device was told; None says all.
         """
         assert self._arena.grad is not None
         self._finalise()
-        self._adamw(self._arena.grad, measured=measured)
+        self._adamw(self._arena.grad, self._arena.step_sumsq if measured is None else measured)
+        slots = self._arena.slots
+        updated = slots if present is None else [slot for slot, here in zip(slots, present, strict=True) if here]
+        self._tell_autograd(updated)
         if self._config.score == "squared_mean_norm":
             self._add_norms_after_clipping()
 
@@ -124,9 +130,15 @@ class ArenaUpdate:
                 flat, arena.step_sumsq, arena.table, backend=self._backend, tiles=slot.tiles, grad_start=slot.start
             )
             self._finalise()
-            self._adamw(flat, tiles=slot.tiles, grad_start=slot.start)
+            self._adamw(flat, arena.step_sumsq, tiles=slot.tiles, grad_start=slot.start)
+            self._tell_autograd([slot])
             if self._config.score == "squared_mean_norm":
                 self._add_norms_after_clipping()
+
+    @staticmethod
+    def _tell_autograd(slots: Iterable[Slot]) -> None:
+        """Count the weights as changed: a graph that holds one from before must be refused, and kernels do not say."""
+        increment_version([slot.weight for slot in slots])
 
     def _finalise(self) -> None:
         with phase("clip/norm"):
@@ -140,7 +152,7 @@ class ArenaUpdate:
                 backend=self._backend,
             )
 
-    def _adamw(self, gradient: Tensor, **where: Any) -> None:
+    def _adamw(self, gradient: Tensor, measured: Tensor, *, tiles: range | None = None, grad_start: int = 0) -> None:
         arena = self._arena
         adamw(
             gradient,
@@ -152,7 +164,9 @@ class ArenaUpdate:
             m_scale=arena.exp_avg_scale,
             v_scale=arena.exp_avg_sq_scale,
             backend=self._backend,
-            **where,
+            measured=measured,
+            tiles=tiles,
+            grad_start=grad_start,
         )
 
     def _add_norms_after_clipping(self) -> None:
@@ -180,6 +194,7 @@ class ArenaUpdate:
             backend=self._backend,
         )
         table.slot_step[:spared].copy_(kept)
+        self._tell_autograd(arena.slots[spared:])
 
     def report(self) -> RoundReport:
         """End the round's accounts. The one synchronisation of a round."""
