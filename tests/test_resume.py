@@ -173,9 +173,7 @@ def test_what_is_given_again_takes_effect_and_is_named(go_on, run, caplog):
 
 def test_what_is_not_given_is_as_the_run_was_started(workplace, run, whole, capsys):
     unfinish(run, 6)
-    options = {
-        name: None for name in ("delta", "inner_steps", "max_steps", "learning_rate", "per_device_train_batch_size")
-    }
+    options = dict.fromkeys(("delta", "inner_steps", "max_steps", "learning_rate", "per_device_train_batch_size"))
     resume = ("--resume_from_checkpoint", "true")
     assert main(words(workplace, run, *resume, **{**OPTIONS, **options})) == 0
     assert same_model(run, whole)

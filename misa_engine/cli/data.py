@@ -165,7 +165,7 @@ def _pieces(paragraph: str) -> Iterator[str]:
     while start < len(paragraph):
         end = start + TEXT_RECORD
         cut = max(paragraph.rfind(mark, start + TEXT_RECORD // 2, end) for mark in (" ", "\n")) + 1
-        end = cut if 0 < cut and end < len(paragraph) else end
+        end = cut if cut > 0 and end < len(paragraph) else end
         yield paragraph[start:end]
         start = end
 
