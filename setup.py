@@ -36,6 +36,18 @@ setup(
     name="misa_engine",
     version=VERSION,
     description="Train all weights of a language model on one consumer GPU by module-wise importance sampling (MISA)",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    keywords=["fine-tuning", "large language models", "optimizer", "memory-efficient training", "Triton", "MISA"],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 15)),
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.10",
     packages=find_packages(include=["misa_engine", "misa_engine.*"]),
     package_data={"misa_engine": ["py.typed", "recipes/*.yaml"]},
@@ -47,6 +59,7 @@ setup(
         "datasets>=4",
         "accelerate>=1.10",
         "safetensors>=0.5",
+        "psutil>=6",
         "rich>=13",
     ],
     extras_require={
@@ -61,7 +74,11 @@ setup(
             "ruff",
             "mypy",
             "types-PyYAML",
+            "types-psutil",
+            "import-linter>=2.5",  # acyclic_siblings
+            "setuptools>=77",  # tests/test_packaging.py builds without the network
         ],
+        "docs": ["mkdocs-material>=9.6", "mkdocstrings[python]>=1"],
     },
     entry_points={"console_scripts": ["misa = misa_engine.cli.main:main"]},
 )

@@ -6,7 +6,6 @@ row shows; the others still run.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,44 +13,20 @@ from torch import nn
 
 from misa_engine.bench import peers
 from misa_engine.bench.measure import installed
-from misa_engine.bench.method import Loss, Mark, Method, Settings, Unavailable, state_bytes
-from misa_engine.bench.unfused import unfused_misa
-
-__all__ = [
-    "BASELINES",
-    "Baseline",
-    "Loss",
-    "Mark",
-    "Method",
-    "Settings",
-    "Unavailable",
-    "build",
-    "default_methods",
-    "state_bytes",
-]
-
+from misa_engine.bench.method import Build, Loss, Method, Settings, Unavailable
+from misa_engine.bench.unfused import misa_options, unfused_misa
 
 # ---- our own ----
 
 
-def _misa(name: str, **own: Any) -> Callable[[nn.Module, Loss, Settings], Method]:
+def _misa(name: str, **own: Any) -> Build:
     """MISA, or one of our rules that stands for another method: MisaConfig with ``own`` options."""
 
     def build_misa(model: nn.Module, loss: Loss, settings: Settings) -> Method:
         from misa_engine import MISA, MisaConfig
 
-        options = {
-            "lr": settings.lr,
-            "delta": settings.delta,
-            "inner_steps": settings.inner_steps,
-            "max_grad_norm": settings.max_grad_norm,
-            "seed": settings.seed,
-            "cold_start": "none",  # its one-step rounds are the beginning of a run, not what a run costs
-            **own,
-            **settings.misa,
-        }
         try:
-            config = MisaConfig.from_dict(options)
+            config = MisaConfig.from_dict(misa_options(settings, max_grad_norm=settings.max_grad_norm, **own))
         except ValueError as error:
             raise Unavailable(f"unsupported: {error}") from error
         if config.update_in == "backward" and settings.accumulation > 1:
@@ -76,9 +51,7 @@ def _outer_weights(model: nn.Module) -> tuple[str, ...]:
     return tuple(name for name, parameter in model.named_parameters() if id(parameter) in weights)
 
 
-def _by_layers(
-    name: str, layers: int, *, with_outer: bool = False, **own: Any
-) -> Callable[[nn.Module, Loss, Settings], Method]:
+def _by_layers(name: str, layers: int, *, with_outer: bool = False, **own: Any) -> Build:
     """Our engine with whole layers as units and a budget of the ``layers`` largest, whatever the settings' delta."""
 
     def build_by_layers(model: nn.Module, loss: Loss, settings: Settings) -> Method:
@@ -101,7 +74,7 @@ def _by_layers(
 class Baseline:
     """A row of BASELINES."""
 
-    build: Callable[[nn.Module, Loss, Settings], Method]
+    build: Build
     summary: str
     needs: tuple[tuple[str, str], ...] = ()
     """(module, what pip installs) of each package that it needs."""
@@ -149,24 +122,26 @@ BASELINES: dict[str, Baseline] = {
         notes="on an fp32 model the same as adamw",
     ),
     "adamw8bit": Baseline(
-        peers.adamw8bit,
+        peers.packaged("adamw8bit", "bitsandbytes.optim", "AdamW8bit"),
         "AdamW, all parameters, 8-bit states (bitsandbytes)",
         (("bitsandbytes", "bitsandbytes"),),
         _ROUNDING_NOTE,
     ),
     "adamw8bit-ao": Baseline(
-        peers.adamw8bit_ao,
+        peers.packaged("adamw8bit-ao", "torchao.optim", "AdamW8bit"),
         "AdamW, all parameters, 8-bit states (torchao)",
         (("torchao", "torchao"),),
         f"{_ROUNDING_NOTE}; compiled at its first step, on a CPU by a C++ compiler (a minute)",
     ),
     "flashadamw": Baseline(
-        peers.flashadamw,
+        peers.packaged(
+            "flashadamw", "flashoptim", "FlashAdamW", cuda_only="flashoptim's FlashAdamW has no other kernels"
+        ),
         "FlashAdamW: 8-bit states, 24-bit master weights (flashoptim, CUDA)",
         (("flashoptim", "flashoptim"),),
     ),
     "kahan": Baseline(
-        peers.kahan,
+        peers.packaged("kahan", "optimi", "AdamW", kahan_sum=True),
         "AdamW with Kahan summation, states in the weights' dtype (torch-optimi)",
         (("optimi", "torch-optimi"),),
         "the compensation is for bf16 weights; fp32 weights have none",

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from misa_engine.bench.cases import Case
+from misa_engine.bench.cases import TrainingCase
 from misa_engine.bench.workload import model_config
-from misa_engine.planner.activations import Pass
+from misa_engine.planner.activations import MicroBatch
 from misa_engine.planner.cards import Card
 from misa_engine.planner.plan import plan
 from misa_engine.trainer.lean import lean_options
@@ -25,12 +25,12 @@ ALLOCATED_TOLERANCE, RESERVED_TOLERANCE, LENGTH_TOLERANCE = 0.03, 0.08, 0.05
 # ---- the plan ----
 
 
-def ask_plan(case: Case) -> dict[str, Any]:
+def ask_plan(case: TrainingCase) -> dict[str, Any]:
     """What ``misa_engine.plan`` predicts for a case, as plain values, and ``status``: "ok" or why there is none."""
     device = torch.device(case.device)
     config = model_config(case.shape)
     liger = bool(lean_options(config.model_type, device, sft=False))
-    run = Pass(
+    micro_batch = MicroBatch(
         batch=case.batch,
         length=case.length,
         checkpointing=case.checkpointing,
@@ -40,7 +40,9 @@ def ask_plan(case: Case) -> dict[str, Any]:
     state_dtype = "int8" if case.method == "misa-int8" else "float32"
     card = Card("imitated", case.limit_bytes) if case.limit_bytes else None
     try:
-        predicted = plan(config, card=card, run=run, name=case.shape, delta=case.delta, state_dtype=state_dtype)
+        predicted = plan(
+            config, card=card, micro_batch=micro_batch, name=case.shape, delta=case.delta, state_dtype=state_dtype
+        )
     except ValueError as error:
         return {"status": f"no plan: {error}"}
     return {"status": "ok", **predicted.to_dict()}
@@ -82,10 +84,10 @@ def judge(results: Sequence[Mapping[str, Any]], plans: Mapping[str, Mapping[str,
         checks.append({"case": row["case"], "check": what, "wanted": wanted, "measured": measured, "verdict": verdict})
 
     for row in results:
-        if row["method"] not in JUDGED:
+        if row.get("method") not in JUDGED or row["case"].startswith("speed "):
             continue
         plan = plans.get(row["case"], {})
-        if row["kind"] == "train":
+        if row["kind"] == "steps":
             settings, reserved = row["settings"], row["peak_reserved_bytes"]
             if row["status"] != "ok":
                 add(row, "runs", "ok", None if row["status"] != "out of memory" else 0, False)
@@ -108,5 +110,19 @@ def judge(results: Sequence[Mapping[str, Any]], plans: Mapping[str, Mapping[str,
         elif row["kind"] == "switches":
             for name in ("allocated", "reserved"):
                 growth = row.get(f"growth_{name}_bytes")
-                add(row, f"growth of {name} over {row['settings']['steps']} switches", "0", growth, growth == 0)
+                add(row, f"growth of {name} over {row['settings']['switches']} switches", "0", growth, growth == 0)
     return checks
+
+
+def check_text(check: Mapping[str, Any]) -> str:
+    """What a check measured, in its unit."""
+    measured = check["measured"]
+    if measured is None:
+        return "-"
+    if check["check"] == "reserved":
+        return f"{measured / GIB:.2f} GiB"
+    if check["check"].endswith("- 1"):
+        return f"{measured:+.1%}"
+    if check["check"] == "runs":
+        return "yes" if measured else "no"
+    return f"{measured:,} B"

@@ -5,14 +5,22 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from misa_engine.errors import DONE, UserError, did_you_mean
+from misa_engine.bench.presets import PRESETS, SUITES, Bench
+from misa_engine.cli.parsing import Parser, names, positive, positive_size, truth
+from misa_engine.errors import DONE, FAILED, UserError, did_you_mean
 
-USAGE = """misa bench memory|throughput|loss|all --output DIR [--preset cpu] [options]
-       misa bench --render DIR/results.json"""
+USAGE = """misa bench [SUITE] --output DIR [--preset NAME] [options]
+       misa bench --render DIR/results.json [--into README.md]
+
+suites:
+""" + "\n".join(f"  {name:<11} {text}" for name, text in SUITES.items())
+#: What a round takes of the options; all else is fixed in its cases.
+ROUND_OPTIONS = {"suite", "device", "vram_gib", "delta", "sizes"}
 
 
 def run(words: list[str]) -> int:
@@ -20,123 +28,183 @@ def run(words: list[str]) -> int:
     options = _parser().parse_args(words)
     into = Path(options.into) if options.into else None
     if options.render:
-        return _render(Path(options.render), into)
-    bench = settings_of(options)
-    if not options.output:
+        render(Path(options.render), into)
+        return DONE
+    known(options.suite, SUITES, "benchmark")
+    if not options.output:  # before anything slow is imported
         raise UserError("misa bench needs --output DIR, where results.json, the page and the pictures go.")
     output = Path(options.output).expanduser()
-    if (output / "results.json").exists() and not options.overwrite:
-        raise UserError(f"{output / 'results.json'} exists: choose another --output, or say --overwrite.")
-    from misa_engine.bench.suite import run_bench
+    results = output / "results.json"
+    if results.exists() and not (options.overwrite or options.resume):
+        raise UserError(f"{results} exists: choose another --output, or say --overwrite or --resume.")
+    bench = settings_of(options)
+    from misa_engine.bench.runner import run_bench
+    from misa_engine.bench.suites import cases_of
 
-    run_bench(bench, output, lambda line: print(line, flush=True))
-    return _render(output / "results.json", into)
+    cases = [case for case in cases_of(bench, output) if options.cases in case.name]
+    if options.list or not cases:
+        print("\n".join(case.name for case in cases) or f"no case has {options.cases!r} in its name")
+        return DONE if cases else FAILED
+    limits = {"deadline_s": options.deadline_s, "resume": options.resume}
+    try:
+        document = run_bench(bench, cases, output, **limits, say=lambda line: print(line, flush=True))
+    finally:
+        if results.exists():
+            render(results, into)
+        if options.archive:
+            from misa_engine.bench.runner import pack
+
+            pack(output, Path(options.archive))
+    failed = [row for row in document["cases"] if row["kind"] == "command" and row["status"] != "ok"]
+    return DONE if not failed and any(row["status"] == "ok" for row in document["cases"]) else FAILED
 
 
-def settings_of(options: argparse.Namespace) -> Any:
-    """The preset with the options given beside it, checked before anything runs."""
+def known(word: str, all_known: Iterable[str], what: str) -> None:
+    """Refuse a name that is not known.
+
+    Raises:
+        UserError: with the closest known one and all of them.
+    """
+    all_known = list(all_known)
+    if word not in all_known:
+        hint = did_you_mean(word, all_known)
+        raise UserError(f"unknown {what} {word!r}.{hint} Known: {', '.join(all_known)}.")
+
+
+def check_names(methods: Iterable[str], shapes: Iterable[str], device: str) -> None:
+    """Refuse methods, models and devices that are not known or not here.
+
+    Raises:
+        UserError: one of them.
+    """
     import torch
 
     from misa_engine.bench.baselines import BASELINES
-    from misa_engine.bench.corpus import documents
-    from misa_engine.bench.suite import PRESETS, SUITES, Bench
     from misa_engine.bench.workload import SMALL_SHAPES, model_config
     from misa_engine.planner.cards import MODELS
 
-    suite = options.suite or "all"
-    if suite not in SUITES:
-        raise UserError(f"unknown benchmark {suite!r}.{did_you_mean(suite, SUITES)} Known: {', '.join(SUITES)}.")
-    preset = options.preset or ("gpu" if torch.cuda.is_available() and options.device != "cpu" else "cpu")
-    if preset not in PRESETS:
-        raise UserError(f"unknown preset {preset!r}.{did_you_mean(preset, PRESETS)} Known: {', '.join(PRESETS)}.")
-    names = {entry.name for entry in fields(Bench)}
-    given = {name: value for name, value in vars(options).items() if name in names and value is not None}
-    bench = Bench(**{**PRESETS[preset], **given, "suite": suite})
-    unknown = [name for name in bench.methods if name not in BASELINES]
-    if unknown:
-        hint = did_you_mean(unknown[0], BASELINES)
-        raise UserError(f"unknown method {unknown[0]!r}.{hint} Known: {', '.join(BASELINES)}.")
-    for shape in (bench.model, bench.loss_model):
-        if shape not in SMALL_SHAPES:
-            try:
-                model_config(shape)
-            except ValueError as error:
-                known = ", ".join([*SMALL_SHAPES, *MODELS])
-                raise UserError(
-                    f"unknown model {shape!r}.{did_you_mean(shape, known.split(', '))} Known: {known}."
-                ) from error
-    if bench.device != "cpu" and not torch.cuda.is_available():
-        raise UserError(f"--device {bench.device}: no CUDA device is visible. Use --preset cpu.")
-    if bench.steps < 1 or bench.inner_steps < 1 or bench.batch < 1 or bench.length < 2 or bench.seeds < 1:
-        raise UserError("steps, inner_steps, batch and seeds must be at least 1 and length at least 2")
-    if bench.suite != "loss" and bench.steps < 2 * bench.inner_steps:
-        bench = replace(bench, steps=2 * bench.inner_steps)  # two switches at least are in the timed steps
-    for source in {bench.data, bench.loss_data}:
+    for method in methods:
+        known(method, BASELINES, "method")
+    for shape in shapes:
         try:
+            model_config(shape)
+        except ValueError:
+            known(shape, [*SMALL_SHAPES, *MODELS], "model")
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        kind = ""
+    if kind not in ("cpu", "cuda"):
+        raise UserError(f"--device {device}: give cpu or cuda:0.")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device {device}: no CUDA device is visible. Use --device cpu.")
+
+
+def settings_of(options: argparse.Namespace) -> Bench:
+    """The preset with the options given beside it, checked before anything runs."""
+    if options.preset:
+        known(options.preset, PRESETS, "preset")
+    else:
+        import torch
+
+        on_gpu = torch.cuda.is_available() and options.device != "cpu"
+        options.preset = "gpu" if on_gpu else "quick" if options.suite == "round" else "cpu"
+    entries = {entry.name for entry in fields(Bench)}
+    given = {name: value for name, value in vars(options).items() if name in entries and value is not None}
+    ignored = sorted(set(given) - ROUND_OPTIONS)
+    if options.suite == "round" and ignored:
+        raise UserError(f"misa bench round has cases of its own; it takes no --{ignored[0]}. --cases WORD chooses.")
+    bench = Bench(**{**PRESETS[options.preset], **given})
+    check_names(bench.methods, (bench.model, bench.loss_model), bench.device)
+    from misa_engine.bench.corpus import documents
+    from misa_engine.bench.workload import fitting_delta
+
+    if bench.length < 2:
+        raise UserError("--length must be at least 2")
+    if "delta" not in given and (delta := fitting_delta(bench.model, bench.delta)) > bench.delta:
+        print(f"{bench.model}: its largest matrix needs --delta {delta:g}")
+        bench = replace(bench, delta=delta)
+    if bench.suite not in ("loss", "round") and bench.steps < 2 * bench.inner_steps:
+        if "inner_steps" not in given:
+            bench = replace(bench, inner_steps=max(1, bench.steps // 2))
+        print(f"{bench.steps} timed steps: a switch every {bench.inner_steps} of them")
+    try:
+        for source in {bench.data, bench.loss_data}:
             documents(source)
-        except ValueError as error:
-            raise UserError(str(error)) from error
+    except ValueError as error:
+        raise UserError(str(error)) from error
     return bench
 
 
-def _render(path: Path, into: Path | None = None) -> int:
-    """Tables, page and pictures from a stored run; ``into`` gets the page between its markers."""
-    from misa_engine.bench import page
+def render(path: Path, into: Path | None = None) -> None:
+    """Tables, page and pictures from stored results, a run's or the kernel benchmarks'.
 
+    Args:
+        path: results.json, or what ``pytest bench/ --benchmark-json`` wrote.
+        into: a Markdown file that gets the page between its markers.
+
+    Raises:
+        UserError: the file cannot be read or is none of them, or ``into`` has no markers.
+    """
+    from misa_engine.bench import tables
+
+    drawn: list[Path] = []
     try:
-        document = json.loads(path.read_text())
-        drawn = page.pictures(document, path.parent)
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if "benchmarks" in document:
+            text = tables.kernel_page(document)
+        else:
+            drawn = _pictures(document, path)
+            text = tables.page(document, [Path(name.name) for name in drawn])
     except OSError as error:
         raise UserError(f"--render {path}: {error}") from error
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"--render {path} is not the results.json of misa bench: {error!r}") from error
-    except ModuleNotFoundError as error:
-        drawn = []
-        print(f"no pictures: {error}; pip install 'misa_engine[bench]'", file=sys.stderr)
-    (path.parent / "results.md").write_text(
-        page.markdown(document, [Path(name.name) for name in drawn]), encoding="utf-8"
-    )
+        raise UserError(f"--render {path} holds no results of misa bench: {error!r}") from error
+    path.with_suffix(".md").write_text(text, encoding="utf-8")
     if into is not None:
         try:
-            page.insert(document, drawn, into)
-        except (OSError, ValueError) as error:
+            tables.insert(document, drawn, into)
+        except (OSError, ValueError, KeyError) as error:
             raise UserError(f"--into {into}: {error}") from error
-    page.print_tables(document)
-    print("\n".join(str(name) for name in (path, path.parent / "results.md", *drawn)))
-    return DONE
+    for table in [] if "benchmarks" in document else tables.tables(document):
+        table.show()
+    print("\n".join(str(name) for name in (path, path.with_suffix(".md"), *drawn)))
+    kernels = path.with_name("kernels.json")
+    if path.name == "results.json" and kernels.exists():
+        render(kernels)
 
 
-def _parser() -> argparse.ArgumentParser:
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> Any:
-            raise UserError(f"misa bench: {message}. See misa bench --help.")
+def _pictures(document: dict[str, Any], path: Path) -> list[Path]:
+    try:
+        from misa_engine.bench.pictures import pictures
+    except ModuleNotFoundError as error:
+        print(f"no pictures: {error}; pip install 'misa_engine[bench]', then --render {path}", file=sys.stderr)
+        return []
+    return pictures(document, path.parent)
 
-    parser = Parser(prog="misa bench", usage=USAGE, description=__doc__, allow_abbrev=False)
+
+def _parser() -> Parser:
+    parser = Parser(
+        "misa bench", usage=USAGE, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
-    add("suite", nargs="?", help="memory, throughput (the same cases), loss or all (default)")
-    add("--output", metavar="DIR", help="where results.json, results.md and pictures go")
+    add("suite", nargs="?", default="all", help="what to run (default: all)")
+    add("--output", metavar="DIR", help="where results.json, its page and pictures go")
     add("--overwrite", action="store_true", help="replace the results in DIR")
-    add("--render", metavar="FILE", help="only draw tables and pictures of a stored results.json")
+    add("--resume", action="store_true", help="run what DIR has no result of yet")
+    add("--render", metavar="FILE", help="only draw tables and pictures of stored results")
     add("--into", metavar="FILE.md", help="also put the page between the markers in this file, as in README.md")
-    add("--preset", help="cpu, quick, gpu or gpu-8b (default: gpu where there is one, else cpu)")
-    add("--methods", type=lambda text: tuple(text.split(",")), metavar="A,B", help="methods, separated by commas")
-    add("--model", help="configuration for time and memory, random weights")
-    add("--loss_model", help="configuration for the loss curves")
-    add("--device", help="cpu or cuda:0")
-    add("--vram", "--vram_gib", dest="vram_gib", type=float, help="GiB that the allocator may reserve on a GPU")
-    for name, text in (
-        ("batch", "sequences of a micro-batch"), ("length", "tokens of a sequence"),
-        ("accumulation", "micro-batches of a step"), ("steps", "timed steps"), ("warm_up", "steps before them"),
-        ("inner_steps", "steps between two switches"), ("seeds", "seeds of the loss curves"),
-        ("loss_steps", "steps of the loss curves"), ("base_steps", "steps of the base model"),
-        ("loss_batch", "sequences of a step there"), ("timeout_s", "seconds that a case may take"),
-    ):  # fmt: skip
-        add(f"--{name}", type=int, help=text)
-    for name, text in (("delta", "share that trains at a time"), ("loss_delta", "the same for the loss curves")):
-        add(f"--{name}", type=float, help=text)
-    add("--lrs", type=lambda text: tuple(map(float, text.split(","))), metavar="A,B", help="learning rates tried")
-    add("--checkpointing", action=argparse.BooleanOptionalAction, default=None, help="recompute activations")
-    add("--loss", choices=("plain", "lean"), help="all logits at once, or in chunks (Liger's on a GPU)")
-    add("--data", help="stdlib, arithmetic or a text file: base model, time and memory")
-    add("--loss_data", help="the same for the loss curves")
+    add("--preset", help=f"{', '.join(PRESETS)} (default: gpu where there is one, else cpu)")
+    add("--cases", default="", metavar="WORD", help="only cases whose name contains this")
+    add("--list", action="store_true", help="name the cases and end")
+    add("--deadline_s", type=positive_size, default=float("inf"), help="seconds of the whole run")
+    add("--archive", metavar="FILE.tar.gz", help="also pack the results, without raw memory snapshots")
+    types: dict[str, Any] = {"int": positive, "float": positive_size, "str": str, "tuple[str, ...]": names}
+    types["tuple[float, ...]"] = lambda text: tuple(map(positive_size, names(text)))
+    for entry in fields(Bench):
+        if text := entry.metadata.get("help"):
+            if entry.type == "bool":
+                add(f"--{entry.name}", nargs="?", const=True, type=truth, metavar="BOOL", help=text)
+            else:
+                add(f"--{entry.name}", type=types[str(entry.type)], help=text)
     return parser

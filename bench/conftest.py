@@ -6,18 +6,19 @@ Loaded by ``pytest bench/`` only; the commands are in test_kernels.py.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
 
 from misa_engine.bench.bandwidth import CopyBandwidth, event_seconds
-from misa_engine.bench.kernel_table import markdown
 from misa_engine.bench.measure import environment, synchronize
+from misa_engine.bench.tables import kernel_page
 
 #: Parameters of the updates, by device.
 SIZES = {"cuda": "4M,16M,64M,240M", "cpu": "1M,4M,8M"}
-SUFFIXES = {"k": 10**3, "M": 10**6, "G": 10**9}
+SUFFIXES = {"k": 10**3, "M": 10**6}
 #: Shape of the models and layers, by device; "tiny" when every size asked for is below 1M.
 SHAPE_OF = {"cuda": "large", "cpu": "small"}
 
@@ -41,13 +42,13 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.benchmark_sort = "median"
 
 
-def sizes_asked_for(config: pytest.Config) -> list[int]:
-    """The numbers of ``--sizes``."""
-    sizes = []
+def sizes_asked_for(config: pytest.Config) -> dict[str, int]:
+    """The numbers of ``--sizes`` by what was written."""
+    sizes = {}
     for text in config.getoption("--sizes").split(","):
         number, factor = (text[:-1], SUFFIXES[text[-1]]) if text[-1:] in SUFFIXES else (text, 1)
         try:
-            sizes.append(round(float(number) * factor))
+            sizes[text] = round(float(number) * factor)
         except ValueError:
             raise pytest.UsageError(f"--sizes: {text!r} is no number of parameters; write 4M, 20k or 20000") from None
     return sizes
@@ -57,17 +58,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Give tests with ``parameters`` every size, tests with ``shape`` the one that suits the device."""
     sizes = sizes_asked_for(metafunc.config)
     if "parameters" in metafunc.fixturenames:
-        metafunc.parametrize("parameters", sizes, ids=[label(size) for size in sizes])
+        metafunc.parametrize("parameters", sizes.values(), ids=list(sizes))
     if "shape" in metafunc.fixturenames:
-        metafunc.parametrize("shape", ["tiny" if max(sizes) < 10**6 else SHAPE_OF[DEVICE.type]])
-
-
-def label(size: int) -> str:
-    """4000000 -> 4M."""
-    for suffix, factor in reversed(SUFFIXES.items()):
-        if size >= factor:
-            return f"{size / factor:g}{suffix}"
-    return str(size)
+        metafunc.parametrize("shape", ["tiny" if max(sizes.values()) < 10**6 else SHAPE_OF[DEVICE.type]])
 
 
 @pytest.fixture(scope="session")
@@ -133,8 +126,18 @@ def measure(benchmark: Any, request: pytest.FixtureRequest, device: torch.device
         )
 
     yield run
+    save_so_far(request.config)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # the next benchmark has buffers of other sizes
+
+
+def save_so_far(config: pytest.Config) -> None:
+    """Write what ``--benchmark-json`` asks for after each benchmark, so that whatever ends the run leaves the rows."""
+    session = config._benchmarksession  # type: ignore[attr-defined]
+    if session.json and not session.disabled:
+        level, session.logger.level = session.logger.level, session.logger.QUIET
+        session.handle_saving()
+        session.logger.level = level
 
 
 @pytest.hookimpl(wrapper=True)
@@ -156,10 +159,20 @@ def pytest_runtest_makereport(item: pytest.Item):
     return report
 
 
-def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    """Leave out the host's name and the list of processor features."""
-    machine_info.pop("node", None)
-    machine_info.get("cpu", {}).pop("flags", None)
+@cache
+def here() -> dict[str, Any]:
+    """The environment, asked for once: the results are written after each benchmark."""
+    return environment(DEVICE)
+
+
+def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, Any]:
+    """Neither the host's name nor a list of processor features."""
+    return {"machine": here()["hardware"]}
+
+
+def pytest_benchmark_generate_commit_info(config: pytest.Config) -> dict[str, Any]:
+    """The commit, without calling git each time."""
+    return {"id": here()["commit"], "dirty": str(here()["commit"]).endswith("-dirty"), "branch": None}
 
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
@@ -167,7 +180,7 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_
     for row in output_json["benchmarks"]:
         row["stats"].pop("data", None)
     command = " ".join(["pytest", *config.invocation_params.args])
-    output_json["environment"] = {**environment(DEVICE), "command": command}
+    output_json["environment"] = {**here(), "command": command}
     output_json["not_run"] = config.stash[not_run]
 
 
@@ -179,4 +192,4 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     rows = [row.as_dict(include_data=False) for row in session.benchmarks if not row.has_error]
     if rows:
         terminalreporter.write_line("")
-        terminalreporter.write_line(markdown({"benchmarks": rows, "not_run": config.stash[not_run]}))
+        terminalreporter.write_line(kernel_page({"benchmarks": rows, "not_run": config.stash[not_run]}))

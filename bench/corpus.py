@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from misa_engine.cli.demo import standard_library
+from misa_engine.cli.demo_data import standard_library
 
 #: Share of the documents that is held out; whole documents, so that nothing in it was seen.
 HELD_OUT = 0.1
@@ -67,6 +68,7 @@ def _problem(generator: random.Random) -> str:
     return f"{a}{sign}{b}={ {'+': a + b, '-': a - b, '*': a * b}[sign] }\n".replace(" ", "")
 
 
+@lru_cache(maxsize=4)
 def rows(source: str, length: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Rows of token ids to train on, shuffled, and rows held out; both (n, length) int64."""
     texts = documents(source, seed)

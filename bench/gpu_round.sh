@@ -1,33 +1,37 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one call of under eight minutes: the GPU-marked tests, then memory and speed of MISA
-# and its peers on real 7-8B shapes under a 24 GB card's limit. Results are written as they come.
+# Everything that wants a GPU, in one call: GPU tests, memory limits, kernel and switch benchmarks, speed beside the
+# peers, a profile; on real 7-8B shapes under a 24 GB card's limit. Without a CUDA device tiny shapes take the same way.
 #
-#   bash bench/gpu_round.sh [FOLDER]         (default bench/results/gpu)
+#   bash bench/gpu_round.sh [FOLDER [ARCHIVE.tar.gz]]      (default bench/results/gpu; no archive)
+#   WHEELS="DIR ..."   folders of wheels to install first, for a machine without a network: give them in parts
+#   LIMIT_S=560        seconds of the whole call; what the deadline cuts off is a row "not run", and a second call with
+#                      the same FOLDER goes on there
 #
-# FOLDER gets pytest.txt, memory_round.json, memory_round.md, pictures, and snapshots/ (raw, for pytorch.org/memory_viz).
-# Without a CUDA device the same script takes tiny shapes through the same code on the CPU.
+# Results and archive are whole after each case, also when the call is killed: SIGTERM ends the running case and its
+# children. The archive holds everything but raw memory snapshots, which stay in FOLDER.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-bench/results/gpu}
-mkdir -p "$out"
+archive=${2:-}
+limit_s=${LIMIT_S:-560}
 export PYTHONUNBUFFERED=1
 export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
-limit_s=${LIMIT_S:-465} # of the whole call; SECONDS counts from the start of this script
-tests_s=120
-failed=0
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+mkdir -p "$out"
 
-# offline machines have the dependencies but not this package
-python3 -c "import misa_engine.bench" 2>/dev/null \
-  || python3 -m pip install -q --no-deps --no-build-isolation -e . || exit 1
+for folder in ${WHEELS:-}; do # into site-packages: with --target pyarrow breaks pickling
+  python3 -m pip install -q --no-index --no-deps --no-compile "$folder"/*.whl || echo "not all of $folder was installed"
+done
+python3 - <<'END'
+from importlib.util import find_spec
+packages = "pytest pytest_benchmark peft bitsandbytes badam galore_torch optimi lomo_optim flashoptim torchao liger_kernel rich matplotlib"
+missing = [name for name in packages.split() if find_spec(name) is None]
+print("missing, so their rows say so:", " ".join(missing) or "nothing")
+END
+command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv
+echo "attention: torch's flash kernel where there is a GPU (what a 24 GB card uses and the plan counts on)"
 
-if python3 -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
-  nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv
-  timeout $tests_s python3 -m pytest tests -m gpu 2>&1 | tee "$out/pytest.txt" || failed=1
-else
-  echo "no CUDA device: the GPU-marked tests are skipped" | tee "$out/pytest.txt"
-fi
-left=$((limit_s - SECONDS))
-# the round ends by itself at its deadline; timeout is there for what hangs
-timeout $((left + 15)) python3 -m misa_engine.bench.memory_round --output "$out" --deadline_s $((left - 25)) || failed=1
-echo "GPU round: $SECONDS s in all, results in $out"
-exit $failed
+options=(round --output "$out" --resume --deadline_s $((limit_s - SECONDS)))
+[ -n "$archive" ] && options+=(--archive "$archive")
+# exec: a signal to this call reaches the run itself
+exec python3 -m misa_engine bench "${options[@]}"

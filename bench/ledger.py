@@ -1,41 +1,74 @@
 """The overhead ledger: a step of MISA against the floor, the same forward and backward with no optimizer at all.
 
 Floor and MISA steps alternate in one process, so that the machine's noise hits both. A floor step trains the same
-active matrices: their weight gradients are computed into the same slots, and are dropped as they arrive.
+active matrices of a twin of the model: plain autograd, whose gradients are dropped as they arrive.
 """
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from misa_engine import MISA
-from misa_engine.bench.measure import spread, synchronize
-from misa_engine.bench.phases import OWN, annotate
+from misa_engine.bench.measure import spread, synchronize, timed
+from misa_engine.bench.method import Method
+from misa_engine.engine.marks import PHASES, observed
 
+#: What a step would do without, if the optimizer did nothing.
+OWN = ("hooks", "clip/norm", "update", "switch")
 #: Steps that are timed by phase after the comparison; clocks around each hook would slow the compared steps down.
 PARTS_STEPS = 5
 
 
-def overhead(
-    model: nn.Module, loss: Callable[[Tensor], Tensor], optimizer: MISA, batches: Iterator[Tensor], steps: int = 20
-) -> dict[str, Any]:
+class Floor:
+    """A twin of a model: modules of its own, the same weights in memory, no hooks.
+
+    Args:
+        model: before an optimizer puts hooks on its parameters.
+        loss_of: gives the twin's loss, token ids -> mean loss.
+    """
+
+    def __init__(self, model: nn.Module, loss_of: Callable[[Any], Callable[[Tensor], Tensor]]):
+        shared = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+        self.model = copy.deepcopy(model, memo=dict(shared))
+        self._loss = loss_of(self.model)
+
+    def __call__(self, active: Collection[str], ids: Tensor) -> None:
+        """Forward and backward with the parameters ``active`` training; nothing but the clock has changed afterwards.
+
+        Args:
+            active: names of parameters.
+            ids: (batch, length) token ids.
+        """
+        handles = []
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name in active)
+            if name in active:
+                handles.append(parameter.register_post_accumulate_grad_hook(_drop))
+        self._loss(ids).backward()
+        for handle in handles:
+            handle.remove()
+
+
+def _drop(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+def overhead(method: Method, batches: Iterator[Tensor], steps: int = 20) -> dict[str, Any]:
     """What MISA adds to the forward and backward passes it needs.
 
     Trains 1 + ``steps`` + PARTS_STEPS steps. If no switch falls into them, the last round is ended early to time one.
 
     Args:
-        model: what trains.
-        loss: token ids -> mean loss of ``model``.
-        optimizer: of ``model``, between two steps.
+        method: a MISA with its floor, between two steps.
         batches: token ids (batch, length); each one serves a floor step and a MISA step.
         steps: pairs of steps.
 
@@ -46,26 +79,30 @@ def overhead(
         ``parts``, seconds of a step by part. On CUDA parts are taken with the device idle before and after each, so
         that together they may exceed the overhead.
     """
-    device = next(model.parameters()).device
-    floor_step(model, loss, optimizer, ids := next(batches))  # the first of each allocates and compiles
-    _misa_step(model, loss, optimizer, ids)
+    optimizer, floor = method.optimizer, method.floor
+    assert isinstance(optimizer, MISA) and floor is not None
+    ids = next(batches)
+    device = ids.device
+    floor(_active(optimizer), ids)  # the first of each allocates and compiles
+    _misa_step(method, ids)
     floors, wholes = [], []
-    first_round, switch, clock = optimizer.round, Stopwatch(device), Stopwatch(device)
+    switch, clock = Stopwatch(device, ("switch",)), Stopwatch(device, PHASES)
+    first_round = optimizer.round
     for _ in range(steps):
-        ids, before = next(batches), switch.total("switch")
-        floors.append(_seconds(device, partial(floor_step, model, loss, optimizer, ids)))
-        with _timed_switch(optimizer, switch):
-            whole = _seconds(device, partial(_misa_step, model, loss, optimizer, ids))
-        wholes.append(whole - (switch.total("switch") - before))
-    with annotate(optimizer, clock.around):
+        ids, before = next(batches), switch.totals["switch"]
+        floors.append(timed(device, floor, _active(optimizer), ids)[0])
+        with observed(switch.around):
+            whole, _ = timed(device, _misa_step, method, ids)
+        wholes.append(whole - (switch.totals["switch"] - before))
+    with observed(clock.around):
         for _ in range(PARTS_STEPS):
-            _misa_step(model, loss, optimizer, next(batches))
+            _misa_step(method, next(batches))
     if optimizer.round == first_round:
-        with _timed_switch(optimizer, switch):
+        with observed(switch.around):
             optimizer.end_round()
-    switch_s = (switch.total("switch") + clock.total("switch")) / (optimizer.round - first_round)
+    switch_s = (switch.totals["switch"] + clock.totals["switch"]) / (optimizer.round - first_round)
     inner_steps = optimizer.config.inner_steps
-    parts = {phase: clock.total(phase) / PARTS_STEPS for phase in OWN if phase != "switch"}
+    parts = {phase: clock.totals[phase] / PARTS_STEPS for phase in OWN if phase != "switch"}
     parts["switch"] = switch_s / inner_steps
     floor_s, misa_s = statistics.median(floors), statistics.median(wholes) + switch_s / inner_steps
     pairs = zip(wholes, floors, strict=True)
@@ -83,46 +120,18 @@ def overhead(
     }
 
 
-def floor_step(model: nn.Module, loss: Callable[[Tensor], Tensor], optimizer: MISA, ids: Tensor) -> None:
-    """Forward and backward with the present active set; gradients are dropped, and nothing else changes.
-
-    Args:
-        model: what trains.
-        loss: token ids -> mean loss of ``model``.
-        optimizer: of ``model``; its gradient slots serve as scratch memory.
-        ids: (batch, length) token ids.
-    """
-    with _dropping(optimizer):
-        loss(ids).backward()
+def _active(optimizer: MISA) -> set[str]:
+    """Names of the parameters that train now."""
+    return set(optimizer.arena.names)
 
 
-def _misa_step(model: nn.Module, loss: Callable[[Tensor], Tensor], optimizer: MISA, ids: Tensor) -> None:
-    loss(ids).backward()
-    optimizer.step()
-    optimizer.zero_grad()
+def _misa_step(method: Method, ids: Tensor) -> None:
+    method.loss(ids).backward()
+    method.optimizer.step()
+    method.optimizer.zero_grad()
 
 
-@contextmanager
-def _dropping(optimizer: MISA) -> Iterator[None]:
-    """Gradients that arrive are forgotten: not measured, not kept, not used."""
-
-    def drop(name: str, index: int, parameter: nn.Parameter) -> None:
-        parameter.grad = None
-
-    intake: Any = optimizer._intake
-    gemm = getattr(intake, "_gemm", None)
-    intake._arrived = drop
-    if gemm is not None:
-        written, gemm._written = gemm._written, lambda name: None
-    try:
-        yield
-    finally:
-        del intake._arrived
-        if gemm is not None:
-            gemm._written = written
-
-
-# ---- clocks ----
+# ---- clock ----
 
 
 class Stopwatch:
@@ -130,53 +139,27 @@ class Stopwatch:
 
     Args:
         device: waited for at each border between phases.
+        phases: those that are timed; others run as if there were no clock.
     """
 
-    def __init__(self, device: torch.device):
-        self._device = device
-        self._totals: dict[str, float] = defaultdict(float)
-        self._stack: list[list[Any]] = []  # [phase, seconds of inner phases]
+    def __init__(self, device: torch.device, phases: Collection[str]):
+        self._device, self._phases = device, frozenset(phases)
+        self.totals: dict[str, float] = defaultdict(float)
+        self._inner = [0.0]  # for each open phase, and around all, the seconds of phases inside
 
     @contextmanager
     def around(self, label: str) -> Iterator[None]:
         """Time one spell of a phase; a note in brackets is left out."""
-        phase = label.partition(" (")[0]
+        if label not in self._phases:
+            yield
+            return
         synchronize(self._device)
-        self._stack.append([phase, 0.0])
+        self._inner.append(0.0)
         started = time.perf_counter()
         try:
             yield
         finally:
             synchronize(self._device)
             lasted = time.perf_counter() - started
-            _, inner = self._stack.pop()
-            self._totals[phase] += lasted - inner
-            if self._stack:
-                self._stack[-1][1] += lasted
-
-    def total(self, phase: str) -> float:
-        """Seconds of a phase so far."""
-        return self._totals[phase]
-
-
-@contextmanager
-def _timed_switch(optimizer: Any, clock: Stopwatch) -> Iterator[None]:
-    original = optimizer._switch
-
-    def timed() -> None:
-        with clock.around("switch"):
-            original()
-
-    optimizer._switch = timed
-    try:
-        yield
-    finally:
-        del optimizer._switch
-
-
-def _seconds(device: torch.device, run: Callable[[], None]) -> float:
-    synchronize(device)
-    started = time.perf_counter()
-    run()
-    synchronize(device)
-    return time.perf_counter() - started
+            self.totals[label.partition(" (")[0]] += lasted - self._inner.pop()
+            self._inner[-1] += lasted

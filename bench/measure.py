@@ -10,14 +10,16 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata, util
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from misa_engine.trainer.runstats import peak_memory_bytes, resident_bytes
+
+Result = TypeVar("Result")
 
 #: Distributions whose versions a reader needs; those that are not installed are listed as None.
 PACKAGES = (
@@ -48,7 +50,11 @@ def _command() -> str:
     """What was typed, without the paths of this machine's Python and scripts."""
     script, *words = sys.argv
     module = sys.modules["__main__"].__spec__
-    name = f"python -m {module.name}" if module is not None and module.name else Path(script).name
+    name = (
+        f"python -m {module.name.removesuffix('.__main__')}"
+        if module is not None and module.name
+        else Path(script).name
+    )
     return shlex.join([*name.split(), *words])
 
 
@@ -98,6 +104,15 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 # ---- device ----
+
+
+def timed(device: torch.device, work: Callable[..., Result], *args: Any) -> tuple[float, Result]:
+    """Seconds of ``work(*args)`` with the device idle before and after, and what it returned."""
+    synchronize(device)
+    started = time.perf_counter()
+    result = work(*args)
+    synchronize(device)
+    return time.perf_counter() - started, result
 
 
 def synchronize(device: torch.device) -> None:

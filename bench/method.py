@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from misa_engine.engine.marks import phase
+
 Loss = Callable[[Tensor], Tensor]
-Mark = Callable[[str], None]
 
 
 class Unavailable(Exception):
@@ -59,42 +60,46 @@ class Method:
     """Switches so far."""
     notes: str = ""
     """What a reader of the row must know; ``build`` takes it from the registry."""
+    floor: Callable[[Collection[str], Tensor], None] | None = None
+    """Forward and backward without any optimizer, where the ledger wants it (``ledger.Floor``)."""
 
     @property
     def trainable_parameters(self) -> int:
         """Parameters that train now."""
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
-    def step(self, micro_batches: Sequence[Tensor], mark: Mark = lambda phase: None) -> Tensor:
-        """One optimizer step over the micro-batches.
+    def step(self, micro_batches: Sequence[Tensor]) -> Tensor:
+        """One optimizer step over the micro-batches, in the phases forward, backward, clip and step (engine.marks).
 
         Args:
             micro_batches: token ids, each (batch, length).
-            mark: called with the name of each phase when it begins: forward, backward, clip, step.
 
         Returns:
             The mean loss, detached, still on the device.
         """
         total = torch.zeros((), device=micro_batches[0].device)
         for ids in micro_batches:
-            mark("forward")
-            loss = self.loss(ids) / len(micro_batches)
-            mark("backward")
-            loss.backward()
+            with phase("forward"):
+                loss = self.loss(ids) / len(micro_batches)
+            with phase("backward"):
+                loss.backward()
             total += loss.detach()
         if self.settings.max_grad_norm is not None and not self.clips_inside:
-            mark("clip")
-            trained = [p for p in self.model.parameters() if p.grad is not None]
-            torch.nn.utils.clip_grad_norm_(trained, self.settings.max_grad_norm)
-        mark("step")
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+            with phase("clip"):
+                trained = [p for p in self.model.parameters() if p.grad is not None]
+                torch.nn.utils.clip_grad_norm_(trained, self.settings.max_grad_norm)
+        with phase("step"):
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
         return total
 
     def forget_gradients(self) -> None:
         """Drop what an interrupted step left behind."""
         self.model.zero_grad(set_to_none=True)
 
+
+#: What makes a method train a model.
+Build = Callable[[nn.Module, Loss, Settings], Method]
 
 # ---- accounts ----
 

@@ -10,12 +10,14 @@ import logging
 import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from misa_engine.bench.method import Loss, Mark, Method, Settings, Unavailable, ordinary, state_bytes
+from misa_engine.bench.method import Build, Loss, Method, Settings, Unavailable, ordinary, state_bytes
+from misa_engine.engine.marks import phase
 from misa_engine.method.partition import partition
 
 ADAM: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
@@ -70,36 +72,24 @@ def adamw_fp32(model: nn.Module, loss: Loss, settings: Settings) -> Method:
     return Method("adamw-fp32", model, loss, optimizer, settings, optimizer.bytes_by_category)
 
 
-def adamw8bit(model: nn.Module, loss: Loss, settings: Settings) -> Method:
-    """8-bit AdamW of bitsandbytes."""
-    import bitsandbytes
+def packaged(name: str, module: str, class_name: str, *, cuda_only: str = "", **own: Any) -> Build:
+    """An optimizer over all parameters that another package makes.
 
-    optimizer = bitsandbytes.optim.AdamW8bit(model.parameters(), lr=settings.lr, **ADAM)
-    return ordinary("adamw8bit", model, loss, optimizer, settings)
+    Args:
+        name: of the method.
+        module: where the class is.
+        class_name: of the optimizer.
+        cuda_only: why it cannot run elsewhere; empty when it can.
+        **own: its options beside learning rate and Adam's numbers.
+    """
 
+    def build_packaged(model: nn.Module, loss: Loss, settings: Settings) -> Method:
+        if cuda_only and next(model.parameters()).device.type != "cuda":
+            raise Unavailable(f"needs CUDA: {cuda_only}")
+        optimizer = getattr(import_module(module), class_name)(model.parameters(), lr=settings.lr, **ADAM, **own)
+        return ordinary(name, model, loss, optimizer, settings)
 
-def adamw8bit_ao(model: nn.Module, loss: Loss, settings: Settings) -> Method:
-    """8-bit AdamW of torchao."""
-    from torchao.optim import AdamW8bit
-
-    return ordinary("adamw8bit-ao", model, loss, AdamW8bit(model.parameters(), lr=settings.lr, **ADAM), settings)
-
-
-def flashadamw(model: nn.Module, loss: Loss, settings: Settings) -> Method:
-    """FlashAdamW: 8-bit states and 8 more bits for each bfloat16 weight."""
-    if next(model.parameters()).device.type != "cuda":
-        raise Unavailable("needs CUDA: flashoptim's FlashAdamW has no other kernels")
-    from flashoptim import FlashAdamW
-
-    return ordinary("flashadamw", model, loss, FlashAdamW(model.parameters(), lr=settings.lr, **ADAM), settings)
-
-
-def kahan(model: nn.Module, loss: Loss, settings: Settings) -> Method:
-    """AdamW of torch-optimi with Kahan summation into the weights."""
-    from optimi import AdamW
-
-    optimizer = AdamW(model.parameters(), lr=settings.lr, kahan_sum=True, **ADAM)
-    return ordinary("kahan", model, loss, optimizer, settings)
+    return build_packaged
 
 
 # ---- low-rank gradients ----
@@ -141,7 +131,7 @@ def apollo(model: nn.Module, loss: Loss, settings: Settings) -> Method:
 # ---- adapters ----
 
 
-def adapters(name: str, **own: Any) -> Callable[[nn.Module, Loss, Settings], Method]:
+def adapters(name: str, **own: Any) -> Build:
     """LoRA of peft on all linear layers, with ``own`` options of LoraConfig."""
 
     def build_adapters(model: nn.Module, loss: Loss, settings: Settings) -> Method:
@@ -194,21 +184,21 @@ def badam(model: nn.Module, loss: Loss, settings: Settings) -> Method:
 class InBackward(Method):
     """LOMO and AdaLomo: the backward pass updates each weight and frees its gradient."""
 
-    def step(self, micro_batches: Sequence[Tensor], mark: Mark = lambda phase: None) -> Tensor:
+    def step(self, micro_batches: Sequence[Tensor]) -> Tensor:
         """As Method.step, for one micro-batch; clipping costs a backward pass of its own, which measures the norm."""
         (ids,) = micro_batches
-        mark("forward")
-        loss = self.loss(ids)
+        with phase("forward"):
+            loss = self.loss(ids)
         optimizer: Any = self.optimizer
         if self.settings.max_grad_norm is not None:
-            mark("clip")
-            optimizer.grad_norm(loss)
-        mark("backward")
-        optimizer.fused_backward(loss, self.settings.lr)
+            with phase("clip"):
+                optimizer.grad_norm(loss)
+        with phase("backward"):
+            optimizer.fused_backward(loss, self.settings.lr)
         return loss.detach()
 
 
-def in_backward(name: str, kind: str) -> Callable[[nn.Module, Loss, Settings], Method]:
+def in_backward(name: str, kind: str) -> Build:
     """A class of lomo-optim by its name, Lomo or AdaLomo."""
 
     def build_in_backward(model: nn.Module, loss: Loss, settings: Settings) -> Method:

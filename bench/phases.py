@@ -1,8 +1,6 @@
-"""Where a step spends its time: phases marked from outside the engine, and their account from a profiler trace.
+"""Where a step spends its time: the account of a profiler trace in which the phases are marked (``engine.marks``).
 
-``annotate`` wraps methods of a MISA optimizer, so the engine holds no profiling code. ``account`` reads a Chrome trace:
-
-    data, forward    marked by the caller, as are backward, clip and step
+    data, forward    marked by the benchmark, as are backward, clip and step
     recompute        the forward pass of checkpointed layers, run again inside the backward pass
     backward dW      GEMMs that make weight gradients
     backward dX      all else in the backward pass
@@ -10,7 +8,7 @@
     clip/norm, update, switch
     rest             Python between the phases; on CUDA also the time in which the device idles
 
-How dW is told from dX: a GEMM inside ``GemmGradients.write`` is dW. In autograd's own nodes the weight of a linear
+How dW is told from dX: a GEMM that the engine makes itself is marked. In autograd's own nodes the weight of a linear
 layer is ``mat2``, whose gradient ``MmBackward0`` computes first of two and ``AddmmBackward0`` second. A node with a
 single GEMM makes dW if the weight's transposition, made just before it in the forward pass, has a backward node; or,
 for weights stored without transposition, if the result has the shape of a weight and no side as long as the tokens are
@@ -19,97 +17,21 @@ many. Gradients of norm weights and biases are sums that count for dX.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch.utils.checkpoint
+from misa_engine.engine.marks import PREFIX
 
 PHASES = (
     "data", "forward", "recompute", "backward dX", "backward dW", "hooks", "clip/norm", "update", "switch", "rest",
 )  # fmt: skip
-#: What a step would do without, if the optimizer did nothing.
-OWN = ("hooks", "clip/norm", "update", "switch")
-PREFIX = "misa: "
 WINDOW = PREFIX + "profiled steps"
 #: Ranges of the host alone: the sampler reads its own host tensors, and the profiler waits for the device.
 NO_READS = ("sampler", "wait")
-#: Phase of each mark that ``Method.step`` sets.
-MARKS = {"forward": "forward", "backward": "backward dX", "clip": "clip/norm", "step": "update"}
+#: What the phases of ``Method.step`` are in the account.
+STEP_PHASES = {"backward": "backward dX", "clip": "clip/norm", "step": "update"}
 _TICK = 0.002  # microseconds; double precision resolves 0.001 at the trace's clock values
-
-Around = Callable[[str], AbstractContextManager[Any]]
-
-
-# ---- marking ----
-
-
-@contextmanager
-def annotate(optimizer: Any, around: Around) -> Iterator[None]:
-    """Run the phases of an optimizer inside ``around(phase)``, until the end of the ``with`` block.
-
-    Args:
-        optimizer: a MISA; of any other, only ``step`` and recomputation are marked.
-        around: a context manager for a phase, which may end in a note: "switch (sampler)".
-    """
-    with ExitStack() as undo:
-        _wrap(undo, optimizer, "step", "update", around)
-        intake, kernels = getattr(optimizer, "_intake", None), getattr(optimizer, "_kernels", None)
-        if intake is not None and kernels is not None:
-            _wrap(undo, optimizer, "_switch", "switch", around)
-            _wrap(undo, optimizer.tracker, "update", "switch (sampler)", around)
-            _wrap(undo, optimizer.tracker, "draw", "switch (sampler)", around)
-            _wrap(undo, kernels, "report", "switch (host copy)", around)
-            _wrap(undo, intake, "_arrived", "hooks", around)
-            _wrap(undo, kernels, "step_slot", "update", around)
-            for name in ("measure", "global_norm", "_finalise"):
-                _wrap(undo, kernels, name, "clip/norm", around)
-            gemm = getattr(intake, "_gemm", None)
-            if gemm is not None:
-                _wrap(undo, gemm, "write", "backward dW", around)
-                _wrap(undo, gemm, "_written", "hooks", around)
-        undo.enter_context(_recomputation(around))
-        yield
-
-
-def _wrap(undo: ExitStack, owner: Any, name: str, phase: str, around: Around) -> None:
-    inner, kept = getattr(owner, name), vars(owner).get(name)
-
-    @functools.wraps(inner)
-    def within(*args: Any, **kwargs: Any) -> Any:
-        with around(phase):
-            return inner(*args, **kwargs)
-
-    setattr(owner, name, within)
-    if kept is None:
-        undo.callback(delattr, owner, name)
-    else:
-        undo.callback(setattr, owner, name, kept)
-
-
-@contextmanager
-def _recomputation(around: Around) -> Iterator[None]:
-    """Mark what non-reentrant checkpointing runs again; there is no public place to see it from."""
-    frame: Any = torch.utils.checkpoint._CheckpointFrame
-    original = frame.__init__
-
-    def with_range(self: Any, recompute_fn: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        def recompute(*inputs: Any) -> Any:
-            with around("recompute"):
-                return recompute_fn(*inputs)
-
-        original(self, recompute, *args, **kwargs)
-
-    frame.__init__ = with_range
-    try:
-        yield
-    finally:
-        frame.__init__ = original
-
-
-# ---- the account of a trace ----
 
 
 @dataclass
@@ -259,7 +181,7 @@ def _set_phase(e: _Event, weights: set[int], default: str) -> None:
     e.phase, e.note = (e.parent.phase, e.parent.note) if e.parent is not None else (default, "")
     if e.category == "user_annotation" and e.name.startswith(PREFIX) and e.name != WINDOW:
         phase, _, note = e.name[len(PREFIX) :].partition(" (")
-        e.phase, e.note = phase, note.rstrip(")")
+        e.phase, e.note = STEP_PHASES.get(phase, phase), note.rstrip(")")
     elif e.phase == "backward dX":
         if e.name.startswith("autograd::engine::evaluate_function") and e.name.endswith("AccumulateGrad"):
             e.phase = "hooks"

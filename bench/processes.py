@@ -1,65 +1,83 @@
-"""A fresh process for every case, so that no case can spoil the next one.
+"""A fresh process for every case, so that no case can spoil the next one, and none outlives the run.
 
-``ForkServer`` imports torch and transformers once and forks; on a GPU machine that saves some 15 s a case. The server
-never touches CUDA, so that every fork begins without a context. Where a fork cannot use CUDA (something initialised
-the driver at import), ``FreshProcesses`` starts a new interpreter each time.
+multiprocessing's fork server imports torch and transformers once; on a GPU machine that saves some 15 s a case. It
+never touches CUDA, so that every process begins without a context. Where such a process cannot use the device
+(something initialised the driver at import), a new interpreter is started each time.
 """
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import json
+import multiprocessing
 import os
-import select
 import signal
-import subprocess
-import sys
 import tempfile
-from dataclasses import asdict
+import threading
+import time
+from contextlib import suppress
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from misa_engine.bench.cases import Case, empty_row, run_case
+import torch
 
-#: How this file is started as a process of its own.
-SELF = (sys.executable, "-m", "misa_engine.bench.processes")
-#: What the server imports before it forks; the model files are those of the round's shapes.
+from misa_engine.bench.cases import Case, Row, run_case
+
+#: What is imported before the first case; the model files are those of the round's shapes.
 PRELOAD = (
+    "misa_engine.bench.cases",
     "misa_engine.engine.optimizer",
     "transformers.models.llama.modeling_llama",
     "transformers.models.qwen2.modeling_qwen2",
 )
 
 
-def child_environment() -> dict[str, str]:
-    """The environment of all cases."""
-    environ = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # is_available() at some import must not initialise the driver
-    environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    return environ
+class CaseProcesses:
+    """Runs cases, each in a process group of its own.
+
+    Args:
+        device: that the cases use.
+    """
+
+    def __init__(self, device: str) -> None:
+        os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # is_available() at an import must not initialise the driver
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+        self._context: Any = multiprocessing.get_context("spawn")
+        if "forkserver" in multiprocessing.get_all_start_methods():
+            spawn, self._context = self._context, multiprocessing.get_context("forkserver")
+            self._context.set_forkserver_preload(list(PRELOAD))
+            probe = self._context.Process(target=_touch, args=(device,))  # imports must not count for the first case
+            probe.start()
+            probe.join()
+            if probe.exitcode != 0:
+                print(f"forked processes cannot use {device} here: a new interpreter for each case", flush=True)
+                self._context = spawn
+
+    def run(self, case: Case, timeout_s: float) -> Row:
+        """Run a case and return its row, whatever becomes of the process."""
+        deadline = time.monotonic() + timeout_s
+        receiver, sender = self._context.Pipe(duplex=False)
+        with tempfile.TemporaryDirectory() as folder:
+            log = Path(folder) / "log.txt"
+            process = self._context.Process(target=_work, args=(case, sender, str(log)))
+            row, timed_out = case.row("started"), True
+            process.start()
+            sender.close()
+            try:
+                while receiver.poll(max(0.0, deadline - time.monotonic())):
+                    row = receiver.recv()
+            except EOFError:  # the process has ended
+                timed_out = False
+                process.join(timeout=max(1.0, deadline - time.monotonic()))
+            finally:
+                _kill_group(process)
+            errors = log.read_text(errors="replace") if log.exists() else ""
+        if row["status"] == "started":
+            row["status"] = how_it_ended(process.exitcode, timeout_s, timed_out, errors)
+        return row
 
 
-def run_to_file(case: Case, target: Path) -> None:
-    """Run a case in this process; ``target`` holds its row from the beginning and is whole at all times."""
-
-    def report(row: dict[str, Any]) -> None:
-        part = target.with_suffix(".part")
-        part.write_text(json.dumps(row))
-        part.replace(target)
-
-    run_case(case, report)
-
-
-def row_of(case: Case, target: Path, ended: str) -> dict[str, Any]:
-    """The row that a process left; one that did not finish has ``ended`` as its status."""
-    row = json.loads(target.read_text()) if target.exists() else empty_row(case, "started")
-    if row["status"] == "started":
-        row["status"] = ended
-    return row
-
-
-def how_it_ended(code: int, timeout_s: float, timed_out: bool, errors: str) -> str:
+def how_it_ended(code: int | None, timeout_s: float, timed_out: bool, errors: str) -> str:
     """The status of a case whose process ended before the case did."""
     if timed_out:
         return f"timed out after {timeout_s:.0f} s"
@@ -69,150 +87,33 @@ def how_it_ended(code: int, timeout_s: float, timed_out: bool, errors: str) -> s
     return f"failed: the process ended with code {code}: {last[:300]}"
 
 
-class FreshProcesses:
-    """A new interpreter for each case."""
-
-    def run(self, case: Case, timeout_s: float) -> dict[str, Any]:
-        """Run a case and return its row, whatever becomes of the process."""
-        with tempfile.TemporaryDirectory() as folder:
-            target = Path(folder) / "row.json"
-            command = [*SELF, "--case", json.dumps(asdict(case)), str(target)]
-            process = subprocess.Popen(command, env=child_environment(), start_new_session=True,
-                                       stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # fmt: skip
-            timed_out = False
-            try:
-                _, errors = process.communicate(timeout=timeout_s)
-            except subprocess.TimeoutExpired:
-                timed_out = True
-                os.killpg(process.pid, signal.SIGKILL)  # its own session: nothing else is in the group
-                _, errors = process.communicate()
-            return row_of(case, target, how_it_ended(process.returncode, timeout_s, timed_out, errors))
-
-    def close(self) -> None:
-        """Nothing is left running."""
+def _kill_group(process: Any) -> None:
+    """End what is left of a case, its own children too, and free its device memory."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)  # its own session: nothing else is in the group
+    process.kill()
+    process.join()
 
 
-class ForkServer:
-    """Forks a process that has everything imported, for each case."""
-
-    def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [*SELF, "--serve"],
-            env=child_environment(),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            bufsize=0,
-        )
-        self._read = b""
-
-    def run(self, case: Case, timeout_s: float) -> dict[str, Any]:
-        """Run a case and return its row, whatever becomes of the process."""
-        with tempfile.TemporaryDirectory() as folder:
-            target, log = Path(folder) / "row.json", Path(folder) / "log.txt"
-            code, timed_out = self._ask({"case": asdict(case), "target": str(target), "log": str(log)}, timeout_s)
-            errors = log.read_text(errors="replace") if log.exists() else ""
-            return row_of(case, target, how_it_ended(code, timeout_s, timed_out, errors))
-
-    def can_use(self, device: str) -> bool:
-        """Whether a forked process can use the device."""
-        return self._ask({"probe": device, "log": os.devnull}, timeout_s=120)[0] == 0
-
-    def close(self) -> None:
-        """End the server; no case is running then."""
-        with contextlib.suppress(OSError):
-            self._process.stdin.close()  # type: ignore[union-attr]
-        self._process.wait(timeout=30)
-
-    def _ask(self, request: dict[str, Any], timeout_s: float) -> tuple[int, bool]:
-        """Have one process forked for ``request``. Returns its exit code and whether it had to be ended."""
-        stdin = self._process.stdin
-        assert stdin is not None
-        stdin.write(json.dumps(request).encode() + b"\n")
-        pid = self._line(None)  # comes when the server has imported everything
-        assert pid is not None
-        code = self._line(timeout_s)
-        if code is not None:
-            return code, False
-        os.killpg(pid, signal.SIGKILL)  # a group of its own: nothing else is in it
-        code = self._line(None)
-        assert code is not None
-        return code, True
-
-    def _line(self, timeout_s: float | None) -> int | None:
-        """The next number that the server prints; None when none comes in time."""
-        stdout = self._process.stdout
-        assert stdout is not None
-        while b"\n" not in self._read:  # not readline(): select() does not see what a buffered file has read ahead
-            if not select.select([stdout], [], [], timeout_s)[0]:
-                return None
-            more = os.read(stdout.fileno(), 4096)
-            if not more:
-                raise RuntimeError("the server that starts the cases ended; --processes fresh does without it")
-            self._read += more
-        line, _, self._read = self._read.partition(b"\n")
-        return int(line)
+# ---- inside the process ----
 
 
-def make_processes(kind: str, device: str) -> ForkServer | FreshProcesses:
-    """What runs the cases: "fork", "fresh", or "auto" (fork where it can use the device)."""
-    if kind == "fresh" or not hasattr(os, "fork"):
-        return FreshProcesses()
-    server = ForkServer()
-    if kind == "fork" or server.can_use(device):
-        return server
-    server.close()
-    print(f"forked processes cannot use {device} here: a new interpreter for each case", flush=True)
-    return FreshProcesses()
+def _touch(device: str) -> None:
+    torch.zeros(1, device=device)
 
 
-# ---- inside the processes ----
+def _work(case: Case, sender: Connection, log: str) -> None:
+    os.setsid()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    file = os.open(log, os.O_WRONLY | os.O_CREAT, 0o600)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    run_case(case, sender.send)
 
 
-def serve() -> None:
-    """Import, then fork for every line that comes in: print the process's id, wait for it, print its exit code."""
-    for module in PRELOAD:
-        importlib.import_module(module)
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what a library prints must not be taken for an answer
-    for line in sys.stdin:
-        request = json.loads(line)
-        pid = os.fork()
-        if pid == 0:
-            _forked(request)
-        with contextlib.suppress(PermissionError, ProcessLookupError):
-            os.setpgid(pid, pid)  # here as well as in the child: whoever is first, it has its group when we answer
-        answers.write(f"{pid}\n")
-        _, status = os.waitpid(pid, 0)
-        answers.write(f"{os.waitstatus_to_exitcode(status)}\n")
-
-
-def _forked(request: dict[str, Any]) -> None:
-    """Do one request and leave without the server's clean-up."""
-    code = 1
-    try:
-        with contextlib.suppress(PermissionError):
-            os.setpgid(0, 0)
-        log = os.open(request["log"], os.O_WRONLY | os.O_CREAT, 0o600)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        if "probe" in request:
-            import torch
-
-            torch.zeros(1, device=request["probe"])
-        else:
-            run_to_file(Case(**request["case"]), Path(request["target"]))
-        code = 0
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-    finally:
-        sys.stderr.flush()
-        os._exit(code)
-
-
-if __name__ == "__main__":
-    if sys.argv[1] == "--serve":
-        serve()
-    else:
-        run_to_file(Case(**json.loads(sys.argv[2])), Path(sys.argv[3]))
+def _end_with_parent() -> None:
+    """Kill this case's group as soon as the process that ordered it is gone, however it went."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os.killpg(0, signal.SIGKILL)

@@ -6,7 +6,6 @@ import argparse
 import gzip
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +14,20 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from misa_engine.bench.baselines import BASELINES, build
-from misa_engine.bench.ledger import overhead
+from misa_engine.bench.command import check_names
+from misa_engine.bench.ledger import OWN, Floor, overhead
 from misa_engine.bench.measure import environment, synchronize
 from misa_engine.bench.method import Method, Settings, Unavailable
-from misa_engine.bench.phases import MARKS, OWN, PHASES, PREFIX, WINDOW, Cost, account, annotate
+from misa_engine.bench.phases import PHASES, WINDOW, Cost, account
+from misa_engine.bench.tables import Table, origin
 from misa_engine.bench.timeline import record_timeline
-from misa_engine.bench.workload import SMALL_SHAPES, build_model, make_loss, model_config, token_batches
-from misa_engine.cli.plan import truth
-from misa_engine.errors import DONE, UserError, did_you_mean
-from misa_engine.planner.cards import MODELS
+from misa_engine.bench.workload import build_model, fitting_delta, make_loss, token_batches
+from misa_engine.cli.parsing import MODEL_FLAGS, Parser, positive, truth
+from misa_engine.engine.marks import phase
+from misa_engine.errors import DONE, UserError
 
 USAGE = "misa profile --model NAME --output DIR [--method NAME] [--length N] [--batch B] [--ledger] [options]"
 LEDGER_STEPS = 20
-HEADINGS = ("phase", "ms a step", "share", "allocated MiB a step", "peak MiB", "launches a step", "host reads a step")
 MIB = 1 << 20
 
 
@@ -43,17 +43,17 @@ def run(words: list[str]) -> int:
     method, batches = _workload(options, device)
     document: dict[str, Any] = {"environment": environment(device), "settings": vars(options)}
     if options.ledger:
-        document["ledger"] = _ledger(method, batches, options.steps)
+        document["ledger"] = overhead(method, batches, options.steps)
     else:
         document |= profile_method(method, batches, options.steps, options.inner_steps, output / "trace.json.gz")
         weights = sum(p.nbytes for p in method.model.parameters())
         snapshot = output / "memory_snapshot.pickle" if device.type == "cuda" else None
-        document["timeline"] = record_timeline(method, batches, method.settings.accumulation, device, weights, snapshot)
+        document["timeline"] = record_timeline(method, batches, device, weights, snapshot)
     name = "ledger" if options.ledger else "profile"
     (output / f"{name}.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
     (output / f"{name}.md").write_text(markdown(document), encoding="utf-8")
-    _print(document)
-    print("\n".join(str(path) for path in sorted(output.iterdir())))
+    _table(document).show()
+    print("\n".join([*_lines(document), *(str(path) for path in sorted(output.iterdir()))]))
     return DONE
 
 
@@ -62,30 +62,18 @@ def run(words: list[str]) -> int:
 
 def _checked(options: argparse.Namespace) -> torch.device:
     """The device, if everything that was asked for exists. Fills in what was left open."""
-    if options.method not in BASELINES:
-        hint = did_you_mean(options.method, BASELINES)
-        raise UserError(f"unknown method {options.method!r}.{hint} Known: {', '.join(BASELINES)}.")
-    try:
-        model_config(options.model)
-    except ValueError as error:
-        known = (*SMALL_SHAPES, *MODELS)
-        hint = did_you_mean(options.model, known)
-        raise UserError(f"unknown model {options.model!r}.{hint} Known: {', '.join(known)}.") from error
-    try:
-        device = torch.device(options.device or ("cuda:0" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise UserError(f"--device {options.device}: not a device; give cpu or cuda:0.") from error
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {options.device}: only cpu and cuda can be profiled.")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {options.device}: no CUDA device is visible. Use --device cpu.")
+    options.device = options.device or ("cuda:0" if torch.cuda.is_available() else "cpu")
+    check_names([options.method], [options.model], options.device)
+    if options.ledger and not options.method.startswith("misa"):
+        raise UserError(f"--ledger compares MISA with its floor; {options.method} is not MISA. Leave --ledger out.")
     options.steps = options.steps or (LEDGER_STEPS if options.ledger else 3)
-    if min(options.steps, options.batch, options.inner_steps, options.accumulation) < 1 or options.length < 2:
-        raise UserError("steps, batch, inner_steps and accumulation must be at least 1 and length at least 2.")
+    if options.length < 2:
+        raise UserError(f"--length {options.length}: at least 2 tokens.")
+    if options.delta is None:
+        options.delta = fitting_delta(options.model, Settings.delta)
     if not 0 < options.delta <= 1:
         raise UserError(f"--delta {options.delta}: a share of the model above 0 and at most 1.")
-    options.device = str(device)
-    return device
+    return torch.device(options.device)
 
 
 def _workload(options: argparse.Namespace, device: torch.device) -> tuple[Method, Iterator[Tensor]]:
@@ -95,6 +83,7 @@ def _workload(options: argparse.Namespace, device: torch.device) -> tuple[Method
         raise UserError(f"{options.method}: {missing}")
     model = build_model(options.model, device, checkpointing=options.checkpointing)
     _, loss = make_loss(model, device)
+    floor = Floor(model, lambda twin: make_loss(twin, device)[1]) if options.ledger else None
     settings = Settings(
         delta=options.delta,
         # a profile's rounds are as long as the profile, so that any such stretch of steps holds one switch
@@ -107,34 +96,11 @@ def _workload(options: argparse.Namespace, device: torch.device) -> tuple[Method
         method = build(options.method, model, loss, settings)
     except Unavailable as error:
         raise UserError(f"{options.method}: {error}") from error
+    method.floor = floor
     return method, token_batches(method.model, options.batch, options.length, device)
 
 
-def _ledger(method: Method, batches: Iterator[Tensor], steps: int) -> dict[str, Any]:
-    from misa_engine import MISA
-
-    if not isinstance(method.optimizer, MISA):
-        raise UserError(f"--ledger compares MISA with its floor; {method.name} is not MISA. Leave --ledger out.")
-    return overhead(method.model, method.loss, method.optimizer, batches, steps)
-
-
 # ---- a profile ----
-
-
-class _Marks:
-    """One record_function range at a time, from mark to mark."""
-
-    def __init__(self) -> None:
-        self._open = ExitStack()
-
-    def __call__(self, phase: str | None) -> None:
-        self._open.close()
-        if phase is not None:
-            self._open.enter_context(_range(phase))
-
-
-def _range(label: str) -> Any:
-    return record_function(f"{PREFIX}{label}")
 
 
 def profile_method(
@@ -154,29 +120,26 @@ def profile_method(
     """
     first = next(batches)
     cuda = first.device.type == "cuda"
-    marks = _Marks()
 
     def one_step() -> None:
-        marks("data")
-        micro_batches = [next(batches) for _ in range(method.settings.accumulation)]
-        method.step(micro_batches, lambda phase: marks(MARKS[phase]))
-        marks(None)
+        with phase("data"):
+            micro_batches = [next(batches) for _ in range(method.settings.accumulation)]
+        method.step(micro_batches)
 
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    with annotate(method.optimizer, _range):
-        for _ in range(max(2, steps)):
-            one_step()
+    for _ in range(max(2, steps)):
+        one_step()
+    synchronize(first.device)
+    with profile(activities=activities, record_shapes=True, profile_memory=True) as profiler:
+        one_step()  # the profiler's own first time
         synchronize(first.device)
-        with profile(activities=activities, record_shapes=True, profile_memory=True) as profiler:
-            one_step()  # the profiler's own first time
-            synchronize(first.device)
-            before = method.switches()
-            with record_function(WINDOW):
-                for _ in range(steps):
-                    one_step()
-                with _range("rest (wait)"):
-                    synchronize(first.device)
-            switches = method.switches() - before
+        before = method.switches()
+        with record_function(WINDOW):
+            for _ in range(steps):
+                one_step()
+            with phase("rest (wait)"):
+                synchronize(first.device)
+        switches = method.switches() - before
     profiler.export_chrome_trace(str(trace_file))
     with gzip.open(trace_file, "rt", encoding="utf-8") as file:
         trace = json.load(file)
@@ -232,7 +195,33 @@ def summary(
 # ---- what is shown ----
 
 
-def _lines(document: Mapping[str, Any]) -> list[str]:
+def _table(document: Mapping[str, Any]) -> Table:
+    settings = document["settings"]
+    title = (
+        f"{settings['method']} on {settings['model']}, {settings['batch']} x {settings['length']} tokens, "
+        f"checkpointing {'on' if settings['checkpointing'] else 'off'}"
+    )
+    if "ledger" in document:
+        one = document["ledger"]
+        parts = [[part, f"{1e3 * s:.3f}", f"{s / one['floor_s']:.2%}"] for part, s in one["parts"].items()]
+        return Table(("part", "ms a step", "of the floor"), parts, title)
+    headings = ("phase", "ms a step", "share", "allocated MiB a step", "peak MiB", "launches a step", "reads a step")
+    rows = [
+        [
+            row["phase"],
+            f"{1e3 * row['time_s']:.3f}",
+            f"{row['share']:.1%}",
+            f"{row['allocated_bytes'] / MIB:.1f}",
+            f"{row['peak_bytes'] / MIB:.1f}",
+            f"{row['launches']:.0f}",
+            f"{row['host_reads']:.1f}",
+        ]
+        for row in document["results"]
+    ]
+    return Table(headings, rows, title)
+
+
+def _lines(document: Mapping[str, Any]) -> Sequence[str]:
     """The few numbers below the table."""
     if "ledger" in document:
         one = document["ledger"]
@@ -254,79 +243,26 @@ def _lines(document: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _cells(document: Mapping[str, Any]) -> tuple[Sequence[str], list[list[str]]]:
-    if "ledger" in document:
-        one = document["ledger"]
-        rows = [[part, f"{1e3 * s:.3f}", f"{s / one['floor_s']:.2%}"] for part, s in one["parts"].items()]
-        return ("part", "ms a step", "of the floor"), rows
-    return HEADINGS, [
-        [
-            row["phase"],
-            f"{1e3 * row['time_s']:.3f}",
-            f"{row['share']:.1%}",
-            f"{row['allocated_bytes'] / MIB:.1f}",
-            f"{row['peak_bytes'] / MIB:.1f}",
-            f"{row['launches']:.0f}",
-            f"{row['host_reads']:.1f}",
-        ]
-        for row in document["results"]
-    ]
-
-
-def _title(document: Mapping[str, Any]) -> str:
-    settings = document["settings"]
-    return (
-        f"{settings['method']} on {settings['model']}, {settings['batch']} x {settings['length']} tokens, "
-        f"checkpointing {'on' if settings['checkpointing'] else 'off'}"
-    )
-
-
 def markdown(document: Mapping[str, Any]) -> str:
     """The page of a profile or a ledger."""
-    headings, rows = _cells(document)
-    facts = document["environment"]
-    table = [f"| {' | '.join(cells)} |" for cells in (headings, ["---"] * len(headings), *rows)]
-    origin = f"{facts['hardware']}, torch {facts['versions']['torch']}, {facts['date']}, `{facts['command']}`"
-    return "\n".join([f"# {_title(document)}", "", origin, "", *table, "", *(f"- {x}" for x in _lines(document)), ""])
+    table, where = _table(document), document["environment"]
+    lines = [f"# {table.title}", "", f"{origin(where)} `{where['command']}`", "", *table.lines(), ""]
+    return "\n".join([*lines, *(f"- {line}" for line in _lines(document)), ""])
 
 
-def _print(document: Mapping[str, Any]) -> None:
-    try:
-        from rich.console import Console
-        from rich.table import Table
-    except ModuleNotFoundError:
-        print(markdown(document))
-        return
-    console = Console()
-    if not console.is_terminal:  # a log: rich would squeeze everything into 80 columns
-        console = Console(width=160)
-    headings, rows = _cells(document)
-    table = Table(title=_title(document))
-    for place, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if place else "left")
-    for cells in rows:
-        table.add_row(*cells)
-    console.print(table)
-    print("\n".join(_lines(document)))
-
-
-def _parser() -> argparse.ArgumentParser:
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> Any:
-            raise UserError(f"misa profile: {message}. See misa profile --help.")
-
-    parser = Parser(prog="misa profile", usage=USAGE, description=__doc__, allow_abbrev=False)
+def _parser() -> Parser:
+    parser = Parser("misa profile", usage=USAGE, description=__doc__)
     add = parser.add_argument
-    add("--model", required=True, help="configuration with random weights, such as llama-3-8b or tiny")
+    add(*MODEL_FLAGS, required=True, help="configuration with random weights, such as llama-3-8b or tiny")
     add("--output", required=True, metavar="DIR", help="where the trace, the JSON and the page go")
     add("--method", default="misa", help=f"one of {', '.join(BASELINES)} (default: misa)")
     add("--ledger", action="store_true", help="MISA against the same passes without an optimizer, in turns")
-    add("--length", type=int, default=512, help="tokens of a sequence (default: 512)")
-    add("--batch", type=int, default=1, help="sequences of a micro-batch (default: 1)")
-    add("--accumulation", type=int, default=1, help="micro-batches of a profiled step (default: 1)")
-    add("--steps", type=int, help=f"profiled steps (default: 3; with --ledger pairs of steps: {LEDGER_STEPS})")
-    add("--inner_steps", type=int, default=50, help="steps over which a switch is spread (default: 50)")
-    add("--delta", type=float, default=0.03, help="share that trains at a time (default: 0.03)")
+    add("--length", type=positive, default=512, help="tokens of a sequence (default: 512)")
+    add("--batch", type=positive, default=1, help="sequences of a micro-batch (default: 1)")
+    add("--accumulation", type=positive, default=1, help="micro-batches of a profiled step (default: 1)")
+    add("--steps", type=positive, help=f"profiled steps (default: 3; with --ledger pairs of steps: {LEDGER_STEPS})")
+    add("--inner_steps", type=positive, default=50, help="steps over which a switch is spread (default: 50)")
+    add("--delta", type=float, help="share that trains at a time (default: 0.03, or what a small model needs)")
     add("--max_grad_norm", type=float, default=1.0, help="clip the global norm, 0 does not (default: 1)")
     add("--checkpointing", nargs="?", const=True, default=True, type=truth, metavar="BOOL",
         help="recompute activations (default: on)")  # fmt: skip

@@ -5,7 +5,7 @@
     ... --benchmark-compare --benchmark-compare-fail=median:10%     the newest saved run beside this one
     ... --benchmark-compare=bench/results/kernels_cpu.json          a committed one beside this one
     ... --benchmark-json=bench/results/kernels_cpu.json             to be committed (kernels_h200.json and so on), then
-    python -m misa_engine.bench.kernel_table bench/results/kernels_cpu.json      its tables as Markdown
+    misa bench --render bench/results/kernels_cpu.json              its tables as Markdown
 
 Times are medians with their IQR. GB/s are the bytes that the passes of a row must move (traffic.py) over its time, and
 the last column sets them against a copy of as many bytes in the same process; on a CPU an update in place can beat that
@@ -102,12 +102,12 @@ def test_conversion(measure: Any, device: torch.device, parameters: int, scheme:
     packed = of(torch.int8), of(torch.uint8), of(torch.float32, GROUP), of(torch.float32, GROUP)
     compress(*moments, *packed, backend=backend)
     works = {
-        "split": (traffic.split(), lambda: split_into(wide, hi, lo)),  # overwrites its input: other bits, same work
-        "join": (traffic.split(), lambda: join_into(hi, lo, wide)),
+        "split": (traffic.SPLIT, lambda: split_into(wide, hi, lo)),  # overwrites its input: other bits, same work
+        "join": (traffic.SPLIT, lambda: join_into(hi, lo, wide)),
         "cast to bf16 (torch)": (traffic.moved([torch.float32], [torch.bfloat16]), lambda: hi.copy_(wide)),
-        "round_stochastic": (traffic.round_stochastic(), lambda: round_stochastic_(hi, lo, 7, backend=backend)),
-        "compress": (traffic.compress(), lambda: compress(*moments, *packed, backend=backend)),
-        "expand": (traffic.compress(), lambda: expand(*packed, *moments, backend=backend)),
+        "round_stochastic": (traffic.ROUND_STOCHASTIC, lambda: round_stochastic_(hi, lo, 7, backend=backend)),
+        "compress": (traffic.COMPRESS, lambda: compress(*moments, *packed, backend=backend)),
+        "expand": (traffic.COMPRESS, lambda: expand(*packed, *moments, backend=backend)),
     }
     per_parameter, work = works[scheme]
     measure(work, per_parameter * numel, f"conversions, {parameters / 1e6:g}M parameters", scheme)

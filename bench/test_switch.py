@@ -8,7 +8,6 @@ cache. Units take turns (rule "cyclic"), so that every way moves the same ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,8 +15,9 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from misa_engine import MISA
+from misa_engine import MISA, MisaConfig
 from misa_engine.bench import traffic
+from misa_engine.bench.unfused import UnfusedMISA
 from misa_engine.engine.events import SwitchEvent
 
 #: (hidden, intermediate, layers, heads) and the parameters that train at a time. "large" has 8 of the 32 layers of
@@ -57,11 +57,11 @@ def build_model(shape: str, device: torch.device) -> tuple[nn.Module, float]:
     return model, active / sum(parameter.numel() for parameter in model.parameters())
 
 
-def one_step(optimizer: MISA) -> None:
+def one_step(optimizer: MISA | UnfusedMISA, model: nn.Module) -> None:
     """Give every active parameter a gradient, and use it."""
-    for index, name in enumerate(optimizer.arena.names):
-        view = optimizer.arena.gradient_view(index)
-        optimizer._parameters[name].grad = view.fill_(1e-3)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.full_like(parameter, 1e-3)
     optimizer.step()
     optimizer.zero_grad()
 
@@ -71,7 +71,7 @@ def device_bytes(optimizer: MISA, event: SwitchEvent, numel: dict[str, int]) -> 
     config, residual = optimizer.config, optimizer.arena.residual is not None
     rounded = residual and config.leave_rounding == "stochastic"
     came = sum(numel[name] for name in event.came) * traffic.enter(residual, config.state_dtype)
-    left = sum(numel[name] for name in event.left) * (traffic.round_stochastic() if rounded else 0.0)
+    left = sum(numel[name] for name in event.left) * (traffic.ROUND_STOCHASTIC if rounded else 0.0)
     return came + left + event.moved_bytes
 
 
@@ -84,7 +84,7 @@ def test_switch(measure: Any, device: torch.device, shape: str, way: str) -> Non
     seen: set[str] = set()
     while len(seen) < len(optimizer.units):
         seen.update(optimizer.active)
-        one_step(optimizer)
+        one_step(optimizer, model)
         optimizer.end_round()
     optimizer.events.clear()
 
@@ -99,65 +99,22 @@ def test_switch(measure: Any, device: torch.device, shape: str, way: str) -> Non
         }
 
     group = f"switch, {optimizer.budget / 1e6:g}M of bfloat16 parameters"
-    measure(optimizer.end_round, moved, group, way, setup=lambda: one_step(optimizer), facts=facts)
+    measure(optimizer.end_round, moved, group, way, setup=lambda: one_step(optimizer, model), facts=facts)
     optimizer.remove()
 
 
 def test_switch_by_clones(measure: Any, device: torch.device, shape: str) -> None:
     """The same units, the way of the published code."""
     model, delta = build_model(shape, device)
-    optimizer = MISA(model, delta=delta, **OPTIONS)  # only to know which units take turns
-    named = dict(model.named_parameters())
-    budget, turns = optimizer.budget, []
-    for _ in range(200):
-        turns.append([named[name] for name in optimizer.arena.names])
-        optimizer.end_round()
-    optimizer.remove()
-    optimizer = None  # type: ignore[assignment]
-    model.requires_grad_(False)
-    clones = Clones(iter(turns))
+    optimizer = UnfusedMISA(model, MisaConfig(delta=delta, **OPTIONS))
     counted: list[int] = []
 
     def work() -> None:
-        counted.append(clones.switch())
+        optimizer.end_round()
+        counted.append(sum(clone.numel() for clone in optimizer.clones.values()))
 
     def moved() -> float:
         return sum(counted) / len(counted) * traffic.enter_as_clone(torch.bfloat16)
 
-    measure(work, moved, f"switch, {budget / 1e6:g}M of bfloat16 parameters", "clones", setup=clones.step)
-
-
-class Clones:
-    """The published code's way between two rounds, written anew: float32 clones and a new optimizer each time."""
-
-    def __init__(self, turns: Iterator[list[nn.Parameter]]):
-        self._turns = turns
-        self._active: list[nn.Parameter] = []
-        self.switch()
-
-    def switch(self) -> int:
-        """Change to the next parameters. Returns how many come."""
-        for parameter in self._active:
-            parameter.requires_grad_(False)
-            parameter.grad = None
-        self._active = next(self._turns)
-        self._masters = [parameter.detach().clone().float() for parameter in self._active]
-        self._optimizer = torch.optim.AdamW(self._masters, lr=1e-5)
-        for master in self._masters:  # otherwise a part of the first step
-            moments = {"exp_avg": torch.zeros_like(master), "exp_avg_sq": torch.zeros_like(master)}
-            self._optimizer.state[master] = {"step": torch.zeros(()), **moments}
-        for parameter in self._active:
-            parameter.requires_grad_(True)
-        if self._masters[0].is_cuda:
-            torch.cuda.empty_cache()
-        return sum(parameter.numel() for parameter in self._active)
-
-    def step(self) -> None:
-        """A step with clones of the gradients, and the weights copied back."""
-        for parameter, master in zip(self._active, self._masters, strict=True):
-            master.grad = torch.full_like(parameter, 1e-3).clone().float()
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        with torch.no_grad():
-            for parameter, master in zip(self._active, self._masters, strict=True):
-                parameter.copy_(master)
+    group = f"switch, {optimizer.budget / 1e6:g}M of bfloat16 parameters"
+    measure(work, moved, group, "clones", setup=lambda: one_step(optimizer, model))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import pickle
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,18 +18,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from misa_engine.bench.baselines import Method
 from misa_engine.bench.measure import held_bytes, synchronize
+from misa_engine.bench.method import Method
+from misa_engine.engine.marks import observed
 
 #: Points of the line that is kept; each is the highest of its stretch of time.
 POINTS = 2000
+#: Phases with a colour of their own; what the engine marks inside them is not told apart.
+SHOWN = ("forward", "backward", "clip", "step", "switch")
 _HISTORY = 400_000  # allocator events: 2 steps x 2 micro-batches x 32 layers make about 30,000
 
 
 def record_timeline(
     method: Method,
     batches: Iterator[Tensor],
-    accumulation: int,
     device: torch.device,
     weights_bytes: int,
     snapshot: Path | None = None,
@@ -38,7 +41,6 @@ def record_timeline(
     Args:
         method: what trains; steps are made until the next one ends with a switch.
         batches: endless token ids.
-        accumulation: micro-batches a step.
         device: where the model is.
         weights_bytes: of the model, the lowest layer of the picture.
         snapshot: where the allocator's raw history goes (CUDA only), for pytorch.org/memory_viz.
@@ -47,34 +49,35 @@ def record_timeline(
         ``points`` [[seconds, bytes]], ``phases`` [{phase, begin_s, end_s}], ``base_bytes`` by what never changes.
     """
     optimizer, switch_every = method.optimizer, method.settings.inner_steps
+    accumulation = method.settings.accumulation
     while getattr(optimizer, "inner_step", switch_every - 1) != switch_every - 1:
         method.step(list(islice(batches, accumulation)))
     cuda = device.type == "cuda"
-    marks: list[tuple[str, float]] = []
+    spells: list[tuple[str, float, float]] = []
     sampled: list[tuple[float, int]] = []
 
-    def mark(phase: str) -> None:
-        marks.append((phase, time.time()))
-        if not cuda:
-            sampled.append((time.time(), held_bytes(device)[0]))
-
-    switches: list[tuple[float, float]] = []
-
-    def on_switch(event: Any) -> None:
+    def sample() -> float:
         now = time.time()
-        switches.append((now - event.milliseconds / 1e3, now))
+        if not cuda:
+            sampled.append((now, held_bytes(device)[0]))
+        return now
 
-    handle = optimizer.on_switch(on_switch) if hasattr(optimizer, "on_switch") else None
+    @contextmanager
+    def around(phase: str) -> Iterator[None]:
+        begin = sample() if phase in SHOWN else 0.0
+        yield
+        if phase in SHOWN:
+            spells.append((phase, begin, sample()))
+
     two_steps = [list(islice(batches, accumulation)) for _ in range(2)]
     synchronize(device)
-    before = held_bytes(device)[0]
+    before, begin = held_bytes(device)[0], time.time()
     if cuda:
         torch.cuda.memory._record_memory_history(enabled="all", context=None, max_entries=_HISTORY)
-    for micro_batches in two_steps:
-        method.step(micro_batches, mark)
-        mark("between")
+    with observed(around):
+        for micro_batches in two_steps:
+            method.step(micro_batches)
     synchronize(device)
-    mark("end")
     points: Sequence[tuple[float, int]] = sampled
     if cuda:
         history = torch.cuda.memory._snapshot()
@@ -83,14 +86,10 @@ def record_timeline(
         if snapshot is not None:
             snapshot.parent.mkdir(parents=True, exist_ok=True)
             snapshot.write_bytes(pickle.dumps(history))
-    if handle is not None:
-        handle.remove()
-    begin = marks[0][1]
-    base = {"weights": weights_bytes, **method.optimizer_bytes()}
     return {
         "points": [[round(at - begin, 6), held] for at, held in thin(points, POINTS)],
-        "phases": phases(marks, switches, begin),
-        "base_bytes": base,
+        "phases": phases(spells, begin),
+        "base_bytes": {"weights": weights_bytes, **method.optimizer_bytes()},
         "before_bytes": before,
         "peak_bytes": max((held for _, held in points), default=before),
     }
@@ -121,15 +120,14 @@ def thin(points: Sequence[tuple[float, int]], most: int) -> list[tuple[float, in
     return [max(points[i : i + stretch], key=lambda point: point[1]) for i in range(0, len(points), stretch)]
 
 
-def phases(
-    marks: Sequence[tuple[str, float]], switches: Sequence[tuple[float, float]], begin: float
-) -> list[dict[str, Any]]:
-    """Named stretches of time in seconds from ``begin``; a switch is cut out of the end of its step."""
+def phases(spells: Sequence[tuple[str, float, float]], begin: float) -> list[dict[str, Any]]:
+    """Spells (phase, begin, end) in the order of their ends as seconds from ``begin``; a switch ends its step."""
     result: list[dict[str, Any]] = []
-    for (phase, at), (_, end) in zip(marks, marks[1:], strict=False):
-        inside = next((s for s in switches if phase == "step" and at <= s[1] <= end), None)
-        cut = max(at, inside[0]) if inside else end
-        result.append({"phase": phase, "begin_s": round(at - begin, 6), "end_s": round(cut - begin, 6)})
-        if inside:
-            result.append({"phase": "switch", "begin_s": round(cut - begin, 6), "end_s": round(end - begin, 6)})
-    return [one for one in result if one["phase"] != "between"]
+    for phase, start, end in spells:
+        if result and result[-1]["phase"] == "switch" and phase == "step":
+            switch = result.pop()
+            result.append({"phase": phase, "begin_s": round(start - begin, 6), "end_s": switch["begin_s"]})
+            result.append({**switch, "end_s": round(end - begin, 6)})
+        else:
+            result.append({"phase": phase, "begin_s": round(start - begin, 6), "end_s": round(end - begin, 6)})
+    return result

@@ -32,9 +32,6 @@ def moved(reads: Sequence[Stored], writes: Sequence[Stored]) -> float:
     return held(reads) + held(writes)
 
 
-# ---- norms and clipping ----
-
-
 def norm(grad: torch.dtype) -> float:
     """Read every gradient once."""
     return moved([grad], [])
@@ -54,12 +51,6 @@ def fused(weight: torch.dtype, grad: torch.dtype, moments: Sequence[Stored], ext
     return moved([grad, *in_place], in_place)
 
 
-def fused_with_master(weight: torch.dtype, grad: torch.dtype) -> float:
-    """Scheme a of one pass over a float32 master and moments that writes the model's weight too."""
-    in_place = [F32, F32, F32]
-    return moved([grad, *in_place], [*in_place, weight])
-
-
 def torch_with_master(weight: torch.dtype, grad: torch.dtype) -> float:
     """Gradient to float32, torch's fused AdamW on the master, master to the weight: three passes."""
     return moved([grad], [F32]) + fused(F32, F32, [F32, F32]) + moved([F32], [weight])
@@ -67,35 +58,27 @@ def torch_with_master(weight: torch.dtype, grad: torch.dtype) -> float:
 
 def eager_adamw(dtype: torch.dtype) -> float:
     """AdamW of torch without fusion, operation by operation (``foreach`` on a GPU, a loop over tensors on a CPU)."""
-    operations = {
-        "w *= 1 - lr·wd": (1, 1),
-        "m = lerp(m, g)": (2, 1),
-        "v *= β2": (1, 1),
-        "v += (1-β2)·g·g": (2, 1),
-        "d = √v": (1, 1),
-        "d /= c": (1, 1),
-        "d += ε": (1, 1),
-        "w += m / d": (3, 1),
+    reads_and_one_write = {
+        "w *= 1 - lr·wd": 1,
+        "m = lerp(m, g)": 2,
+        "v *= β2": 1,
+        "v += (1-β2)·g·g": 2,
+        "d = √v": 1,
+        "d /= c": 1,
+        "d += ε": 1,
+        "w += m / d": 3,
     }
-    return sum(moved([dtype] * reads, [dtype] * writes) for reads, writes in operations.values())
+    return sum(moved([dtype] * reads, [dtype]) for reads in reads_and_one_write.values())
 
 
 # ---- between the model, the arena and the host ----
 
-
-def split() -> float:
-    """float32 -> bfloat16 and the 16 bits below, or back."""
-    return moved([F32], [BF16, I16])
-
-
-def round_stochastic() -> float:
-    """Both halves read, both written."""
-    return moved([BF16, I16], [BF16, I16])
-
-
-def compress() -> float:
-    """float32 moments -> 8-bit ones, or back."""
-    return moved(MOMENTS["float32"], MOMENTS["int8"])
+#: float32 -> bfloat16 and the 16 bits below, or back.
+SPLIT = moved([F32], [BF16, I16])
+#: Both halves read, both written.
+ROUND_STOCHASTIC = moved([BF16, I16], [BF16, I16])
+#: float32 moments -> 8-bit ones, or back.
+COMPRESS = moved(MOMENTS["float32"], MOMENTS["int8"])
 
 
 def enter(residual: bool, state: str) -> float:
@@ -121,6 +104,5 @@ def accumulate(way: str, weight: torch.dtype, slot: torch.dtype, micro_batches: 
     later = micro_batches - 1
     if way == "gemm":
         return moved([], [slot]) + later * moved([slot], [slot])
-    temporary = micro_batches * moved([], [weight])
     first = moved([weight], [slot]) if way == "hook" else 0.0
-    return temporary + first + later * moved([weight, slot], [slot])
+    return micro_batches * moved([], [weight]) + first + later * moved([weight, slot], [slot])

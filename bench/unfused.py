@@ -37,6 +37,8 @@ class UnfusedMISA(torch.optim.Optimizer):
     Attributes:
         round: switches so far.
         active: names of the matrices that train now.
+        clones: their float32 copies by name.
+        budget: parameters that they may hold together.
     """
 
     def __init__(self, model: nn.Module, config: MisaConfig) -> None:
@@ -50,15 +52,25 @@ class UnfusedMISA(torch.optim.Optimizer):
             family=config.family,
         )
         self._weights = dict(model.named_parameters())
-        self._tracker = ImportanceTracker(
-            [unit.numel for unit in self._parts.units], check_budget(self._parts, config.delta), config
-        )
+        self.budget = check_budget(self._parts, config.delta)
+        self._tracker = ImportanceTracker([unit.numel for unit in self._parts.units], self.budget, config)
         super().__init__(list(self._weights.values()), {"lr": config.lr})
         self.round, self._steps = 0, 0
         self._begin_round()
 
+    @torch.no_grad()
+    def end_round(self) -> None:
+        """Account for the round that ends, forget its clones and begin the next one."""
+        self._tracker.update(self._norm_sums, [self._steps] * len(self._norm_sums))
+        self.clones.clear()
+        del self.adamw
+        self._begin_round()
+        self.round += 1
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
     def _begin_round(self) -> None:
-        """Draw, clone what comes in, and make a new AdamW for the clones."""
+        """Draw, clone what comes in, and make a new AdamW for the clones, its moments included."""
         units = [self._parts.units[index] for index in self._tracker.draw()]
         self.active = [*(name for unit in units for name in unit.params), *self._parts.always]
         for name, weight in self._weights.items():
@@ -76,6 +88,9 @@ class UnfusedMISA(torch.optim.Optimizer):
             foreach=False,
             fused=False,
         )
+        for clone in self.clones.values():  # otherwise a part of the first step
+            moments = {"exp_avg": torch.zeros_like(clone), "exp_avg_sq": torch.zeros_like(clone)}
+            self.adamw.state[clone] = {"step": torch.zeros(()), **moments}
         self._steps = 0
         self._norm_sums = [0.0] * len(units)
 
@@ -96,13 +111,7 @@ class UnfusedMISA(torch.optim.Optimizer):
             self._weights[name].copy_(clone)
         self._steps += 1
         if self._steps == self._tracker.round_length:
-            self._tracker.update(self._norm_sums, [self._steps] * len(self._norm_sums))
-            self.clones.clear()
-            del self.adamw
-            self._begin_round()
-            self.round += 1
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            self.end_round()
 
     def _measure(self, squares: dict[str, float]) -> None:
         """Add this step's ‖g‖² of each unit, or its root where the score is made of norms."""
@@ -123,18 +132,17 @@ class UnfusedMISA(torch.optim.Optimizer):
         }
 
 
+def misa_options(settings: Settings, **own: Any) -> dict[str, Any]:
+    """What the settings of a comparison are as options of MisaConfig; ``own`` of the method, the settings' own last."""
+    shared = {name: getattr(settings, name) for name in ("lr", "delta", "inner_steps", "seed")}
+    # the cold start's one-step rounds are the beginning of a run, not what a run costs
+    return {**shared, "cold_start": "none", **own, **settings.misa}
+
+
 def unfused_misa(model: nn.Module, loss: Loss, settings: Settings) -> Method:
     """The row ``unfused-misa``, with the options of the row ``misa``."""
-    options = {
-        "lr": settings.lr,
-        "delta": settings.delta,
-        "inner_steps": settings.inner_steps,
-        "seed": settings.seed,
-        "cold_start": "none",
-        **settings.misa,
-    }
     try:
-        config = MisaConfig.from_dict(options)
+        config = MisaConfig.from_dict(misa_options(settings))
         plain = MisaConfig(closing_momentum=False, bias_correction=True)
         for option in ("update_in", "state_dtype", "closing_momentum", "bias_correction", "parameter_groups"):
             if getattr(config, option) != getattr(plain, option):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -54,14 +55,15 @@ class Scheme:
     """Bytes per parameter of ``Update.before``."""
     update_bytes: float
     """Bytes per parameter of the rest."""
-    package: tuple[str, str] | None = None
-    """(module, what pip installs)."""
+    package: str = ""
+    """The module that it needs and what pip installs for it."""
     needs_cuda: bool = False
 
     def unavailable(self, device: torch.device) -> str | None:
         """Why it cannot run here; None when it can."""
-        if self.package is not None and not installed(self.package[0]):
-            return f"missing: pip install {self.package[1]}"
+        module, _, distribution = self.package.partition(" ")
+        if module and not installed(module):
+            return f"missing: pip install {distribution}"
         if self.needs_cuda and device.type != "cuda":
             return "needs a CUDA device"
         return None
@@ -108,8 +110,8 @@ def _misa(dtype: torch.dtype, state: str) -> Scheme:
         def launch() -> None:
             assert arena.grad is not None
             buffers = arena.grad, arena.exp_avg, arena.exp_avg_sq, arena.residual, arena.tile_sumsq
-            scales = {"m_scale": arena.exp_avg_scale, "v_scale": arena.exp_avg_sq_scale}
-            adamw(*buffers, arena.table, backend=backend, **scales)
+            m_scale, v_scale = arena.exp_avg_scale, arena.exp_avg_sq_scale
+            adamw(*buffers, arena.table, backend=backend, m_scale=m_scale, v_scale=v_scale)
 
         return Update([slot.weight for slot in arena.slots], update.measure, update.step, launch)
 
@@ -136,7 +138,7 @@ def _optimizer(
     make: Callable[[list[Tensor]], torch.optim.Optimizer],
     dtype: torch.dtype,
     update_bytes: float,
-    package: tuple[str, str] | None = None,
+    package: str = "",
     needs_cuda: bool = False,
 ) -> Scheme:
     """A torch optimizer after ``clip_grad_norm_``."""
@@ -178,31 +180,20 @@ def _torch_master(clips: bool) -> Scheme:
     return Scheme(build, before_bytes, traffic.torch_with_master(BF16, BF16))
 
 
-def _torch(fused: bool) -> Callable[[list[Tensor]], torch.optim.Optimizer]:
-    return lambda parameters: torch.optim.AdamW(parameters, **HYPERPARAMETERS, fused=fused or None)
+def _from(module: str, name: str, **own: Any) -> Callable[[list[Tensor]], torch.optim.Optimizer]:
+    """An optimizer's class, imported when it is made."""
+    return lambda parameters: getattr(import_module(module), name)(parameters, **HYPERPARAMETERS, **own)
 
 
-def _optimi(parameters: list[Tensor]) -> torch.optim.Optimizer:
-    from optimi import AdamW
-
-    return AdamW(parameters, **HYPERPARAMETERS, kahan_sum=True)
-
-
-def _flashoptim(bits: int) -> Callable[[list[Tensor]], torch.optim.Optimizer]:
-    def make(parameters: list[Tensor]) -> torch.optim.Optimizer:
-        from flashoptim import FlashAdamW
-
-        return FlashAdamW(parameters, **HYPERPARAMETERS, master_weight_bits=bits)
-
-    return make
-
-
-def _flash_bytes(correction: torch.dtype) -> float:
+def _flash(bits: int, correction: torch.dtype) -> Scheme:
     scale = (torch.float16, 32)
-    return traffic.fused(BF16, BF16, [I8, U8, scale, scale], [correction])
+    moved = traffic.fused(BF16, BF16, [I8, U8, scale, scale], [correction])
+    make = _from("flashoptim", "FlashAdamW", master_weight_bits=bits)
+    return _optimizer(make, BF16, moved, "flashoptim flashoptim", needs_cuda=True)
 
 
-_FLASH = ("flashoptim", "flashoptim")
+_FUSED = _from("torch.optim", "AdamW", fused=True)
+_KAHAN = _from("optimi", "AdamW", kahan_sum=True)
 
 #: Rows of the tables. torch-default is what ``torch.optim.AdamW(...)`` gives: foreach on a GPU, a loop on a CPU.
 SCHEMES: dict[str, Scheme] = {
@@ -212,12 +203,10 @@ SCHEMES: dict[str, Scheme] = {
     "misa-fp32-int8": _misa(F32, "int8"),
     "torch-fused-master-clip": _torch_master(clips=True),
     "torch-fused-master-norm": _torch_master(clips=False),
-    "torch-fused-fp32": _optimizer(_torch(True), F32, traffic.fused(F32, F32, [F32, F32])),
-    "torch-default-fp32": _optimizer(_torch(False), F32, traffic.eager_adamw(F32)),
-    "torch-fused-bf16": _optimizer(_torch(True), BF16, traffic.fused(BF16, BF16, [BF16, BF16])),
-    "optimi-kahan-bf16": _optimizer(
-        _optimi, BF16, traffic.fused(BF16, BF16, [BF16, BF16], [BF16]), ("optimi", "torch-optimi")
-    ),
-    "flashoptim-24": _optimizer(_flashoptim(24), BF16, _flash_bytes(I8), _FLASH, needs_cuda=True),
-    "flashoptim-32": _optimizer(_flashoptim(32), BF16, _flash_bytes(I16), _FLASH, needs_cuda=True),
+    "torch-fused-fp32": _optimizer(_FUSED, F32, traffic.fused(F32, F32, [F32, F32])),
+    "torch-default-fp32": _optimizer(_from("torch.optim", "AdamW"), F32, traffic.eager_adamw(F32)),
+    "torch-fused-bf16": _optimizer(_FUSED, BF16, traffic.fused(BF16, BF16, [BF16, BF16])),
+    "optimi-kahan-bf16": _optimizer(_KAHAN, BF16, traffic.fused(BF16, BF16, [BF16] * 2, [BF16]), "optimi torch-optimi"),
+    "flashoptim-24": _flash(24, I8),
+    "flashoptim-32": _flash(32, I16),
 }

@@ -5,7 +5,9 @@ Memory and speed depend on shapes alone, so no weights are needed; such a model 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,48 +16,23 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from misa_engine.engine.marks import phase
+from misa_engine.method.partition import partition
 from misa_engine.planner.cards import published_config
 from misa_engine.trainer.lean import lean_options
 
+
+def _small(family: str, vocabulary: int, hidden: int, intermediate: int, layers: int, heads: int, **own: Any) -> Any:
+    sizes = {"vocab_size": vocabulary, "hidden_size": hidden, "intermediate_size": intermediate}
+    return {"model_type": family, **sizes, "num_hidden_layers": layers, "num_attention_heads": heads, **own}
+
+
 #: For a CPU: every code path in seconds. The published shapes are those of ``misa_engine.planner.cards``.
 SMALL_SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": {
-        "model_type": "llama",
-        "vocab_size": 384,
-        "hidden_size": 128,
-        "intermediate_size": 352,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    },
-    "tiny-qwen": {
-        "model_type": "qwen2",
-        "vocab_size": 384,
-        "hidden_size": 128,
-        "intermediate_size": 352,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    },
-}
-SMALL_SHAPES["llama-90m"] = {
-    "model_type": "llama",
-    "vocab_size": 8192,
-    "hidden_size": 768,
-    "intermediate_size": 2048,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "num_key_value_heads": 12,
-    "tie_word_embeddings": True,
-}
-SMALL_SHAPES["llama-2m"] = {
-    "model_type": "llama",
-    "vocab_size": 384,
-    "hidden_size": 192,
-    "intermediate_size": 512,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 3,
-    "num_key_value_heads": 3,
+    "tiny": _small("llama", 384, 128, 352, 4, 4, num_key_value_heads=2),
+    "tiny-qwen": _small("qwen2", 384, 128, 352, 4, 4, num_key_value_heads=2),
+    "llama-2m": _small("llama", 384, 192, 512, 4, 3, num_key_value_heads=3),
+    "llama-90m": _small("llama", 8192, 768, 2048, 12, 12, num_key_value_heads=12, tie_word_embeddings=True),
 }
 #: Tokens whose logits exist at a time: 256 of a vocabulary of 128,256 are 0.13 GB in float32.
 LOSS_CHUNK = 256
@@ -70,6 +47,15 @@ def model_config(shape: str) -> PreTrainedConfig:
     if shape in SMALL_SHAPES:
         return AutoConfig.for_model(**SMALL_SHAPES[shape])
     return published_config(shape)
+
+
+def fitting_delta(shape: str, delta: float) -> float:
+    """``delta``, or where a small shape's largest matrix is a larger share of it, that share rounded up to 0.001."""
+    if shape not in SMALL_SHAPES:
+        return delta
+    with torch.device("meta"):
+        parts = partition(AutoModelForCausalLM.from_config(model_config(shape)))
+    return max(delta, math.ceil(1000 * max(unit.numel for unit in parts.units) / parts.total) / 1000)
 
 
 def build_model(
@@ -87,16 +73,36 @@ def build_model(
         seed: of the weights; the global generators are seeded.
     """
     torch.manual_seed(seed)
+    if device.type == "cuda":  # what a 24 GB card uses and the plan counts on; torch 2.11 prefers cuDNN's on sm_90
+        torch.backends.cuda.enable_flash_sdp(True)
+        for other in ("cudnn", "mem_efficient", "math"):
+            getattr(torch.backends.cuda, f"enable_{other}_sdp")(False)
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     config = model_config(shape)
     config.use_cache = False
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").train()
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": _recomputation})
         # With non-reentrant checkpointing nothing needs it, and every method's backward may stop where it can.
         model.disable_input_require_grads()
     return model
+
+
+class _Recomputation(AbstractContextManager[None]):
+    """The phase "recompute", which begins anew whenever the context is entered: LOMO runs two backward passes."""
+
+    def __enter__(self) -> None:
+        self._phase = phase("recompute")
+        self._phase.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._phase.__exit__(*error)
+
+
+def _recomputation() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """Torch's checkpointing asks for the contexts of the forward pass and of what it runs again."""
+    return nullcontext(), _Recomputation()
 
 
 def token_batches(model: Any, batch: int, length: int, device: torch.device, seed: int = 0) -> Iterator[Tensor]:
@@ -159,5 +165,6 @@ def chunked_loss(model: PreTrainedModel, ids: Tensor, chunk: int = LOSS_CHUNK) -
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
     targets = ids[:, 1:].flatten()
     pieces = zip(hidden.split(chunk), targets.split(chunk), strict=True)
-    losses = [checkpoint(piece, h, t, use_reentrant=False, preserve_rng_state=False) for h, t in pieces]
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": _recomputation}
+    losses = [checkpoint(piece, h, t, **options) for h, t in pieces]
     return torch.stack(losses).sum() / len(targets)

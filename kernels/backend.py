@@ -1,6 +1,7 @@
 """Which implementation runs: the plain PyTorch reference, or the Triton kernels.
 
-Triton is imported only when it is asked for, so that the package works where Triton does not exist (macOS, Windows).
+Triton is imported only when it is asked for, so that the package works where Triton does not exist (macOS, Windows):
+nothing but the ``kernel.py`` of an operation (and ``columns.py``, which they share) names it.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -61,13 +61,6 @@ def uses_triton(backend: str, tensor: Tensor) -> bool:
     """Check ``backend`` for the device of ``tensor`` and say whether the Triton kernel is to be launched."""
     check_backend(backend, tensor.device)
     return backend == "triton"
-
-
-def triton_kernels() -> ModuleType:
-    """Import the Triton kernels; the interpreter has to be chosen (TRITON_INTERPRET=1) before the first call."""
-    from . import triton_kernels as module
-
-    return module
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -9,8 +9,9 @@ table of addresses, one a tile, so that a switch of the active set rewrites a ta
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,14 +24,48 @@ BLOCK = 1024
 #: something else made a step of 8 million parameters take 3.1 s instead of 21 ms.
 CHUNK = 31 * BLOCK
 
-#: Columns of ``TileTable.slot_coef``, resolved once a step by ``finalise`` and read by every tile of the slot.
-COEFFICIENTS = ("beta1", "gain1", "beta2", "gain2", "eps", "minus_step", "minus_decay", "runs")
+#: Elements of 8-bit moments that share a scale; a divisor of BLOCK, so that no group lies in two slots.
+GROUP = 64
 
-#: Columns of ``hyper``, one row a parameter group.
-HYPER = ("lr", "decay", "beta1", "1-beta1", "beta2", "1-beta2", "eps", "closing")
+#: Moments from here on count as not finite in 8 bits: 254·m must not overflow. A finite v implies |g| < 1.9e19, so
+#: |m| < 1.9e19.
+HUGE = 1e36
 
 #: Rows of the bias table at most (8 MB a group); reached by no beta below 0.99998.
 MAX_BIAS_ROWS = 1 << 20
+
+
+class Coefficients(NamedTuple):
+    """Columns of ``TileTable.slot_coef``, resolved once a step by ``finalise`` and read by every tile of the slot."""
+
+    beta1: Tensor
+    gain1: Tensor  # (1-β1)·clip
+    beta2: Tensor
+    gain2: Tensor  # (1-β2)·clip²
+    eps: Tensor  # c₁·ε
+    minus_step: Tensor  # -lr·c₀
+    minus_decay: Tensor  # -lr·wd
+    runs: Tensor  # 1 = the slot is updated, 0 = not a bit of it changes
+
+
+class Hyper(NamedTuple):
+    """Columns of ``hyper``, one row a parameter group."""
+
+    lr: float
+    decay: float  # lr·wd
+    beta1: float
+    gain1: float  # 1-β1
+    beta2: float
+    gain2: float  # 1-β2
+    eps: float
+    closing: float  # lr·β1/(1-β1), the factor of Algorithm 1, line 16
+
+
+class Bias(NamedTuple):
+    """Columns of the bias table, one row a step count (see ``bias_table``)."""
+
+    step: Tensor  # c₀
+    eps: Tensor  # c₁
 
 
 @dataclass(frozen=True)
@@ -76,7 +111,7 @@ class TileTable:
     slot_present: Tensor  # (max_slots,) int32, 0 = got no gradient this step and is left alone; written by the caller
     slot_step: Tensor  # (max_slots,) int32, Adam steps since fresh moments; reset by the caller, counted by finalise
     slot_measured: Tensor  # (max_slots,) int32, steps that entered the score; reset by the caller, counted by finalise
-    slot_coef: Tensor  # (max_slots, 8) float32, see COEFFICIENTS; written by finalise and closing_step
+    slot_coef: Tensor  # (max_slots, 8) float32, see Coefficients; written by finalise and closing_step
     slots: tuple[Slot, ...] = ()
     n_tiles: int = 0
     aligned: bool = True
@@ -99,7 +134,7 @@ class TileTable:
             slot_present=zeros(max_slots),
             slot_step=zeros(max_slots),
             slot_measured=zeros(max_slots),
-            slot_coef=zeros(max_slots, len(COEFFICIENTS), dtype=torch.float32),
+            slot_coef=zeros(max_slots, len(Coefficients._fields), dtype=torch.float32),
         )
 
     def bind(self, slots: Sequence[Slot]) -> None:
@@ -198,13 +233,20 @@ class Control:
 
 
 def hyper_row(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> list[float]:
-    """One row of ``hyper`` (see HYPER), computed in float64.
-
-    ``1 - beta2`` computed in float32 inside a kernel would cost 1.3e-5 in v. ``closing`` is the factor of Algorithm 1,
-    line 16: lr·β1/(1-β1).
-    """
+    """One row of ``hyper`` (see Hyper), computed in float64: ``1 - beta2`` in float32 would cost 1.3e-5 in v."""
     beta1, beta2 = betas
-    return [lr, lr * weight_decay, beta1, 1 - beta1, beta2, 1 - beta2, eps, lr * beta1 / (1 - beta1)]
+    return list(
+        Hyper(
+            lr=lr,
+            decay=lr * weight_decay,
+            beta1=beta1,
+            gain1=1 - beta1,
+            beta2=beta2,
+            gain2=1 - beta2,
+            eps=eps,
+            closing=lr * beta1 / (1 - beta1),
+        )
+    )
 
 
 def bias_table(betas: Sequence[tuple[float, float]], *, enabled: bool, device: torch.device | str) -> Tensor:
@@ -229,6 +271,24 @@ def bias_table(betas: Sequence[tuple[float, float]], *, enabled: bool, device: t
     t = torch.arange(1, rows, dtype=torch.float64)
     table = torch.ones((len(betas), rows, 2), dtype=torch.float64)
     for row, (beta1, beta2) in zip(table, betas, strict=True):
-        row[1:, 1] = (1 - beta2**t).sqrt()
-        row[1:, 0] = row[1:, 1] / (1 - beta1**t)
+        eps_factor = (1 - beta2**t).sqrt()
+        row[1:] = torch.stack(Bias(step=eps_factor / (1 - beta1**t), eps=eps_factor), dim=1)
     return table.float().to(device)
+
+
+def first_grad_tile(grad_start: int) -> int:
+    """Tile of a gradient's first element. Kernels count in tiles: int32 is enough, and addresses stay aligned."""
+    if grad_start % BLOCK:
+        raise ValueError(f"grad_start must be the start of a slot, a multiple of {BLOCK}; got {grad_start}")
+    return grad_start // BLOCK
+
+
+def chunk_size(slots: list[tuple[int, Slot]]) -> int:
+    """Elements of scratch space for a reference's pass over ``slots``, a multiple of BLOCK."""
+    return min(CHUNK, max((slot.n_tiles for _, slot in slots), default=1) * BLOCK)
+
+
+def chunks(numel: int) -> Iterator[tuple[int, int]]:
+    """First element and number of elements of each part that a reference handles at once."""
+    for first in range(0, numel, CHUNK):
+        yield first, min(CHUNK, numel - first)

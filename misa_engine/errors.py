@@ -9,6 +9,19 @@ from contextlib import contextmanager
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
+class Stopped(KeyboardInterrupt):
+    """A signal ended the run in good order; the message says how far it came and how to go on.
+
+    Args:
+        message: for the user.
+        number: of the signal. ``misa`` exits with 128 more, as shells expect.
+    """
+
+    def __init__(self, message: str, number: int):
+        super().__init__(message)
+        self.number = number
+
+
 class UserError(ValueError):
     """Bad input: the message says what is wrong, what was found and what to do. ``misa`` exits with 2."""
 
@@ -31,11 +44,14 @@ def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
 
 
 def exit_code(error: BaseException) -> int:
-    """2 for a UserError and for a ValueError that misa_engine itself raised, 130 for Ctrl-C, 1 for the rest.
+    """2 for a UserError and for a ValueError that misa_engine itself raised, 128 + signal where one ended the
+    run (130 for Ctrl-C), 1 for the rest.
 
     The engine raises ValueError for nothing but bad input; the same class from a library in the middle of a run says
     nothing about who is to blame, hence the look at the innermost frame.
     """
+    if isinstance(error, Stopped):
+        return 128 + error.number
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
     if isinstance(error, UserError):

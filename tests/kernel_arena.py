@@ -11,7 +11,8 @@ from torch import Tensor
 
 from misa_engine.kernels.adamw import adamw, closing_step
 from misa_engine.kernels.blockwise8 import GROUP, expand
-from misa_engine.kernels.norm import finalise, sum_of_squares
+from misa_engine.kernels.finalise import finalise
+from misa_engine.kernels.norm import sum_of_squares
 from misa_engine.kernels.tiles import BLOCK, Control, Slot, TileTable, bias_table, hyper_row
 
 F32, BF16 = torch.float32, torch.bfloat16

@@ -29,10 +29,11 @@ from kernel_arena import (
     random_weights,
     same_bits,
 )
-from misa_engine.kernels import norm
+from misa_engine.kernels import tiles
 from misa_engine.kernels.adamw import adamw
 from misa_engine.kernels.blockwise8 import GROUP, compress, expand
-from misa_engine.kernels.norm import finalise, global_norm, reduce_slots, sum_of_squares
+from misa_engine.kernels.finalise import finalise
+from misa_engine.kernels.norm import global_norm, reduce_slots, sum_of_squares
 from misa_engine.kernels.split_float import round_stochastic_
 from misa_engine.kernels.split_float import split as split_halves
 from misa_engine.kernels.tiles import BLOCK
@@ -310,7 +311,7 @@ INTERPRETER_CASES: dict[str, Callable[..., str]] = DEVICE_CASES | {
 
 def main() -> None:
     torch.set_num_threads(1)
-    norm.CHUNK = 2 * BLOCK  # so that the reference crosses chunks in slots of three tiles
+    tiles.CHUNK = 2 * BLOCK  # so that the reference crosses chunks in slots of three tiles
     report = {}
     for name, case in INTERPRETER_CASES.items():
         try:

@@ -24,8 +24,9 @@ from kernel_arena import (
     same_bits,
 )
 from kernel_cases import INTERPRETER_CASES
-from misa_engine.kernels.adamw import adamw, square_root
-from misa_engine.kernels.norm import finalise
+from misa_engine.kernels.adamw import adamw
+from misa_engine.kernels.arithmetic import square_root
+from misa_engine.kernels.finalise import finalise
 from misa_engine.kernels.split_float import join, split
 from misa_engine.kernels.tiles import BLOCK
 

@@ -26,7 +26,7 @@ from trl import SFTConfig, SFTTrainer
 from command import make_workplace, words
 from misa_engine.cli import loading
 from misa_engine.cli.main import main
-from misa_engine.trainer.mixin import MisaFactory, MisaTrainer
+from misa_engine.trainer import MisaFactory, MisaTrainer
 from models import TINY
 
 LAYERS, HIDDEN, HEADS, KEY_VALUE, WIDE, LENGTH = 5, 32, 4, 16, 48, 24

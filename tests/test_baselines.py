@@ -2,6 +2,7 @@
 
 import math
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -9,9 +10,10 @@ import torch
 
 from misa_engine import MISA
 from misa_engine.bench import baselines, workload
-from misa_engine.bench.baselines import BASELINES, Settings, Unavailable, build
-from misa_engine.bench.method import stored_tensors
+from misa_engine.bench.baselines import BASELINES, build
+from misa_engine.bench.method import Settings, Unavailable, stored_tensors
 from misa_engine.bench.unfused import UnfusedMISA
+from misa_engine.engine.marks import observed
 
 CPU = torch.device("cpu")
 SETTINGS = Settings(lr=1e-3, delta=0.1, inner_steps=2, galore_rank=16)
@@ -83,7 +85,8 @@ def test_a_method_trains_or_says_why_it_cannot(name, dtype):
     else:
         assert any(not torch.equal(weight, after[n]) for n, weight in before.items())
     sizes = method.optimizer_bytes()
-    assert sum(sizes.values()) > 0 and min(sizes.values()) >= 0
+    # at least one byte each; LOMO holds no moments
+    assert sum(sizes.values()) >= (0 if name == "lomo" else method.trainable_parameters) and min(sizes.values()) >= 0
     assert method.notes == BASELINES[name].notes
     if name in ("misa", "unfused-misa", "uniform", "lisa", "lisa-layers", "badam", "badam-like"):
         assert method.switches() == 1  # three steps, a switch after the second
@@ -288,8 +291,9 @@ def test_lomo_is_sgd_with_the_clipped_gradient(dtype):
     method = make("lomo", model, settings)
     (ids,) = batches(model, 1)
     phases = []
-    method.step([ids], phases.append)
-    assert phases == ["forward", "clip", "backward"]
+    with observed(lambda name: phases.append(name) or nullcontext()):
+        method.step([ids])
+    assert [name for name in phases if name != "recompute"] == ["forward", "clip", "backward"]
     workload.chunked_loss(twin, ids).backward()
     gradients = [p.grad.float() for p in twin.parameters()]
     norm = float(torch.stack([gradient.norm() for gradient in gradients]).norm())

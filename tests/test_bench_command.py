@@ -1,15 +1,18 @@
 """``misa bench``: what is run, what the results hold, what is refused. Cases run in this process, on tiny shapes."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from misa_engine.bench import suite
+from misa_engine.bench import runner, suites
 from misa_engine.bench.cases import run_case
-from misa_engine.bench.compare import by_phase
 from misa_engine.bench.corpus import documents, rows
-from misa_engine.bench.suite import Bench, best_loss, loss_cases, merge
+from misa_engine.bench.presets import PRESETS, QUESTIONS, Bench
+from misa_engine.bench.runner import best_loss, merge
+from misa_engine.bench.steps import by_phase
+from misa_engine.bench.suites import base_case, loss_cases
 from misa_engine.cli.main import main
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -20,18 +23,18 @@ FIELDS = ("method", "step_time_s", "tokens_per_s", "peak_bytes", "trainable_para
 class Here:
     """Runs cases in this process."""
 
+    def __init__(self, device):
+        pass
+
     def run(self, case, timeout_s):
         found = []
         run_case(case, lambda row: found.append(json.loads(json.dumps(row))))
         return found[-1]
 
-    def close(self):
-        pass
-
 
 @pytest.fixture
 def here(monkeypatch):
-    monkeypatch.setattr(suite, "make_processes", lambda kind, device: Here())
+    monkeypatch.setattr(runner, "CaseProcesses", Here)
 
 
 @pytest.fixture
@@ -50,7 +53,7 @@ def test_all_gives_one_complete_result_a_method_with_page_and_pictures(results, 
     for row in document["results"]:
         assert set(FIELDS) <= set(row) and row["status"] == "ok"
         assert set(row["step_time_s"]) == {"median", "p20", "p80"} and row["tokens_per_s"] > 0
-        assert row["timed_steps"] >= 8 and row["peak_bytes"] > 0 and 0 < row["heldout_loss"] < 7
+        assert row["timed_steps"] == 8 and row["peak_bytes"] > 0 and 0 < row["heldout_loss"] < 7
         assert {"forward", "backward", "step", "switch"} <= set(row["phases_s"])
         points = row["curve"]
         assert [point["tokens"] for point in points] == sorted(point["tokens"] for point in points)
@@ -72,18 +75,8 @@ def test_all_gives_one_complete_result_a_method_with_page_and_pictures(results, 
     text = readme.read_text()
     assert text.startswith("top\n") and text.endswith("\nbottom\n") and "old" not in text
     assert "out/loss.png" in text and "| misa-int8 |" in text
-    assert (
-        main(
-            [
-                "bench",
-                "--render",
-                str(tmp_path / "out" / "results.json"),
-                "--into",
-                str(tmp_path / "out" / "results.md"),
-            ]
-        )
-        == 2
-    )
+    stored = str(tmp_path / "out" / "results.json")
+    assert main(["bench", "--render", stored, "--into", str(tmp_path / "out" / "results.md")]) == 2
     assert main(["bench", "--render", str(tmp_path / "out" / "results.json")]) == 0
     assert (tmp_path / "out" / "results.md").read_text() == before
 
@@ -123,9 +116,9 @@ def test_every_method_sees_the_same_tokens_in_the_same_order(here, monkeypatch):
         return whole(self, micro_batches, *args)
 
     monkeypatch.setattr(Method, "step", step)
-    bench = Bench(**{**suite.PRESETS["quick"], "methods": ("adamw", "misa"), "suite": "throughput"})
-    for case in suite.throughput_cases(bench):
-        Here().run(case, 60)
+    bench = Bench(**{**PRESETS["quick"], "methods": ("adamw", "misa"), "suite": "throughput", "steps": 3})
+    for case in suites.step_cases(bench):
+        Here("cpu").run(case, 60)
     n = min(map(len, seen.values()))
     assert n >= bench.warm_up + bench.steps
     assert all(torch.equal(a, b) for a, b in zip(seen["adamw"][:n], seen["misa"][:n], strict=True))
@@ -161,10 +154,50 @@ def test_each_method_counts_with_its_best_learning_rate():
 
 def test_loss_cases_cover_methods_rates_and_seeds(tmp_path):
     bench = Bench(methods=("adamw", "misa"), lrs=(1e-3, 1e-2), seeds=2)
-    cases = loss_cases(bench, tmp_path / "base")
+    cases = loss_cases(bench, base_case(bench, tmp_path / "base"))
     assert len({case.name for case in cases}) == len(cases) == 8
     assert {case.start_from for case in cases} == {str(tmp_path / "base")}
-    assert merge(bench, []) == []
+    assert {(case.lr, case.seed, case.data_seed) for case in cases} == {(lr, s, s) for lr in bench.lrs for s in (0, 1)}
+    assert {(case.data, case.steps, case.delta) for case in cases} == {("arithmetic", 80, 0.1)}
+    assert merge([]) == []
+
+
+def test_a_question_compares_settings_of_misa_from_random_weights(here, tmp_path, capsys):
+    words = ["bench", "moments", "--preset", "quick", "--loss_steps", "2", "--output", str(tmp_path / "out")]
+    assert main(words) == 0
+    document = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [row["settings"]["misa"] for row in document["cases"]] == list(QUESTIONS["moments"].values())
+    for row in document["cases"]:
+        assert row["status"] == "ok" and 0 < row["heldout_loss"] < 7 and row["settings"]["start_from"] is None
+        assert len(row["training_loss_every_20"]) == 1 and {"stale_rounds_max", "visits_least_most"} <= set(row)
+    assert "| 8-bit moments |" in (tmp_path / "out" / "results.md").read_text()
+
+
+def test_stored_results_of_the_repository_render_as_they_are(tmp_path, capsys):
+    root = Path(__file__).resolve().parents[1]
+    for name in ("cpu/results.json", "kernels_cpu.json"):
+        (tmp_path / Path(name).name).write_text((root / "bench" / "results" / name).read_text())
+        assert main(["bench", "--render", str(tmp_path / Path(name).name)]) == 0
+        page = (tmp_path / Path(name).name).with_suffix(".md").read_text()
+        assert page == (root / "bench" / "results" / name).with_suffix(".md").read_text()
+
+
+def test_a_run_without_any_result_has_failed(results):
+    code, document, printed = results("throughput", "--methods", "misa", "--delta", "0.01")
+    assert code == 1
+    assert document["results"][0]["status"].startswith("failed: ValueError: delta=0.01 allows 8,367")
+
+
+def test_the_default_delta_follows_a_small_models_largest_matrix(here, tmp_path, capsys):
+    words = ["bench", "throughput", "--preset", "cpu", "--model", "tiny", "--length", "16", "--steps", "5"]
+    assert main([*words, "--methods", "misa", "--output", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert "tiny: its largest matrix needs --delta 0.05" in printed
+    assert "5 timed steps: a switch every 2 of them" in printed
+    document = json.loads((tmp_path / "out" / "results.json").read_text())
+    (row,) = document["results"]
+    assert (row["timed_steps"], row["settings"]["inner_steps"]) == (5, 2) and row["timed_switches"] >= 2
+    assert "Held-out loss" not in (tmp_path / "out" / "results.md").read_text()  # none was measured
 
 
 @pytest.mark.parametrize("source", ["stdlib", "arithmetic"])
@@ -199,6 +232,7 @@ def test_arithmetic_is_right():
         (["--steps", "0", "--output", "x"], "at least 1"),
         (["--stepz", "3", "--output", "x"], "--stepz"),
         (["--preset", "quick"], "--output"),
+        (["round", "--methods", "misa", "--output", "x"], "takes no --methods"),
         (["--render", "/nowhere.json"], "nowhere.json"),
     ],
     ids=str,

@@ -19,10 +19,10 @@ from kernel_arena import (
     random_weights,
     same_bits,
 )
-from misa_engine.kernels import blockwise8
 from misa_engine.kernels.adamw import adamw
 from misa_engine.kernels.blockwise8 import GROUP, compress, expand
-from misa_engine.kernels.norm import finalise, sum_of_squares
+from misa_engine.kernels.finalise import finalise
+from misa_engine.kernels.norm import sum_of_squares
 from misa_engine.kernels.tiles import BLOCK
 
 BETAS, EPS = (0.9, 0.999), 1e-8
@@ -144,7 +144,7 @@ def test_any_length_is_stored_as_if_filled_up_with_zeros(numel, monkeypatch):
     m, v = moments_to_store(4 * BLOCK)
     m[numel:], v[numel:] = 0.0, 0.0
     whole = stored(m, v)
-    monkeypatch.setattr(blockwise8, "CHUNK", BLOCK)
+    monkeypatch.setattr("misa_engine.kernels.tiles.CHUNK", BLOCK)
     m8, v8, m_scale, v_scale = part = stored(m[:numel], v[:numel])
     assert torch.equal(m8, whole[0][:numel]) and torch.equal(v8, whole[1][:numel])
     assert torch.equal(m_scale, whole[2][: -(-numel // GROUP)])
@@ -297,8 +297,7 @@ def test_skipped_or_absent_slots_keep_every_bit():
 def test_poison_outside_the_slots_and_the_chunk_size_do_not_change_a_bit(monkeypatch):
     states = []
     for clean, chunk in ((False, 31 * BLOCK), (True, BLOCK)):
-        monkeypatch.setattr("misa_engine.kernels.norm.CHUNK", chunk)
-        monkeypatch.setattr(blockwise8, "CHUNK", chunk)
+        monkeypatch.setattr("misa_engine.kernels.tiles.CHUNK", chunk)
         arena = make_arena(random_weights(ODD_SIZES, BF16), int8=True)
         if clean:
             for buffer in (arena.grad, arena.m, arena.v, arena.m_scale, arena.v_scale):

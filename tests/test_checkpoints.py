@@ -11,16 +11,16 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from misa_engine.trainer import checkpoints
+from misa_engine.trainer import checkpoints, completeness
 from misa_engine.trainer.checkpoints import CheckpointError
-from models import TINY
 
 
 def write_checkpoint(folder: Path, value: float = 1.0) -> Path:
     folder.mkdir(parents=True)
     save_file({"weight": torch.full((4, 8), value)}, folder / "model.safetensors")
-    torch.save({"value": value}, folder / "optimizer.pt")
-    step = checkpoints.checkpoint_step(folder)
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        torch.save({"value": value}, folder / name)
+    step = completeness.checkpoint_step(folder)
     (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
     return folder
 
@@ -34,8 +34,8 @@ def test_last_complete_checkpoint_is_the_highest_step_not_the_last_name(tmp_path
         write_checkpoint(tmp_path / f"checkpoint-{step}")
     (tmp_path / "checkpoint-notes").mkdir()
     (tmp_path / "checkpoint-2000").write_text("a file")
-    assert checkpoints.find_last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-1000"
-    assert checkpoints.find_last_complete_checkpoint(tmp_path / "absent") is None
+    assert completeness.find_last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-1000"
+    assert completeness.find_last_complete_checkpoint(tmp_path / "absent") is None
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "trainer_state.json"])
@@ -43,22 +43,22 @@ def test_a_checkpoint_with_a_file_cut_short_is_passed_over(tmp_path, file):
     write_checkpoint(tmp_path / "checkpoint-1")
     damaged = write_checkpoint(tmp_path / "checkpoint-2") / file
     damaged.write_bytes(damaged.read_bytes()[:-3])
-    assert file in str(checkpoints.why_incomplete(tmp_path / "checkpoint-2"))
-    assert checkpoints.find_last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
+    assert file in str(completeness.why_incomplete(tmp_path / "checkpoint-2"))
+    assert completeness.find_last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
 
 
 def test_missing_files_shards_and_marks_are_named(tmp_path):
     checkpoint = write_checkpoint(tmp_path / "checkpoint-1")
-    assert checkpoints.why_incomplete(checkpoint) is None
+    assert completeness.why_incomplete(checkpoint) is None
     (checkpoint / "checkpoint-is-incomplete.txt").touch()
-    assert "checkpoint-is-incomplete" in str(checkpoints.why_incomplete(checkpoint))
+    assert "checkpoint-is-incomplete" in str(completeness.why_incomplete(checkpoint))
     (checkpoint / "checkpoint-is-incomplete.txt").unlink()
     weights = (checkpoint / "model.safetensors").rename(checkpoint / "model-00001-of-00002.safetensors")
     index = {"weight_map": {"weight": weights.name, "other": "model-00002-of-00002.safetensors"}}
     (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert "model-00002-of-00002.safetensors is missing" in str(checkpoints.why_incomplete(checkpoint))
+    assert "model-00002-of-00002.safetensors is missing" in str(completeness.why_incomplete(checkpoint))
     shutil.rmtree(checkpoint)
-    assert checkpoints.why_incomplete(checkpoint) == "no such folder"
+    assert completeness.why_incomplete(checkpoint) == "no such folder"
 
 
 def test_a_published_checkpoint_replaces_one_of_the_same_step(tmp_path):
@@ -112,10 +112,10 @@ def test_a_kill_at_any_file_system_call_leaves_a_good_checkpoint(tmp_path, monke
             except Killed:
                 finished = False
         checkpoints.recover(run_dir)
-        last = checkpoints.find_last_complete_checkpoint(run_dir)
+        last = completeness.find_last_complete_checkpoint(run_dir)
         assert last is not None and last.name == "checkpoint-3" and value_of(last) in (3.0, 30.0), budget
-        for checkpoint in checkpoints.list_checkpoints(run_dir):
-            assert checkpoints.why_incomplete(checkpoint) is None, (budget, checkpoint)
+        for checkpoint in completeness.list_checkpoints(run_dir):
+            assert completeness.why_incomplete(checkpoint) is None, (budget, checkpoint)
         assert not (run_dir / checkpoints.STAGING).exists()
         shutil.rmtree(run_dir)
         if finished:
@@ -129,10 +129,10 @@ def test_rotation_keeps_the_newest_written_and_the_best_even_when_older_steps_ar
         write_checkpoint(tmp_path / f"checkpoint-{step}")
     # resumed from 10 after 40 had been written: 20 is the newest
     checkpoints.rotate(tmp_path, 2, keep=[tmp_path / "checkpoint-20", tmp_path / "checkpoint-10"])
-    assert [path.name for path in checkpoints.list_checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-20"]
+    assert [path.name for path in completeness.list_checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-20"]
     checkpoints.rotate(tmp_path, None, keep=[])
     checkpoints.rotate(tmp_path, 1, keep=[tmp_path / "checkpoint-20"])
-    assert [path.name for path in checkpoints.list_checkpoints(tmp_path)] == ["checkpoint-20"]
+    assert [path.name for path in completeness.list_checkpoints(tmp_path)] == ["checkpoint-20"]
 
 
 FULL = [
@@ -205,23 +205,3 @@ def test_a_new_model_replaces_the_files_of_an_old_one_with_another_number_of_sha
     found = {path.name for path in target.iterdir()}
     assert found == {"model.safetensors", "config.json", "notes.txt", "checkpoint-5"}
     assert (target / "config.json").read_text() == "new"
-
-
-@pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral", "qwen3_moe", "gpt_neox", "gpt2", "bert"])
-def test_the_same_model_is_recognised_whatever_names_transformers_saves_it_under(tmp_path, family):
-    model = TINY[family]()
-    model.save_pretrained(tmp_path)
-    renamed = checkpoints.check_same_model(tmp_path, model)
-    assert renamed == (family in ("mixtral", "qwen3_moe", "gpt_neox"))
-
-
-def test_a_checkpoint_of_another_model_is_refused_with_what_differs(tmp_path):
-    TINY["llama"]().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"another model.*down_proj.weight is \[32, 48\] there and \[32, 64\] here"):
-        checkpoints.check_same_model(tmp_path, TINY["llama"](intermediate_size=64))
-    with pytest.raises(ValueError, match=r"layers.2.*is not in the checkpoint"):
-        checkpoints.check_same_model(tmp_path, TINY["llama"](num_hidden_layers=3))
-    with pytest.raises(ValueError, match=r"layers.1.*is not in this model"):
-        checkpoints.check_same_model(tmp_path, TINY["llama"](num_hidden_layers=1))
-    with pytest.raises(ValueError, match="another model"):
-        checkpoints.check_same_model(tmp_path, TINY["gpt2"]())

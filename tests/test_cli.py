@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,12 +16,13 @@ import torch
 import yaml
 
 from misa_engine.cli import arguments as arguments_module
-from misa_engine.cli.arguments import SHARED, parse_train, recipe_names
+from misa_engine.cli.arguments import parse_train, recipe_names
 from misa_engine.cli.help import MAIN_SFT_OPTIONS
 from misa_engine.cli.main import main
 from misa_engine.errors import UserError
 from misa_engine.method.config import MisaConfig
 from misa_engine.report.log import RunLog
+from misa_engine.trainer.compat import FROM_ARGUMENTS
 from models import TINY
 
 RECORDS = [
@@ -137,8 +139,8 @@ def test_every_misa_option_has_exactly_one_flag() -> None:
     from trl import SFTConfig
 
     ours = {entry.name for entry in fields(arguments_module.MisaArguments)}
-    assert ours | set(SHARED) == {entry.name for entry in fields(MisaConfig)}
-    assert not ours & set(SHARED)
+    assert ours | set(FROM_ARGUMENTS) == {entry.name for entry in fields(MisaConfig)}
+    assert not ours & set(FROM_ARGUMENTS)
     names = [entry.name for cls in (*arguments_module.OURS, SFTConfig) for entry in fields(cls) if entry.init]
     assert len(names) == len(set(names))
     assert all(entry.metadata["help"] for cls in arguments_module.OURS for entry in fields(cls))
@@ -421,7 +423,7 @@ def test_other_failures_exit_1_in_one_line_unless_debug(
     def boom(*args: Any, **kwargs: Any) -> None:
         raise TypeError("a bug")
 
-    monkeypatch.setattr("misa_engine.cli.train.run", boom)
+    monkeypatch.setattr("misa_engine.cli.train.train", boom)
     assert main(flags()) == 1
     shown = capsys.readouterr().err
     assert shown == "misa: failed: TypeError: a bug\n(--debug shows where)\n"
@@ -594,14 +596,14 @@ def test_full_disk_and_ctrl_c_name_the_last_good_checkpoint(
     monkeypatch.undo()
 
     def interrupt(self: MISA, *args: Any, **kwargs: Any) -> Any:
-        if self.total_steps == 5:
-            raise KeyboardInterrupt
+        if self.total_steps == 4:
+            signal.raise_signal(signal.SIGINT)
         return step(self, *args, **kwargs)
 
     monkeypatch.setattr(MISA, "step", interrupt)
     assert main(flags("--resume_from_checkpoint")) == 130
     shown = capsys.readouterr().err
-    assert "interrupted: go on from" in shown and "checkpoint-4" in shown and "Traceback" not in shown
+    assert "misa: stopped at 5/6, resume with" in shown and "checkpoint-5" in shown and "Traceback" not in shown
 
 
 def test_plain_text_is_packed_full_and_the_baseline_trains_everything(

@@ -15,11 +15,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from misa_engine.kernels import triton_blockwise8, triton_kernels
-from misa_engine.kernels.adamw import REGISTERS
-from misa_engine.kernels.norm import TILES_PER_PROGRAM
+from misa_engine.kernels.adamw import kernel as adamw
+from misa_engine.kernels.adamw.kernel import REGISTERS
+from misa_engine.kernels.blockwise8 import kernel as blockwise8
+from misa_engine.kernels.finalise import kernel as finalise
+from misa_engine.kernels.norm import kernel as norm
+from misa_engine.kernels.norm.kernel import TILES_PER_PROGRAM
+from misa_engine.kernels.split_float import kernel as split_float
 from misa_engine.kernels.tiles import BLOCK
 
+KERNEL_FILES = (finalise, adamw, norm, blockwise8, split_float)
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 ARCHITECTURES = {80: "sm_80", 89: "sm_89", 90: "sm_90a"}
 PRECISE = {"enable_fp_fusion": False}
@@ -94,7 +99,7 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def kernel_named(name: str):
-    return getattr(triton_blockwise8 if name in ("compress_kernel", "expand_kernel") else triton_kernels, name)
+    return next(getattr(module, name) for module in KERNEL_FILES if hasattr(module, name))
 
 
 def compile_for(architecture: int, kernel: str, types: dict, constants: dict, options: dict):

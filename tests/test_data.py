@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from misa_engine.cli.data import TEXT_RECORD, LoadedData, check_prepared, hold_out, load_data, text_records
-from misa_engine.cli.record_shapes import SHAPES
+from misa_engine.cli.record_formats import FORMATS
 from misa_engine.errors import UserError
 
 
@@ -278,6 +278,6 @@ def test_nothing_left_after_preparation_is_an_error(tmp_path: Path) -> None:
 
 
 def test_shapes_are_consistent() -> None:
-    for shape in SHAPES:
-        assert len(shape.needed) == len(shape.kinds)
-        assert shape.rename is None or shape.rename[0] in shape.needed
+    for format in FORMATS:
+        assert len(format.needed) == len(format.kinds)
+        assert format.rename is None or format.rename[0] in format.needed

@@ -4,14 +4,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from misa_engine.cli import demo
+from misa_engine.cli import demo, demo_data
 from misa_engine.errors import UserError
 from misa_engine.report.log import RunLog
 
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory):
-    return demo.build_demo(tmp_path_factory.mktemp("demo"))
+    return demo_data.build_demo(tmp_path_factory.mktemp("demo"))
 
 
 def texts(path):
@@ -19,7 +19,7 @@ def texts(path):
 
 
 def test_build_demo_makes_the_same_bytes_every_time(paths, tmp_path):
-    again = demo.build_demo(tmp_path)
+    again = demo_data.build_demo(tmp_path)
     for first, second in ((paths.train, again.train), (paths.heldout, again.heldout)):
         assert first.read_bytes() == second.read_bytes()
     weights = "model.safetensors"
@@ -30,7 +30,7 @@ def test_build_demo_leaves_the_global_generator_alone(tmp_path):
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
-    demo.build_demo(tmp_path)
+    demo_data.build_demo(tmp_path)
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -38,7 +38,7 @@ def test_heldout_text_comes_from_other_files_than_training(paths):
     train, heldout = texts(paths.train), texts(paths.heldout)
     assert len(train) == len(set(train)) and len(heldout) == len(set(heldout))
     assert not {text[:200] for text in train} & {text[:200] for text in heldout}
-    assert sum(map(len, train)) >= demo.STEPS * demo.BATCH * demo.LENGTH  # no text is seen twice
+    assert sum(map(len, train)) >= demo_data.STEPS * demo_data.BATCH * demo_data.LENGTH  # no text is seen twice
     assert not any("unittest.main()" in text and "site-packages" in text for text in train)
 
 
@@ -54,25 +54,25 @@ def test_tokenizer_loads_from_the_directory_and_counts_one_token_a_byte(paths):
             assert len(ids) == len(text) + 1 and ids[-1] == tokenizer.eos_token_id
             assert tokenizer.decode(ids[:-1]) == text
     held = sum(len(text) + 1 for text in texts(paths.heldout))
-    assert held % (demo.LENGTH * demo.SHARED_OPTIONS["per_device_eval_batch_size"]) == 0
+    assert held % (demo_data.LENGTH * demo_data.SHARED_OPTIONS["per_device_eval_batch_size"]) == 0
 
 
 def test_arguments_are_ones_that_misa_train_takes(paths, tmp_path):
     from misa_engine.cli.arguments import parse_train
 
-    misa = parse_train(demo.demo_arguments(paths, tmp_path / "misa"))
-    adamw = parse_train(demo.demo_arguments(paths, tmp_path / "adamw", "adamw"))
+    misa = parse_train(demo_data.demo_arguments(paths, tmp_path / "misa"))
+    adamw = parse_train(demo_data.demo_arguments(paths, tmp_path / "adamw", "adamw"))
     assert misa.misa.delta == 0.25 and misa.misa.always_train == ("embed_tokens", "lm_head")
     assert (misa.run.optimizer, adamw.run.optimizer) == ("misa", "adamw")
-    assert misa.sft.max_steps == demo.STEPS
+    assert misa.sft.max_steps == demo_data.STEPS
     for option in ("seed", "max_steps", "per_device_train_batch_size", "max_length", "packing_strategy"):
         assert getattr(misa.sft, option) == getattr(adamw.sft, option), option
 
 
 def test_python_without_its_sources_is_told_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / "lib")})
+    monkeypatch.setattr(demo_data.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / "lib")})
     with pytest.raises(ValueError, match="this Python came without them"):
-        demo.build_demo(tmp_path / "out")
+        demo_data.build_demo(tmp_path / "out")
 
 
 def test_output_directory_of_something_else_is_refused(tmp_path):
@@ -96,8 +96,8 @@ def test_failing_run_is_reported_with_its_last_words(tmp_path):
 def test_short_demo_trains_compares_reloads_and_draws(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "STEPS", 6)
     for option, value in {"max_steps": 6, "warmup_steps": 0, "eval_steps": 6, "logging_steps": 2}.items():
-        monkeypatch.setitem(demo.SHARED_OPTIONS, option, value)
-    monkeypatch.setattr(demo, "HELDOUT_BYTES", 2 * demo.HELDOUT_FILE_BYTES)
+        monkeypatch.setitem(demo_data.SHARED_OPTIONS, option, value)
+    monkeypatch.setattr(demo_data, "HELDOUT_BYTES", 2 * demo_data.HELDOUT_FILE_BYTES)
     out = tmp_path / "out"
     assert demo.run_demo(out) == 0
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from misa_engine.bench import kernel_table, traffic, updates
-from misa_engine.bench.conftest import label, sizes_asked_for
+from misa_engine.bench import traffic, updates
+from misa_engine.bench.conftest import sizes_asked_for
 from misa_engine.bench.traffic import BF16, F32, I16, MOMENTS
+from misa_engine.cli.main import main
 from misa_engine.engine.arena import Arena
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,7 +22,6 @@ CPU = torch.device("cpu")
 
 
 def test_bytes_per_parameter_are_those_of_the_design_table():
-    assert traffic.fused_with_master(BF16, BF16) == 28
     assert traffic.fused(BF16, BF16, MOMENTS["float32"], [I16]) == 26
     assert traffic.fused(BF16, BF16, MOMENTS["int8"], [I16]) == 14.25
     assert traffic.norm(BF16) == 2
@@ -78,8 +78,8 @@ def test_every_scheme_makes_the_step_of_adamw(scheme, monkeypatch):
 
 def test_a_missing_package_and_a_missing_gpu_are_told_apart():
     scheme = updates.SCHEMES["flashoptim-24"]
-    absent = updates.Scheme(scheme.build, 1, 1, ("no_such_module", "no-such-package"), needs_cuda=True)
-    present = updates.Scheme(scheme.build, 1, 1, ("torch", "torch"), needs_cuda=True)
+    absent = updates.Scheme(scheme.build, 1, 1, "no_such_module no-such-package", needs_cuda=True)
+    present = updates.Scheme(scheme.build, 1, 1, "torch torch", needs_cuda=True)
     assert absent.unavailable(CPU) == "missing: pip install no-such-package"
     assert present.unavailable(CPU) == "needs a CUDA device"
     assert updates.SCHEMES["misa-bf16-int8"].unavailable(CPU) is None
@@ -121,11 +121,10 @@ def test_every_row_has_bytes_bandwidth_and_share_of_a_copy(run):
     assert all(f"test_update[20k-whole-{name}]" in missing for name in absent)
 
 
-def test_the_tables_name_every_row_and_what_is_missing(run, monkeypatch, capsys):
+def test_the_tables_name_every_row_and_what_is_missing(run):
     text, path = run
     results = json.loads(path.read_text())
-    monkeypatch.setattr(sys, "argv", ["kernel_table", str(path)])
-    kernel_table.main()
+    assert main(["bench", "--render", str(path)]) == 0
     page = path.with_suffix(".md").read_text()
     for row in results["benchmarks"]:
         assert f"### {row['group']}" in page and f"### {row['group']}" in text
@@ -141,7 +140,23 @@ def test_a_later_run_is_compared_with_a_committed_one(run):
 
 
 def test_every_benchmark_runs_once_when_timing_is_disabled():
-    assert "failed" not in bench("--benchmark-disable")
+    assert "failed" not in bench("--benchmark-disable", "-k", "test_norm or clones or gemm")
+
+
+def test_results_are_written_after_each_benchmark(tmp_path):
+    path = tmp_path / "kernels.json"
+    script = (
+        "import os, pytest\n"
+        "class Ends:\n"
+        "    def pytest_runtest_logfinish(self, nodeid):\n"
+        "        os._exit(9)  # as SIGKILL would end it\n"
+        f"pytest.main(['bench/test_kernels.py', '--sizes', '20k', '--rounds', '1', '-q', '-k', 'test_norm',\n"
+        f"             '--benchmark-json={path}'], plugins=[Ends()])\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, timeout=120)
+    assert done.returncode == 9
+    assert len(json.loads(path.read_text())["benchmarks"]) == 1
 
 
 def test_ordinary_pytest_leaves_bench_alone(pytestconfig):
@@ -153,8 +168,7 @@ def test_sizes_are_read_and_nonsense_is_refused():
         def __init__(self, text):
             self.getoption = lambda name: text
 
-    assert sizes_asked_for(Config("20k,4M,1.5M,300")) == [20_000, 4_000_000, 1_500_000, 300]
-    assert [label(size) for size in (20_000, 240_000_000, 300)] == ["20k", "240M", "300"]
+    assert sizes_asked_for(Config("20k,1.5M,300")) == {"20k": 20_000, "1.5M": 1_500_000, "300": 300}
     for text in ("4X", "", "4M,,"):
         with pytest.raises(pytest.UsageError, match="--sizes"):
             sizes_asked_for(Config(text))

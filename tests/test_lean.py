@@ -23,9 +23,8 @@ from trl import SFTConfig, SFTTrainer
 from command import make_workplace, words
 from misa_engine.cli.main import main
 from misa_engine.errors import UserError
-from misa_engine.trainer import lean
+from misa_engine.trainer import MisaMixin, MisaTrainer, lean
 from misa_engine.trainer.lean import lean_options, short_batch
-from misa_engine.trainer.mixin import MisaMixin, MisaTrainer
 from models import TINY
 
 VOCABULARY, HIDDEN = 384, 32

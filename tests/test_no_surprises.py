@@ -24,9 +24,8 @@ from command import make_workplace, words
 from misa_engine import MISA
 from misa_engine.cli.arguments import ALLOCATOR_VARIABLES, parse_train
 from misa_engine.cli.main import main
-from misa_engine.trainer import checkpoints
-from misa_engine.trainer.mixin import MisaTrainer
-from misa_engine.trainer.recorder import RunRecorder
+from misa_engine.trainer import MisaTrainer, checkpoints
+from misa_engine.trainer.log_writer import RunLogWriter
 from models import TINY
 
 
@@ -77,7 +76,7 @@ from trl import SFTConfig
 from misa_engine.trainer import checkpoints
 from misa_engine.cli import loading
 from misa_engine.cli.arguments import ModelArguments
-from misa_engine.trainer.mixin import MisaTrainer
+from misa_engine.trainer import MisaTrainer
 
 def anonymous():
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -281,33 +280,33 @@ def test_10_000_steps_and_2_000_switches_leave_nothing_behind(tmp_path):
     model = Deep().bfloat16()
     options = {"leave_rounding": "keep", "revisit": "offload", "cold_start": "none"}
     optimizer = MISA(model, delta=0.3, inner_steps=5, lr=1e-3, **options)
-    recorder = RunRecorder(tmp_path, torch.device("cpu"), writer=True)
-    recorder.arm()
-    recorder.remember(model)
-    recorder.begin(0, model, optimizer, {})
+    log_writer = RunLogWriter(tmp_path, torch.device("cpu"), writer=True)
+    log_writer.arm()
+    log_writer.remember(model)
+    log_writer.begin(0, model, optimizer, {})
     x = torch.randn(4, 8, dtype=torch.bfloat16)
 
     def train(steps: int) -> tuple[int, int, int]:
         for _ in range(steps):
-            recorder.clock.begin()
+            log_writer.clock.begin()
             model(x).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
-            recorder.clock.end()
+            log_writer.clock.end()
         gc.collect()
         held = sum(optimizer.memory().values())
         return len(gc.get_objects()), _resident(), held
 
     train(5100)  # 1,000 switches: the list of events is full
-    recorder.clock.seconds.extend([0.0] * 10_000)  # and so is the clock's
+    log_writer.clock.seconds.extend([0.0] * 10_000)  # and so is the clock's
     objects, resident, held = train(100)
     later = train(4800)
     assert optimizer.total_steps == 10_000 and optimizer.round == 2_000
-    assert len(optimizer.events) == 200 and len(recorder.clock.seconds) == 10_000
+    assert len(optimizer.events) == 200 and len(log_writer.clock.seconds) == 10_000
     assert later[2] == held
     assert abs(later[0] - objects) < 50  # caches of the interpreter; one object a switch would be 960
     assert later[1] - resident < 1_000_000  # 100 bytes a step are lost in the allocator's pages; 40,000 seen
-    recorder.end(10_000, model, optimizer)
+    log_writer.end(10_000, model, optimizer)
 
 
 # ---- the allocator's environment ----

@@ -6,7 +6,8 @@ import torch
 from kernel_arena import ODD_SIZES, make_arena, random_gradients, random_weights, same_bits
 from misa_engine.kernels import backend as backends
 from misa_engine.kernels.backend import check_backend, choose_backend
-from misa_engine.kernels.norm import finalise, global_norm, reduce_slots, sum_of_squares
+from misa_engine.kernels.finalise import finalise
+from misa_engine.kernels.norm import global_norm, reduce_slots, sum_of_squares
 from misa_engine.kernels.tiles import BLOCK, Slot, TileTable, bias_table, hyper_row
 
 SIZES = (3 * BLOCK + 5, 700, BLOCK)
@@ -56,7 +57,7 @@ def test_sum_of_squares_of_one_slot_leaves_the_others_alone():
 def test_chunk_size_does_not_change_a_bit(monkeypatch):
     results = []
     for chunk in (2 * BLOCK, 31 * BLOCK):
-        monkeypatch.setattr("misa_engine.kernels.norm.CHUNK", chunk)
+        monkeypatch.setattr("misa_engine.kernels.tiles.CHUNK", chunk)
         arena, _ = arena_with_gradients(torch.bfloat16)
         arena.update()
         results.append([arena.partial[: arena.table.n_tiles], *arena.state().values()])

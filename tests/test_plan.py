@@ -10,10 +10,10 @@ import pytest
 import misa_engine
 from misa_engine.cli.main import main
 from misa_engine.errors import UserError
-from misa_engine.planner.activations import Pass
+from misa_engine.planner.activations import MicroBatch
 from misa_engine.planner.cards import CARDS, MODELS, Card, published_config
 from misa_engine.planner.solve import Wishes, solve
-from misa_engine.planner.worst_case import Subject
+from misa_engine.planner.worst_case import MetaModel
 from models import TINY
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -83,7 +83,7 @@ def test_a_directory_with_a_config_is_enough(capsys, tmp_path):
 
 def test_the_python_function_takes_a_config_and_options():
     config = TINY["llama"]().config
-    found = misa_engine.plan(config, card="16GiB", delta=0.3, state_dtype="int8", run=Pass(2, 32))
+    found = misa_engine.plan(config, card="16GiB", delta=0.3, state_dtype="int8", micro_batch=MicroBatch(2, 32))
     assert found.fits and found.total_bytes == sum(found.bytes.values()) and found.misa.state_dtype == "int8"
 
 
@@ -150,9 +150,9 @@ def test_given_options_are_kept(capsys):
 
 
 def test_one_more_sequence_would_not_fit():
-    subject, limit = Subject(published_config("llama-3-8b")), Card.of("23")
-    found = solve(subject, limit, misa_engine.MisaConfig(), Pass(), Wishes(checkpointing=True))
-    more = misa_engine.plan(subject, misa=found.misa, run=Pass(found.run.batch + 1, 2048))
+    meta, limit = MetaModel(published_config("llama-3-8b")), Card.of("23")
+    found = solve(meta, limit, misa_engine.MisaConfig(), MicroBatch(), Wishes(checkpointing=True))
+    more = misa_engine.plan(meta, misa=found.misa, micro_batch=MicroBatch(found.micro_batch.batch + 1, 2048))
     assert found.total_bytes <= limit.total_bytes < more.total_bytes
 
 
@@ -190,7 +190,7 @@ def test_a_plan_that_does_not_fit_its_card_is_printed_and_refused(capsys):
         (["--model", "llama-3-8b", "--delta", "3"], ["(0, 1]"]),
         (["--model", "llama-3-8b", "--detla", "0.1"], ["--delta"]),
         (["--model", "llama-3-8b", "--state_dtype", "int4"], ["int4"]),
-        (["--model", "llama-3-8b", "--batch", "0"], ["0 x 2048"]),
+        (["--model", "llama-3-8b", "--batch", "0"], ["--batch", "at least 1", "not 0"]),
         ([], ["--model"]),
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from misa_engine.report.digest import digest
+from misa_engine.report.digest import Digest
 from misa_engine.report.log import LOG_NAME, RunLog
 from misa_engine.report.pictures import make_report
 from misa_engine.report.summary import summary_table
@@ -156,21 +156,21 @@ def test_time_goes_on_from_the_last_entry_after_a_restart(tmp_path):
 
 def test_draw_that_no_step_followed_is_not_counted_as_a_visit(tmp_path):
     write_run(tmp_path, rounds=6)
-    found = digest(RunLog.read(tmp_path))
+    found = Digest.of(RunLog.read(tmp_path))
     assert found.active.shape == (6, 21) and list(found.round_steps) == [0, 10, 20, 30, 40, 50]
     np.testing.assert_array_equal(found.visits, found.active.sum(axis=0))
 
 
 def test_running_log_counts_the_round_in_progress(tmp_path):
     write_run(tmp_path, rounds=6, end=False)
-    found = digest(RunLog.read(tmp_path))
+    found = Digest.of(RunLog.read(tmp_path))
     assert len(found.rounds) == 7
     np.testing.assert_array_equal(found.visits, found.active.sum(axis=0))
 
 
 def test_covered_at_is_the_first_round_by_which_all_have_trained(tmp_path):
     write_run(tmp_path, layers=1, rounds=12)
-    found = digest(RunLog.read(tmp_path))
+    found = Digest.of(RunLog.read(tmp_path))
     assert found.covered_at is not None
     upto = int(np.flatnonzero(found.rounds == found.covered_at)[0])
     assert found.active[: upto + 1].any(axis=0).all() and not found.active[:upto].any(axis=0).all()
@@ -182,9 +182,9 @@ def test_covered_at_is_the_first_round_by_which_all_have_trained(tmp_path):
     ids=["layers", "layers and outside", "only outside", "many layers"],
 )
 def test_report_draws_three_readable_pictures(tmp_path, shape, monkeypatch):
-    from misa_engine.report import pictures
+    from misa_engine.report import figures
 
-    monkeypatch.setattr(pictures, "DPI", 40)
+    monkeypatch.setattr(figures, "DPI", 40)
     write_run(tmp_path, **shape)
     files = make_report(tmp_path)
     assert [path.name for path in files] == ["importance_map.png", "loss.png", "visits.png"]
@@ -193,20 +193,20 @@ def test_report_draws_three_readable_pictures(tmp_path, shape, monkeypatch):
 
 
 def test_map_has_a_panel_for_each_kind_and_one_for_what_is_outside(tmp_path):
-    from misa_engine.report.pictures import importance_map
+    from misa_engine.report.importance_map import importance_map
 
     write_run(tmp_path, outside=("embedding",))
-    titles = [axes.get_title(loc="left") for axes in importance_map(digest(RunLog.read(tmp_path))).axes]
+    titles = [axes.get_title(loc="left") for axes in importance_map(Digest.of(RunLog.read(tmp_path))).axes]
     assert len([title for title in titles if title]) == 8
     assert "outside the layers" in titles and "MLP: down" in titles
 
 
 def test_long_run_keeps_a_mark_for_every_visit_when_rounds_share_a_column(tmp_path):
-    from misa_engine.report.pictures import _binned
+    from misa_engine.report.figures import binned
 
     trained = np.zeros((1, 1000))
     trained[0, [0, 499, 999]] = 1
-    binned = _binned(trained, 4)
+    binned = binned(trained, 4)
     assert binned.shape == (1, 250) and (binned > 0).sum() == 3
 
 
@@ -214,7 +214,7 @@ def test_visit_counts_are_written_in_their_cells(tmp_path):
     from misa_engine.report.pictures import visit_counts
 
     write_run(tmp_path)
-    found = digest(RunLog.read(tmp_path))
+    found = Digest.of(RunLog.read(tmp_path))
     axes = visit_counts(found).axes[0]
     written = {text.get_position(): text.get_text() for text in axes.texts}
     for unit, visits in zip(found.units, found.visits, strict=True):
@@ -226,7 +226,7 @@ def test_loss_picture_has_the_baseline_of_the_log(tmp_path):
 
     log = write_run(tmp_path)
     log.append("baseline", 60, name="AdamW", loss=[[5, 4.0], [15, 3.0]], eval_loss=[[0, 5.5], [60, 2.5]])
-    legend = loss_curves(digest(RunLog.read(tmp_path))).axes[0].get_legend()
+    legend = loss_curves(Digest.of(RunLog.read(tmp_path))).axes[0].get_legend()
     words = " ".join(text.get_text() for text in legend.get_texts())
     assert "AdamW, held out: 5.500 → 2.500" in words and "MISA, held out: 5.500 → 5.000" in words
 
@@ -265,7 +265,7 @@ def test_table_shows_visits_score_change_and_the_unchanged_frozen(tmp_path):
     text = shown(summary_table(RunLog.read(tmp_path)))
     assert "…" not in text  # nothing is cut off at 80 columns
     rows = [line.split() for line in text.splitlines()]
-    found = digest(RunLog.read(tmp_path))
+    found = Digest.of(RunLog.read(tmp_path))
     row = next(row for row in rows if row[:2] == ["v", "1"])
     unit = next(i for i, unit in enumerate(found.units) if (unit.kind, unit.layer) == ("v", 1))
     assert row[3] == str(found.visits[unit]) and row[5] == f"{found.scores[unit]:.2e}"

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import ByT5Tokenizer
 
 from misa_engine.report.log import RunLog
-from misa_engine.trainer import checkpoints
+from misa_engine.trainer import checkpoints, completeness
 from models import TINY
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")
@@ -100,11 +100,11 @@ def test_a_run_killed_twice_ends_with_the_same_weights_and_log_as_one_left_in_pe
     out = tmp_path / "killed"
     finish(command(material, out, killed="between"), -signal.SIGKILL)
     assert max(entry["step"] for entry in RunLog.read(out)) == 7
-    assert checkpoints.find_last_complete_checkpoint(out) == out / "checkpoint-4"
+    assert completeness.find_last_complete_checkpoint(out) == out / "checkpoint-4"
 
     finish(command(material, out, "--resume_from_checkpoint", "true", killed="saving"), -signal.SIGKILL)
     assert (out / checkpoints.STAGING / "checkpoint-8" / "optimizer.pt").is_file()
-    assert checkpoints.find_last_complete_checkpoint(out) == out / "checkpoint-4"
+    assert completeness.find_last_complete_checkpoint(out) == out / "checkpoint-4"
 
     finish(command(material, out, "--resume_from_checkpoint", str(out / "checkpoint-4")), 0)
     finish(whole, 0)

@@ -16,9 +16,10 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from misa_engine import MISA, MisaConfig
 from misa_engine.report.log import RunLog
-from misa_engine.trainer import checkpoints, recorder
+from misa_engine.trainer import checkpoints, completeness, log_writer
 from misa_engine.trainer.checkpoints import CheckpointError
-from misa_engine.trainer.mixin import MisaFactory, MisaMixin, MisaTrainer, config_from_arguments
+from misa_engine.trainer.mixin import MisaFactory, MisaMixin, config_from_arguments
+from misa_engine.trainer.sft import MisaTrainer
 from models import TINY
 from training import changed, weights
 
@@ -230,6 +231,13 @@ def test_options_come_from_the_training_arguments_unless_given(tmp_path):
         config_from_arguments(args, {"dleta": 0.1})
 
 
+def test_an_explicit_option_wins_although_it_is_the_default(tmp_path):
+    args = sft_arguments(tmp_path, learning_rate=3e-4, adam_epsilon=1e-6)
+    assert config_from_arguments(args, MisaConfig(lr=1e-5)).lr == MisaConfig.lr == 1e-5
+    assert config_from_arguments(args, MisaConfig(eps=1e-8)).eps == 1e-8
+    assert config_from_arguments(args, MisaConfig()).lr == 3e-4
+
+
 @pytest.mark.parametrize(
     ("options", "word"),
     [
@@ -336,7 +344,7 @@ def test_schedulers_reach_every_group(misa_trainer, scheduler):
 
 
 def test_the_run_log_and_the_metrics_tell_what_happened(misa_trainer, texts, caplog):
-    with caplog.at_level(logging.INFO, logger=recorder.__name__):
+    with caplog.at_level(logging.INFO, logger=log_writer.__name__):
         training = misa_trainer(misa={**MISA_OPTIONS, "cold_start": "none"}, eval_dataset=texts.select(range(4)))
         before = weights(training.model)
         start = training.evaluate()["eval_loss"]
@@ -477,7 +485,7 @@ def test_misa_trainer_resumes_bitwise_and_its_log_reads_like_one_run(misa_traine
     for kept in ("switch", "metrics", "end", "run"):
         ours = [entry for entry in first if entry["type"] == kept and "train_loss" not in entry]
         assert ours == [entry for entry in second if entry["type"] == kept and "train_loss" not in entry]
-    assert [path.name for path in checkpoints.list_checkpoints(tmp_path / "b")] == ["checkpoint-17"]
+    assert [path.name for path in completeness.list_checkpoints(tmp_path / "b")] == ["checkpoint-17"]
 
 
 def test_families_that_transformers_saves_under_other_names_resume_exactly(tmp_path, tokens):
@@ -525,11 +533,17 @@ def test_resuming_from_what_is_no_checkpoint_says_what_is_missing(misa_trainer, 
     training.train()
     damaged = tmp_path / "run" / "checkpoint-4" / "optimizer.pt"
     damaged.write_bytes(damaged.read_bytes()[:-10])
-    with pytest.raises(ValueError, match="optimizer.pt is cut short.*last complete checkpoint there is.*checkpoint-2"):
+    with pytest.raises(ValueError, match="optimizer.pt is damaged.*last complete checkpoint there is.*checkpoint-2"):
         misa_trainer().train(resume_from_checkpoint=str(damaged.parent))
     damaged.unlink()
-    with pytest.raises(ValueError, match="holds no optimizer state"):
+    with pytest.raises(ValueError, match="optimizer.pt is missing"):
         misa_trainer().train(resume_from_checkpoint=str(damaged.parent))
+
+
+def test_a_checkpoint_of_weights_alone_says_how_to_use_it(misa_trainer, tmp_path):
+    misa_trainer(save_strategy="steps", save_steps=2, max_steps=2, save_only_model=True).train()
+    with pytest.raises(ValueError, match="holds no optimizer state"):
+        misa_trainer(max_steps=2).train(resume_from_checkpoint=True)
 
 
 # ---- saving ----
@@ -552,7 +566,7 @@ def test_best_and_last_checkpoint_are_kept_and_their_names_are_real(misa_trainer
     )
     training.train()
     run = tmp_path / "run"
-    assert [path.name for path in checkpoints.list_checkpoints(run)] == ["checkpoint-4", "checkpoint-10"]
+    assert [path.name for path in completeness.list_checkpoints(run)] == ["checkpoint-4", "checkpoint-10"]
     assert training.state.best_model_checkpoint == str(run / "checkpoint-4")
     state = json.loads((run / "checkpoint-10" / "trainer_state.json").read_text())
     assert state["best_model_checkpoint"] == str(run / "checkpoint-4")
@@ -567,7 +581,7 @@ def test_a_checkpoint_on_sigterm_is_published_too(misa_trainer, tmp_path):
     training = misa_trainer(max_steps=2)
     training.train()
     CheckpointManager(training).execute_jit_checkpoint()
-    assert checkpoints.find_last_complete_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-2"
+    assert completeness.find_last_complete_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-2"
 
 
 @pytest.mark.parametrize("writer", ["safetensors", "torch", "rename"])
@@ -596,7 +610,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(misa_trainer, tmp_path, monk
     with pytest.raises(CheckpointError, match="could not write .*checkpoint-4.*No space left.*checkpoint-2"):
         training.train()
     monkeypatch.undo()
-    assert [path.name for path in checkpoints.list_checkpoints(run)] == ["checkpoint-2"]
+    assert [path.name for path in completeness.list_checkpoints(run)] == ["checkpoint-2"]
     assert not (run / checkpoints.STAGING).exists()
     training = misa_trainer(optimizer=optimizer, save_strategy="no", max_steps=6)
     training.train(resume_from_checkpoint=True)

@@ -162,7 +162,7 @@ def test_weights_used_twice_are_updated_after_their_last_use():
 
 def test_the_trainer_says_which_micro_batch_is_the_last(tmp_path):
     transformers = pytest.importorskip("transformers")
-    from misa_engine.trainer.mixin import MisaMixin
+    from misa_engine.trainer import MisaMixin
 
     class MisaTrainer(MisaMixin, transformers.Trainer):
         pass

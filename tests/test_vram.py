@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 from command import make_workplace, words
 from misa_engine.cli import vram
 from misa_engine.cli.main import main
+from misa_engine.planner.activations import MicroBatch
 from misa_engine.planner.plan import plan
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -93,7 +94,7 @@ def test_the_trial_covers_the_longest_sequence_with_the_worst_draw_and_restores_
     )  # fmt: skip
     rows = Dataset.from_dict({"input_ids": [[5, 6, 7, 8]] * 4})
     trainer = MisaTrainer(model=model, args=args, misa={"delta": 0.3}, train_dataset=rows)
-    planned = plan(model.config, delta=0.3, run=vram.Pass(3, 48, True, "chunked"))
+    planned = plan(model.config, delta=0.3, micro_batch=MicroBatch(3, 48, True, "chunked"))
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     seen = {}
 

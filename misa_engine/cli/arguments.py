@@ -13,7 +13,6 @@ import ast
 import inspect
 import json
 import os
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, is_dataclass, make_dataclass
@@ -23,21 +22,19 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from misa_engine.errors import UserError, bad_input, did_you_mean
 from misa_engine.method.config import CHOICES, PRESET_OPTIONS, MisaConfig
+from misa_engine.trainer.compat import (
+    CHECKPOINTING_KWARGS,
+    FROM_ARGUMENTS,
+    NON_REENTRANT,
+    asks_reentrant,
+    checkpointing_option,
+    shared_options,
+)
 
 if TYPE_CHECKING:
     from trl import SFTConfig
 
-RECIPES = Path(__file__).parent / "recipes"
-
-#: Options of MisaConfig that SFTConfig has under another or the same name; every trainer reads them there.
-SHARED = {
-    "lr": "learning_rate",
-    "betas": "adam_beta1 and --adam_beta2",
-    "eps": "adam_epsilon",
-    "weight_decay": "weight_decay",
-    "max_grad_norm": "max_grad_norm",
-    "seed": "seed",
-}
+RECIPES = Path(__file__).parents[1] / "recipes"
 
 #: Where SFTConfig's own defaults would hurt, and the value used unless the user gives one.
 SFT_DEFAULTS: dict[str, Any] = {
@@ -66,7 +63,9 @@ def option(help: str, default: Any = None, **metadata: Any) -> Any:
 class ModelArguments:
     """Model."""
 
-    model_name_or_path: str | None = option("directory or Hub id of a causal language model (required)")
+    model_name_or_path: str | None = option(
+        "directory or Hub id of a causal language model (required)", aliases=["--model"]
+    )
     tokenizer_name_or_path: str | None = option("directory or Hub id of the tokenizer, if it is not with the model")
     dtype: str | None = option(
         "bfloat16, float32 or auto, the checkpoint's own (default: bfloat16 on a GPU, auto on a CPU)",
@@ -122,7 +121,7 @@ def _misa_arguments() -> type:
     hints, docs = get_type_hints(MisaConfig), attribute_docs(MisaConfig)
     members: list[tuple[str, Any, Field]] = []
     for entry in fields(MisaConfig):
-        if entry.name in SHARED:
+        if entry.name in FROM_ARGUMENTS:
             continue
         hint, help = hints[entry.name], docs[entry.name].replace("``", "").replace("%", "%%")
         choices = CHOICES.get(entry.name, ())
@@ -145,6 +144,13 @@ def _misa_arguments() -> type:
 
 MisaArguments = _misa_arguments()
 OURS: tuple[Any, ...] = (ModelArguments, DataArguments, RunArguments, MisaArguments)
+#: Second names of options, as a YAML file has them.
+ALIASES = {
+    alias.lstrip("-"): entry.name
+    for cls in OURS
+    for entry in fields(cls)
+    for alias in entry.metadata.get("aliases", ())
+}
 
 
 @dataclass(frozen=True)
@@ -230,7 +236,8 @@ def _parse(parser: Any, tokens: Sequence[str], where: str = "") -> dict[str, Any
 
 
 def _unknown(name: str, options: set[str], prefix: str) -> str:
-    hint = f" Use {prefix}{SHARED[name]}." if name in SHARED else did_you_mean(name, options, prefix)
+    theirs = f" and {prefix}".join(FROM_ARGUMENTS.get(name, ()))
+    hint = f" Use {prefix}{theirs}." if theirs else did_you_mean(name, options, prefix)
     return f"unknown option {prefix}{name}.{hint} 'misa train --help' lists the options, --help_all all of them."
 
 
@@ -253,7 +260,8 @@ def _read_config(config: str) -> dict[str, Any]:
     env = values.get("env") or {}
     if not isinstance(env, dict):
         raise UserError(f"--config {config}: env must map names of environment variables to values; got {env!r}.")
-    return {str(key).replace("-", "_"): value for key, value in values.items()}
+    named = ((str(key).replace("-", "_"), value) for key, value in values.items())
+    return {ALIASES.get(name, name): value for name, value in named}
 
 
 def recipe_names() -> list[str]:
@@ -298,9 +306,8 @@ def _check_together(given: Mapping[str, Any]) -> None:
         raise UserError(f"--optimizer must be misa or adamw; got {optimizer!r}")
     if given.get("fp16"):
         raise UserError("--fp16 needs loss scaling, which MISA's exact master weights make needless: use --bf16.")
-    for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
-        value = given.get(name)
-        if value and re.search(r"""['"]?use_reentrant['"]?\s*[:=]\s*['"]?true""", str(value), re.IGNORECASE):
+    for name in CHECKPOINTING_KWARGS:
+        if asks_reentrant(given.get(name)):
             raise UserError(
                 f"--{name}: use_reentrant=True cannot run backward past frozen layers; leave it out (it is False)."
             )
@@ -326,15 +333,14 @@ def _check_together(given: Mapping[str, Any]) -> None:
 def _fill_defaults(merged: dict[str, Any], parser: Any) -> None:
     """Our defaults for SFTConfig where the user said nothing."""
     known = {action.dest for action in parser._actions}
-    # transformers 5.18 renamed gradient_checkpointing and warns about the old name
-    new = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    new = checkpointing_option(known)
     for suffix in ("", "_kwargs"):
         old = merged.pop(f"gradient_checkpointing{suffix}", None)
         if merged.get(f"{new}{suffix}") is None and old is not None:
             merged[f"{new}{suffix}"] = old
     merged.setdefault(new, True)
     kwargs = _from_json(f"{new}_kwargs", merged.get(f"{new}_kwargs")) or {}
-    merged[f"{new}_kwargs"] = {"use_reentrant": False, **kwargs}
+    merged[f"{new}_kwargs"] = {**NON_REENTRANT, **kwargs}
     if any(merged.get(name) for name in EVAL_DATA):
         merged.setdefault("eval_strategy", "steps")
         merged.setdefault("eval_on_start", True)
@@ -356,14 +362,4 @@ def misa_config(misa: Any, sft: SFTConfig) -> MisaConfig:
     options = {entry.name: getattr(misa, entry.name) for entry in fields(misa)}
     options = {name: value for name, value in options.items() if value is not None}
     with bad_input():
-        return MisaConfig.from_dict(
-            {
-                **options,
-                "lr": sft.learning_rate,
-                "betas": (sft.adam_beta1, sft.adam_beta2),
-                "eps": sft.adam_epsilon,
-                "weight_decay": sft.weight_decay,
-                "max_grad_norm": sft.max_grad_norm or None,
-                "seed": sft.seed,
-            }
-        )
+        return MisaConfig.from_dict({**options, **shared_options(sft)})

@@ -1,7 +1,7 @@
 """From a file, a directory or a Hub id to the columns that TRL trains on.
 
 ``datasets`` reads, TRL tokenizes, packs and masks. This file finds the data and names the file and line that is wrong
-before a run writes anything; ``misa_engine.cli.record_shapes`` says what a record may look like.
+before a run writes anything; ``misa_engine.cli.record_formats`` says what a record may look like.
 
 Plain text is cut at blank lines into records of about TEXT_RECORD characters. ``text_only`` says so to the caller, who
 then packs them with TRL's "wrapped" strategy unless the user chose: every token is used and sequences are full.
@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from misa_engine.cli.record_shapes import (
+from misa_engine.cli.record_formats import (
     CHAT_EXTRAS,
-    SHAPES,
-    Shape,
+    FORMATS,
+    RecordFormat,
     check_dataset,
     check_records,
     needed_columns,
@@ -50,7 +50,7 @@ class LoadedData:
     """A data set with exactly the columns that TRL needs."""
 
     dataset: Dataset | IterableDataset
-    shape: Shape
+    format: RecordFormat
     text_only: bool = False
     """From plain text files, which the caller packs unless the user says otherwise."""
 
@@ -88,9 +88,9 @@ def load_data(
         texts = [record for file in files for record in text_records(_read_text(file))]
         if not texts:
             raise UserError(f"{source} holds nothing but white space.")
-        return LoadedData(Dataset.from_dict({text_field: texts}), SHAPES[-1], text_only=True)
-    dataset, shape = _load_records(files, text_field)
-    return LoadedData(_columns(dataset, shape, text_field), shape)
+        return LoadedData(Dataset.from_dict({text_field: texts}), FORMATS[-1], text_only=True)
+    dataset, format = _load_records(files, text_field)
+    return LoadedData(_columns(dataset, format, text_field), format)
 
 
 def _data_files(path: Path, split: str) -> list[Path]:
@@ -148,11 +148,11 @@ def text_records(text: str) -> list[str]:
     return records + (["\n\n".join(block)] if block else [])
 
 
-def _load_records(files: list[Path], text_field: str) -> tuple[Dataset, Shape]:
+def _load_records(files: list[Path], text_field: str) -> tuple[Dataset, RecordFormat]:
     """JSON and parquet. JSON is read twice: for errors with line numbers first, then into Arrow by ``datasets``."""
     from datasets import concatenate_datasets, load_dataset
 
-    shape: Shape | None = None
+    format: RecordFormat | None = None
     parts = []
     for file in files:
         if file.suffix == ".parquet":
@@ -160,23 +160,23 @@ def _load_records(files: list[Path], text_field: str) -> tuple[Dataset, Shape]:
                 parts.append(load_dataset("parquet", data_files=str(file), split="train"))
             except Exception as error:  # pyarrow and datasets raise a dozen types here; all mean the file is bad
                 raise UserError(f"{file} cannot be read as parquet: {_root_cause(error)}") from error
-            shape = check_dataset(parts[-1], str(file), text_field, shape)
+            format = check_dataset(parts[-1], str(file), text_field, format)
             continue
         reader = JsonReader(file)
-        shape = check_records(reader, str(file), text_field, shape)
+        format = check_records(reader, str(file), text_field, format)
         try:
             parts.append(load_dataset("json", data_files=str(file), split="train", field=reader.field))
-        except Exception as error:  # the lines are valid JSON of the right shape: columns of mixed types remain
+        except Exception as error:  # the lines are valid JSON of the right format: columns of mixed types remain
             raise UserError(f"{file} cannot be read into columns: {_root_cause(error)}") from error
-    assert shape is not None
-    columns = needed_columns(shape, text_field)
+    assert format is not None
+    columns = needed_columns(format, text_field)
     for file, part in zip(files, parts, strict=True):
-        for column, kind in zip(columns, shape.kinds, strict=True):
+        for column, kind in zip(columns, format.kinds, strict=True):
             if kind == "text" and getattr(part.features[column], "dtype", "") not in ("string", "large_string"):
                 raise UserError(f"{file}: column {column!r} was read as {part.features[column]}; it must be text.")
     if len(parts) == 1:
-        return parts[0], shape
-    return concatenate_datasets([_columns(part, shape, text_field, convert=False) for part in parts]), shape
+        return parts[0], format
+    return concatenate_datasets([_columns(part, format, text_field, convert=False) for part in parts]), format
 
 
 def _root_cause(error: BaseException) -> str:
@@ -230,7 +230,7 @@ class JsonReader:
     def _document(self, text: str) -> Iterator[tuple[str, Any]]:
         content = self._parse(text, 1)
         if isinstance(content, dict):
-            if any(record_problem(content, shape) is None for shape in SHAPES):
+            if any(record_problem(content, format) is None for format in FORMATS):
                 yield "record 1", content
                 return
             lists = {key: value for key, value in content.items() if isinstance(value, list)}
@@ -244,15 +244,15 @@ class JsonReader:
             yield f"record {number}", record
 
 
-def _columns(dataset: Any, shape: Shape, text_field: str, convert: bool = True) -> Any:
+def _columns(dataset: Any, format: RecordFormat, text_field: str, convert: bool = True) -> Any:
     """Only what TRL should see: a stray 'prompt' column beside 'messages' would change what it trains on."""
     known = dataset.column_names or list(next(iter(dataset)))
-    used = [name for name in (*needed_columns(shape, text_field), *shape.optional) if name in known]
+    used = [name for name in (*needed_columns(format, text_field), *format.optional) if name in known]
     dataset = dataset.select_columns(used)
-    if convert and shape.rename:
-        dataset = dataset.rename_column(*shape.rename)
-    if convert and shape.convert:
-        dataset = dataset.map(shape.convert, remove_columns=[name for name in used if name not in CHAT_EXTRAS])
+    if convert and format.rename:
+        dataset = dataset.rename_column(*format.rename)
+    if convert and format.convert:
+        dataset = dataset.map(format.convert, remove_columns=[name for name in used if name not in CHAT_EXTRAS])
     return dataset
 
 
@@ -270,10 +270,10 @@ def _load_hub(source: str, split: str, config: str | None, text_field: str, stre
         first = next(iter(dataset), None)
         if first is None:
             raise UserError(f"{source} (split {split}) holds no records.")
-        shape = recognise(first, f"{source}, record 1", text_field)
+        format = recognise(first, f"{source}, record 1", text_field)
     else:
-        shape = check_dataset(dataset, f"{source} (split {split})", text_field)
-    return LoadedData(_columns(dataset, shape, text_field), shape)
+        format = check_dataset(dataset, f"{source} (split {split})", text_field)
+    return LoadedData(_columns(dataset, format, text_field), format)
 
 
 def hold_out(dataset: Any, fraction: float, seed: int) -> tuple[Any, Any]:

@@ -7,8 +7,23 @@ import textwrap
 from dataclasses import MISSING, fields
 from typing import Any, get_args
 
-from misa_engine.cli.arguments import OURS, recipe_names
+from misa_engine.cli.arguments import OURS, MisaArguments, recipe_names
 from misa_engine.method.config import MisaConfig
+
+#: MISA's options shown by ``misa train --help``: a screenful; ``--help_all`` shows all of them.
+MAIN_MISA_OPTIONS = (
+    "delta",
+    "inner_steps",
+    "eta",
+    "preset",
+    "rule",
+    "granularity",
+    "always_train",
+    "frozen",
+    "include_outside",
+    "state_dtype",
+    "update_in",
+)
 
 #: SFTConfig options shown by ``misa train --help``; ``--help_all`` shows all of them.
 MAIN_SFT_OPTIONS = {
@@ -44,38 +59,43 @@ MAIN_SFT_OPTIONS = {
 }
 
 
-def help_text(width: int = 100) -> str:
-    """Our options and the main ones of SFTConfig, without importing TRL."""
+def help_text(width: int = 100, every: bool = False) -> str:
+    """Our main options, or every one, and the main ones of SFTConfig, without importing TRL."""
     lines = [
-        "usage: misa train --model_name_or_path DIR_OR_HUB_ID --dataset FILE_OR_HUB_ID --output_dir OUT [options]",
+        "usage: misa train --model DIR_OR_HUB_ID --dataset FILE_OR_HUB_ID --output_dir OUT [options]",
         "       misa train --config run.yaml [options]      a flag replaces the file's value",
         "       misa train --demo [--output_dir OUT]        nothing needed, nothing downloaded, two minutes",
         "",
         f"  --config FILE or recipe: {', '.join(recipe_names())}",
         "  --debug  full traceback when something fails",
-        "  --help_all  every option of SFTConfig as well",
+        "  --help_all  every option of MISA and of SFTConfig as well",
     ]
 
-    def show(name: str, text: str) -> None:
-        lines.extend(textwrap.wrap(f"--{name}  {text}", width, initial_indent="  ", subsequent_indent=" " * 8))
+    def show(names: str, text: str) -> None:
+        lines.extend(textwrap.wrap(f"{names}  {text}", width, initial_indent="  ", subsequent_indent=" " * 8))
 
     for cls in OURS:
         lines += ["", f"{(cls.__doc__ or '').rstrip('.')} options:"]
         for entry in fields(cls):
+            if cls is MisaArguments and not every and entry.name not in MAIN_MISA_OPTIONS:
+                continue
             default = entry.default if entry.default is not MISSING else None
             shown = "" if default in (None, False, "") else f" (default: {default})"
             switch = "" if get_args(entry.type) or "bool" not in str(entry.type) or default is not True else "[no_]"
-            show(f"{switch}{entry.name}", entry.metadata["help"].replace("%%", "%") + shown)
+            names = " or ".join([f"--{switch}{entry.name}", *entry.metadata.get("aliases", ())])
+            show(names, entry.metadata["help"].replace("%%", "%") + shown)
+        if cls is MisaArguments and not every:
+            lines.append(f"  ... and {len(fields(cls)) - len(MAIN_MISA_OPTIONS)} more: misa train --help_all")
     lines += ["", "Main training options (TRL's SFTConfig):"]
     for name, text in MAIN_SFT_OPTIONS.items():
-        show(name, text)
+        show(f"--{name}", text)
     return "\n".join(lines)
 
 
-def all_sft_options() -> str:
-    """Every flag of SFTConfig, as argparse prints them."""
+def all_options() -> str:
+    """Every option of ours, and every flag of SFTConfig as argparse prints them."""
     from trl import SFTConfig, TrlParser
 
     everything: list[Any] = [SFTConfig]
-    shown = TrlParser(everything, usage=argparse.SUPPRESS, add_help=False).format_help()
-    return f"All training options (SFTConfig's own defaults; those above win):\n{shown.partition(chr(10))[2]}"
+    shown = TrlParser(everything, usage=argparse.SUPPRESS, add_help=False).format_help().partition("\n")[2]
+    return f"{help_text(every=True)}\n\nAll training options (SFTConfig's own defaults; those above win):\n{shown}"

@@ -1,4 +1,4 @@
-"""The ``misa`` command: ``misa train``, ``misa plan``, ``misa bench`` and ``misa report``.
+"""The ``misa`` command: finds the module of ``misa train``, ``misa plan`` and the others, and calls it.
 
 Exit codes: 0 done, 2 bad input, 130 interrupted, 1 anything else; no traceback without ``--debug``. Torch and TRL are
 imported inside the commands, so that ``misa --help`` answers at once.
@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
-from importlib import metadata
+from collections.abc import Sequence
+from importlib import import_module, metadata
 from importlib.util import find_spec
-from pathlib import Path
-from typing import Any
 
-from misa_engine.errors import DONE, UserError, did_you_mean, exit_code
+from misa_engine.errors import DONE, Stopped, UserError, did_you_mean, exit_code
 
 USAGE = """\
 usage: misa <command> [options]
@@ -29,6 +27,16 @@ usage: misa <command> [options]
   --debug       with any command: full traceback when something fails
 
 Try it without any model or data: misa train --demo"""
+
+#: Command -> module, function (words after the command -> exit code), and the package that it cannot do without.
+#: By name: the benchmarks stand above the command line and are imported by it only when they are asked for.
+COMMANDS: dict[str, tuple[str, str, str | None]] = {
+    "train": ("misa_engine.cli.train", "command", None),
+    "plan": ("misa_engine.cli.plan", "command", None),
+    "bench": ("misa_engine.bench.command", "run", None),
+    "profile": ("misa_engine.bench.profile_command", "run", "transformers"),
+    "report": ("misa_engine.cli.report", "command", None),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,10 +67,12 @@ def _dispatch(words: list[str]) -> int:
     if words[0] in ("-V", "--version"):
         print(f"misa_engine {metadata.version('misa_engine')}")
         return DONE
-    command = COMMANDS.get(words[0])
-    if command is None:
+    if words[0] not in COMMANDS:
         raise UserError(f"unknown command {words[0]!r}.{did_you_mean(words[0], COMMANDS)} See misa --help.")
-    return command(words[1:])
+    module, function, needs = COMMANDS[words[0]]
+    if needs is not None and find_spec(needs) is None:
+        raise UserError(f"{needs} is not installed: pip install 'misa_engine[train]'")
+    return getattr(import_module(module), function)(words[1:])
 
 
 def _take_debug(words: list[str]) -> bool:
@@ -75,9 +85,13 @@ def _take_debug(words: list[str]) -> bool:
 
 
 def _one_line(error: BaseException, debug: bool) -> str:
+    if isinstance(error, Stopped):
+        return f"misa: {error}"
     if isinstance(error, KeyboardInterrupt):
         return f"misa: interrupted{f': {error}' if str(error) else ''}"
     text = " ".join(str(error).split()) or type(error).__name__
+    if "weights_only" in text:  # torch advises to switch the protection off
+        text = "a file that should hold tensors is damaged or holds something else: restore it from its source"
     if exit_code(error) == 2:
         return f"misa: error: {text}"
     if type(error).__name__ == "OutOfMemoryError":
@@ -89,130 +103,6 @@ def _one_line(error: BaseException, debug: bool) -> str:
         text = f"{type(error).__name__}: {text}"
     return f"misa: failed: {text}" + ("" if debug else "\n(--debug shows where)")
 
-
-# ---- misa train ----
-
-
-def train(words: list[str]) -> int:
-    """``misa train``: parse, check, train, save, report."""
-    from misa_engine.cli import arguments
-    from misa_engine.cli import help as train_help
-
-    switches, options = _front_options(words)
-    if switches.help:
-        print(train_help.help_text())
-        return DONE
-    if switches.help_all:
-        print(f"{train_help.help_text()}\n\n{train_help.all_sft_options()}")
-        return DONE
-    if switches.demo:
-        return _demo(options)
-    _need("trl", "train")
-    parsed = arguments.parse_train(options, switches.config)
-    from misa_engine.cli.train import run
-
-    return run(parsed, switches.config)
-
-
-def _front_options(words: list[str]) -> tuple[Any, list[str]]:
-    """The few options that are not part of a run's configuration."""
-    import argparse
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> Any:
-            raise UserError(message)
-
-    parser = Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument("-h", "--help", action="store_true")
-    parser.add_argument("--help_all", "--help-all", action="store_true")
-    parser.add_argument("--demo", action="store_true")
-    parser.add_argument("--config")
-    return parser.parse_known_args(words)
-
-
-def _demo(options: list[str]) -> int:
-    place = {}
-    if options:
-        if options[0].split("=")[0] not in ("--output_dir", "--output-dir") or len(options) > 2:
-            raise UserError(f"--demo takes --output_dir OUT and nothing else; got {' '.join(options)}")
-        place["output_dir"] = options[0].partition("=")[2] or (options[1] if len(options) == 2 else "")
-        if not place["output_dir"]:
-            raise UserError("--output_dir needs a directory")
-    from misa_engine.cli.arguments import set_environment
-
-    set_environment({})
-    from misa_engine.cli.demo import run_demo
-
-    return run_demo(**place)
-
-
-def _need(package: str, extra: str) -> None:
-    if find_spec(package) is None:
-        raise UserError(f"{package} is not installed: pip install 'misa_engine[{extra}]'")
-
-
-# ---- misa plan ----
-
-
-def plan(words: list[str]) -> int:
-    """``misa plan``: bytes by category and what fits, before anything is loaded."""
-    from misa_engine.cli.plan import run_plan
-
-    return run_plan(words)
-
-
-# ---- misa bench ----
-
-
-def bench(words: list[str]) -> int:
-    """``misa bench``: MISA beside what one would use instead."""
-    from misa_engine.bench.command import run
-
-    return run(words)
-
-
-# ---- misa profile ----
-
-
-def profile(words: list[str]) -> int:
-    """``misa profile``: where a step of MISA or of a baseline spends its time and memory."""
-    _need("transformers", "train")
-    from misa_engine.bench.profile_command import run
-
-    return run(words)
-
-
-# ---- misa report ----
-
-
-def report(words: list[str]) -> int:
-    """``misa report OUT``: the end table and the pictures, from the run log alone."""
-    if words in (["-h"], ["--help"]):
-        print("usage: misa report OUT\n\nPrints the table of a run and draws its pictures from OUT/misa_log.jsonl.")
-        return DONE
-    if len(words) != 1 or words[0].startswith("-"):
-        raise UserError(f"misa report takes one thing, the output directory of a run; got {' '.join(words) or 'none'}")
-    _need("matplotlib", "train")
-    from misa_engine.cli.train import draw, show_table
-    from misa_engine.report.log import RunLog
-
-    out = Path(words[0]).expanduser()
-    if not out.exists():
-        raise UserError(f"{out} does not exist; name the --output_dir of a run.")
-    entries = RunLog.read(out)
-    if any(entry["type"] == "switch" for entry in entries):
-        show_table(entries)
-    draw(out)
-    return DONE
-
-
-COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "train": train,
-    "plan": plan,
-    "bench": bench,
-    "profile": profile,
-    "report": report,
-}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from misa_engine.errors import UserError
-from misa_engine.report.log import LOG_NAME
-from misa_engine.trainer.checkpoints import STAGING
+from misa_engine.report.log import LOG_NAME, RunLog
+from misa_engine.trainer.checkpoints import ABANDONED, STAGING
 
 #: What a run writes at the top of its directory. Anything else there belongs to the user and is left alone.
 RUN_FILES = (
@@ -58,6 +58,37 @@ def holds_run(directory: Path) -> bool:
     )
 
 
+def check_place(directory: Path) -> None:
+    """Refuse a place where no directory can be made or written. Looks only.
+
+    Raises:
+        UserError: it is a file, a link to nothing, or not ours to write.
+    """
+    existing = directory
+    while not existing.exists():
+        if existing.is_symlink():
+            raise UserError(
+                f"--output_dir {directory}: {existing} is a link to {os.readlink(existing)}, which is gone."
+            )
+        existing = existing.parent
+    if not existing.is_dir():
+        raise UserError(f"--output_dir {directory}: {existing} is a file.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"--output_dir {directory}: no permission to write in {existing}.")
+
+
+def has_only_begun(directory: Path) -> bool:
+    """Whether a run was ended here before it saved anything: a log without an end, and nothing to go on from."""
+    signs = {path.name for pattern in SIGNS for path in directory.glob(pattern)}
+    kept = any(directory.glob("checkpoint-*")) or any(directory.glob(f"{ABANDONED}-*"))
+    if signs != {LOG_NAME} or kept:
+        return False
+    try:
+        return not any(entry["type"] == "end" for entry in RunLog.read(directory))
+    except ValueError:
+        return False
+
+
 def check_output_directory(directory: Path, *, inputs: Iterable[str | None], overwrite: bool, resume: bool) -> None:
     """Refuse a directory that cannot be written, holds another run, or holds what this run reads.
 
@@ -67,13 +98,7 @@ def check_output_directory(directory: Path, *, inputs: Iterable[str | None], ove
         overwrite: the user said --overwrite_output_dir.
         resume: the user said --resume_from_checkpoint.
     """
-    existing = directory
-    while not existing.exists():
-        existing = existing.parent
-    if not existing.is_dir():
-        raise UserError(f"--output_dir {directory}: {existing} is a file.")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"--output_dir {directory}: no permission to write in {existing}.")
+    check_place(directory)
     trained_here = any((directory / name).exists() for name in (LOG_NAME, "training_args.bin"))
     if directory.is_dir() and holds_run(directory) and overwrite and not (resume or trained_here):
         raise UserError(
@@ -89,7 +114,7 @@ def check_output_directory(directory: Path, *, inputs: Iterable[str | None], ove
             raise UserError(f"--output_dir {directory} is also the input {name}: write the run somewhere else.")
         if overwrite and not resume and doomed & {source, *source.parents}:
             raise UserError(f"--overwrite_output_dir would delete {name}, which this run reads: copy it elsewhere.")
-    if directory.is_dir() and holds_run(directory) and not (overwrite or resume):
+    if directory.is_dir() and holds_run(directory) and not (overwrite or resume or has_only_begun(directory)):
         shown = ", ".join(path.name for path in run_files(directory)[:5]) or "model files"
         raise UserError(
             f"--output_dir {directory} holds another run ({shown}). Choose another directory, continue that run with "

@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from misa_engine.errors import BAD_INPUT, DONE, UserError, bad_input, did_you_mean
+from misa_engine.cli.parsing import MODEL_FLAGS, Parser, positive, positive_size, truth
+from misa_engine.errors import BAD_INPUT, DONE, UserError, bad_input
 from misa_engine.method.config import CHOICES, MisaConfig
 from misa_engine.planner.activations import LOSSES
 from misa_engine.planner.cards import HUB_IDS
@@ -19,7 +20,7 @@ USAGE = "misa plan --model NAME [--gpu CARD | --max_vram_gb GIB] [options]"
 MEMORY_OPTIONS = ("granularity", "state_dtype", "grad_dtype", "update_in", "master")
 
 
-def run_plan(words: list[str]) -> int:
+def command(words: list[str]) -> int:
     """The whole command; returns its exit code."""
     options = _parser().parse_args(words)
     with bad_input():
@@ -27,11 +28,11 @@ def run_plan(words: list[str]) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from misa_engine.planner.activations import Pass
+    from misa_engine.planner.activations import MicroBatch
     from misa_engine.planner.cards import Card
     from misa_engine.planner.plan import plan
     from misa_engine.planner.solve import Wishes, impossible, solve
-    from misa_engine.planner.worst_case import Subject
+    from misa_engine.planner.worst_case import MetaModel
 
     given = {name: getattr(options, name) for name in MEMORY_OPTIONS if getattr(options, name) is not None}
     misa = MisaConfig.from_dict(
@@ -42,11 +43,11 @@ def _run(options: argparse.Namespace) -> int:
             "include_outside": options.include_outside,
         }
     )
-    if options.batch is not None and options.batch < 1 or options.length < 2:
-        raise UserError(f"a micro-batch needs at least 1 x 2 tokens; got {options.batch} x {options.length}")
-    subject = Subject(model_config(options.model))
+    if options.length < 2:
+        raise UserError(f"--length must be at least 2, a token and the one that follows; got {options.length}")
+    meta = MetaModel(model_config(options.model))
     checkpointing = options.gradient_checkpointing
-    run = Pass(
+    micro_batch = MicroBatch(
         batch=options.batch or 1,
         length=options.length,
         checkpointing=checkpointing is not False,
@@ -58,18 +59,18 @@ def _run(options: argparse.Namespace) -> int:
     if options.max_vram_gb is not None:
         limit = Card.of(f"{options.max_vram_gb:g}GiB")
         wishes = Wishes(options.delta, options.state_dtype, checkpointing, options.batch, options.length)
-        solved = solve(subject, limit, misa, run, wishes)
-        result = plan(subject, card=limit, misa=solved.misa, run=solved.run)
+        solved = solve(meta, limit, misa, micro_batch, wishes)
+        result = plan(meta, card=limit, misa=solved.misa, micro_batch=solved.micro_batch)
     else:
         limit = Card.of(options.gpu)
-        result = plan(subject, card=limit, misa=misa, run=run)
+        result = plan(meta, card=limit, misa=misa, micro_batch=micro_batch)
         if not result.fits:
-            error = impossible(subject, limit, result)
+            error = impossible(meta, limit, result)
     command = train_command(options.model, result) if options.max_vram_gb is not None else None
     if options.plot:
-        from misa_engine.planner.picture import draw
+        from misa_engine.planner.picture import save_picture
 
-        draw(result, variants(subject, result), Path(options.plot))
+        save_picture(result, variants(meta, result), Path(options.plot))
     if options.json:
         print(json.dumps({**result.to_dict(), **({"command": command} if command else {})}, indent=2))
     else:
@@ -109,7 +110,7 @@ def model_config(name: str) -> Any:
         ) from error
 
 
-def variants(subject: Any, result: Any) -> dict[str, Any]:
+def variants(meta: Any, result: Any) -> dict[str, Any]:
     """The same run with the other precision of moments and without, or with, checkpointing."""
     from misa_engine.planner.plan import plan
 
@@ -117,24 +118,24 @@ def variants(subject: Any, result: Any) -> dict[str, Any]:
     for checkpointing in (True, False):
         for state_dtype in CHOICES["state_dtype"]:
             misa = replace(result.misa, state_dtype=state_dtype)
-            run = replace(result.run, checkpointing=checkpointing)
+            micro_batch = replace(result.micro_batch, checkpointing=checkpointing)
             label = f"{state_dtype} moments\n{'' if checkpointing else 'no '}checkpointing"
-            found[label] = plan(subject, misa=misa, run=run)
+            found[label] = plan(meta, misa=misa, micro_batch=micro_batch)
     return found
 
 
 def train_command(model: str, result: Any) -> str:
     """The ``misa train`` call that runs the plan."""
-    misa, run = result.misa, result.run
+    misa, micro_batch = result.misa, result.micro_batch
     given = {
         "model_name_or_path": HUB_IDS.get(model.lower(), model),
         "dataset": "DATA",
         "output_dir": "OUT",
         "delta": f"{misa.delta:g}",
         "state_dtype": misa.state_dtype,
-        "per_device_train_batch_size": run.batch,
-        "max_length": run.length,
-        "gradient_checkpointing": str(run.checkpointing).lower(),
+        "per_device_train_batch_size": micro_batch.batch,
+        "max_length": micro_batch.length,
+        "gradient_checkpointing": str(micro_batch.checkpointing).lower(),
     }
     for name in ("granularity", "grad_dtype", "update_in", "master"):
         if getattr(misa, name) != getattr(MisaConfig, name):
@@ -150,16 +151,16 @@ def train_command(model: str, result: Any) -> str:
 
 def describe(result: Any) -> str:
     """The plan as lines of text."""
-    run, misa = result.run, result.misa
+    micro_batch, misa = result.micro_batch, result.misa
     loss = {
         "plain": "all logits at once",
         "chunked": "cross-entropy in chunks",
         "liger": "Liger's fused cross-entropy",
     }
     parts = [
-        f"{run.batch} x {run.length} tokens",
-        f"{'' if run.checkpointing else 'no '}gradient checkpointing",
-        loss[run.loss] + (", Liger's kernels" if run.liger else ""),
+        f"{micro_batch.batch} x {micro_batch.length} tokens",
+        f"{'' if micro_batch.checkpointing else 'no '}gradient checkpointing",
+        loss[micro_batch.loss] + (", Liger's kernels" if micro_batch.liger else ""),
         f"{misa.state_dtype} moments",
     ]
     parts += ["update in backward"] if misa.update_in == "backward" else []
@@ -197,16 +198,9 @@ def _summary(names: tuple[str, ...]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> Any:
-            word = next((word for word in message.split() if word.startswith("--")), "").split("=")[0].lstrip("-")
-            known = [flag.lstrip("-") for action in self._actions for flag in action.option_strings]
-            hint = did_you_mean(word, known, "--") if message.startswith("unrecognized") else ""
-            raise UserError(f"misa plan: {message}.{hint} See misa plan --help.")
-
-    parser = Parser(prog="misa plan", usage=USAGE, description=__doc__, allow_abbrev=False)
+    parser = Parser("misa plan", USAGE, __doc__)
     add = parser.add_argument
-    add("--model", "--model_name_or_path", required=True, help="built-in name, directory or Hub id")
+    add(*MODEL_FLAGS, required=True, help="built-in name, directory or Hub id")
     add(
         "--gpu",
         default="rtx4090",
@@ -214,7 +208,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--max_vram_gb",
-        type=float,
+        type=positive_size,
         help="choose delta, moments, checkpointing and micro-batch to fit into so many GiB",
     )
     add("--delta", type=float, help="share of the model that trains at a time (default: 0.03)")
@@ -223,8 +217,8 @@ def _parser() -> argparse.ArgumentParser:
         add(f"--{name}", choices=CHOICES[name], help=f"as in misa train (default: {default})")
     add("--always_train", nargs="+", default=[], metavar="PATTERN", help="trained in every step, outside delta")
     add("--include_outside", action="store_true", help="embeddings and head are units too")
-    add("--length", "--max_length", type=int, default=2048, help="tokens of a sequence (default: 2048)")
-    add("--batch", "--per_device_train_batch_size", type=int, help="sequences of a micro-batch (default: 1)")
+    add("--length", "--max_length", type=positive, default=2048, help="tokens of a sequence (default: 2048)")
+    add("--batch", "--per_device_train_batch_size", type=positive, help="sequences of a micro-batch (default: 1)")
     add("--gradient_checkpointing", "--checkpointing", nargs="?", const=True, type=truth, metavar="BOOL",
         help="recompute activations (default: on)")  # fmt: skip
     add("--no_checkpointing", dest="gradient_checkpointing", action="store_false", help="keep all activations")
@@ -237,12 +231,3 @@ def _parser() -> argparse.ArgumentParser:
     add("--plot", metavar="FILE.png", help="draw the categories as stacked bars")
     parser.set_defaults(gradient_checkpointing=None)
     return parser
-
-
-def truth(text: str) -> bool:
-    """An argparse type: true, yes, 1, on and their opposites."""
-    if text.lower() in ("true", "yes", "1", "on"):
-        return True
-    if text.lower() in ("false", "no", "0", "off"):
-        return False
-    raise argparse.ArgumentTypeError(f"true or false, not {text!r}")

@@ -1,4 +1,4 @@
-"""One run of ``misa train``: check everything, train, save, show what happened.
+"""``misa train``: check everything, train, save, show what happened.
 
 What can be wrong with the input is looked at before the output directory is touched, cheapest first: required options,
 directory, model configuration, data, weights, budget and patterns, then the tokenized samples.
@@ -8,90 +8,196 @@ from __future__ import annotations
 
 import logging
 import sys
-import warnings
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from misa_engine.cli import loading, output_directory
+from misa_engine.cli.command_trainer import build_trainer
+from misa_engine.cli.preview import preview, preview_adamw
+from misa_engine.cli.report import show_table, write_pictures
+from misa_engine.cli.resume import adopt, finished_at, resume_point
 from misa_engine.errors import DONE, UserError, bad_input
+from misa_engine.trainer.checkpoints import recover
+from misa_engine.trainer.completeness import checkpoint_step
+from misa_engine.trainer.run_lock import lock_run
 
 if TYPE_CHECKING:
     from misa_engine.cli.arguments import TrainArguments
+    from misa_engine.planner.plan import Plan
 
 
-def run(arguments: TrainArguments, config: str | None = None) -> int:
+def command(words: list[str]) -> int:
+    """The whole command; returns its exit code."""
+    from misa_engine.cli import arguments
+    from misa_engine.cli import help as train_help
+
+    switches, options = _front_options(words)
+    if switches.help:
+        print(train_help.help_text())
+        return DONE
+    if switches.help_all:
+        print(train_help.all_options())
+        return DONE
+    if switches.demo:
+        return _demo(options)
+    if find_spec("trl") is None:
+        raise UserError("trl is not installed: pip install 'misa_engine[train]'")
+    return train(arguments.parse_train(options, switches.config), switches.config)
+
+
+def _front_options(words: list[str]) -> tuple[Any, list[str]]:
+    """The few options that are not part of a run's configuration."""
+    from misa_engine.cli.parsing import Parser
+
+    parser = Parser("misa train", add_help=False)
+    parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("--help_all", action="store_true")
+    parser.add_argument("--demo", action="store_true")
+    parser.add_argument("--config")
+    return parser.parse_known_args(words)
+
+
+def _demo(options: list[str]) -> int:
+    place = {}
+    if options:
+        if options[0].split("=")[0] not in ("--output_dir", "--output-dir") or len(options) > 2:
+            raise UserError(f"--demo takes --output_dir OUT and nothing else; got {' '.join(options)}")
+        place["output_dir"] = options[0].partition("=")[2] or (options[1] if len(options) == 2 else "")
+        if not place["output_dir"]:
+            raise UserError("--output_dir needs a directory")
+    from misa_engine.cli.arguments import set_environment
+
+    set_environment({})
+    from misa_engine.cli.demo import run_demo
+
+    return run_demo(**place)
+
+
+# ---- one run ----
+
+
+def train(arguments: TrainArguments, config: str | None = None) -> int:
     """One training run, from parsed options to the saved model and its report."""
-    from misa_engine.cli import loading, output_directory
-
-    model_options, data_options, sft = arguments.model, arguments.data, arguments.sft
     _quiet(arguments)
-    dry = arguments.run.dry_run
-    required = {"model_name_or_path": model_options.model_name_or_path, "dataset": data_options.dataset}
-    if not dry:
-        required["output_dir"] = sft.output_dir if "output_dir" in arguments.given else None
+    _check_required(arguments)
+    if arguments.run.dry_run:
+        print(f"{_describe(_load_inputs(arguments), fresh=True)}\ndry run: nothing was trained, nothing was written")
+        return DONE
+    out = Path(str(arguments.sft.output_dir))
+    output_directory.check_place(out)
+    with lock_run(out):
+        arguments, checkpoint = _claim_directory(arguments, config, out)
+        if checkpoint is not None:
+            step = finished_at(checkpoint, out, arguments)
+            if step is not None:
+                print(f"the run in {out} is finished: {step} of {step} steps, model and all. Nothing was changed.")
+                return DONE
+            print(f"the run goes on from step {checkpoint_step(checkpoint)}, {checkpoint}", flush=True)
+        inputs = _load_inputs(arguments)
+        print(_describe(inputs, fresh=checkpoint is None), flush=True)
+        trainer = _checked_trainer(inputs)
+        if arguments.run.overwrite_output_dir and checkpoint is None:
+            deleted = output_directory.delete_run(out)
+            if deleted:
+                print(f"deleted the run in {out}: {', '.join(deleted)}")
+        _train(trainer, checkpoint, out)
+        _finish(trainer, inputs.eval_data is not None, out)
+    return DONE
+
+
+def _describe(inputs: Inputs, *, fresh: bool) -> str:
+    if inputs.arguments.run.optimizer == "adamw":
+        summary = preview_adamw(inputs.model)
+    else:
+        summary = preview(inputs.model, inputs.arguments.misa, fresh=fresh)
+    data = inputs.train_data
+    size = f"{len(data):,} records" if hasattr(data, "__len__") else "a stream"
+    return f"{summary}\n\ntraining data: {size}"
+
+
+def _check_required(arguments: TrainArguments) -> None:
+    required = {"model_name_or_path": arguments.model.model_name_or_path, "dataset": arguments.data.dataset}
+    if not arguments.run.dry_run:
+        required["output_dir"] = arguments.sft.output_dir if "output_dir" in arguments.given else None
     for name, value in required.items():
         if not value:
             raise UserError(f"misa train needs --{name} (or '{name}:' in --config). Try misa train --demo first.")
-    out = Path(str(sft.output_dir))
-    checkpoint = None
-    if not dry:
-        checkpoint = _resume_point(sft.resume_from_checkpoint, out)
-        inputs = (model_options.model_name_or_path, data_options.dataset, data_options.eval_dataset, config)
-        overwrite = arguments.run.overwrite_output_dir
-        output_directory.check_output_directory(out, inputs=inputs, overwrite=overwrite, resume=checkpoint is not None)
-        if checkpoint is not None and "eval_on_start" not in arguments.given:
-            sft.eval_on_start = False  # the log has that line already
 
+
+def _claim_directory(arguments: TrainArguments, config: str | None, out: Path) -> tuple[TrainArguments, Path | None]:
+    """Check that the run may write to ``out``; find the checkpoint that it goes on from, and with which options."""
+    sft, overwrite = arguments.sft, arguments.run.overwrite_output_dir
+    restored = recover(out)
+    checkpoint = resume_point(sft.resume_from_checkpoint, out)
+    if restored and overwrite and checkpoint is None:
+        raise UserError(
+            f"--overwrite_output_dir: a run was killed while it replaced {restored[0]}, which has now been restored. "
+            "Go on with --resume_from_checkpoint true, or say --overwrite_output_dir again to delete it."
+        )
+    inputs = (arguments.model.model_name_or_path, arguments.data.dataset, arguments.data.eval_dataset, config)
+    output_directory.check_output_directory(out, inputs=inputs, overwrite=overwrite, resume=checkpoint is not None)
+    if checkpoint is not None:
+        arguments = adopt(arguments, checkpoint)
+        if "eval_on_start" not in arguments.given:
+            sft.eval_on_start = False  # the log has that line already
+    return arguments, checkpoint
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything that a run reads, loaded and checked."""
+
+    arguments: TrainArguments
+    """With what --max_vram_gb chose."""
+    model: Any
+    tokenizer: Any
+    train_data: Any
+    eval_data: Any
+    plan: Plan | None
+    """Of --max_vram_gb."""
+
+
+def _load_inputs(arguments: TrainArguments) -> Inputs:
+    """Configuration, plan, tokenizer, data, weights: cheapest first."""
+    from transformers import set_seed
+
+    model_options, sft = arguments.model, arguments.sft
     trust = sft.trust_remote_code
     model_config = loading.load_config(model_options, trust)
     dtype = loading.resolve_dtype(model_options.dtype, model_config, sft.device)
     sft.max_length = loading.fitting_length(sft.max_length, "max_length" in arguments.given, model_config)
     _choose_forward(arguments, model_config.model_type)
-    planned = None
-    limit_gib = arguments.run.max_vram_gb
-    if limit_gib is not None:
+    plan = None
+    if arguments.run.max_vram_gb is not None:
         from misa_engine.cli import vram
 
-        before = arguments.misa
+        before, limit_gib = arguments.misa, arguments.run.max_vram_gb
         with bad_input("--max_vram_gb"):
-            arguments, planned = vram.fit(arguments, model_config, dtype, limit_gib)
-        print(vram.describe(planned, before), flush=True)
+            arguments, plan = vram.fit(arguments, model_config, dtype, limit_gib)
+        print(vram.describe(plan, before), flush=True)
         vram.enforce(limit_gib, sft.device)
     tokenizer = loading.load_tokenizer(model_options, trust_remote_code=trust)
     train_data, eval_data = _load_data(arguments, tokenizer)
-
-    from transformers import set_seed
-
     set_seed(sft.seed)  # --from_scratch draws its weights from the global generator
     kwargs = sft.model_init_kwargs if isinstance(sft.model_init_kwargs, dict) else {}
     for name in {"dtype", "torch_dtype", "device_map", "config", "attn_implementation"} & set(kwargs):
         raise UserError(f"--model_init_kwargs: leave out {name!r}; misa train decides it (see --dtype and its like).")
     model = loading.load_model(model_options, sft.device, trust_remote_code=trust, **kwargs)
     loading.check_tokenizer(tokenizer, model, sft.eos_token)
-    summary = _rehearse(arguments, model)
-    size = f"{len(train_data):,} records" if hasattr(train_data, "__len__") else "a stream"
-    print(f"{summary}\n\ntraining data: {size}", flush=True)
-    if dry:
-        print("dry run: nothing was trained, nothing was written")
-        return DONE
+    return Inputs(arguments, model, tokenizer, train_data, eval_data, plan)
 
-    existed = out.exists()
-    try:
-        trainer = _build_trainer(arguments, model, tokenizer, train_data, eval_data)
-        trainer.check_loss()  # before anything is deleted
-        if planned is not None:
-            vram.dry_step(trainer, planned)
-    except BaseException:
-        if not existed and out.is_dir() and not any(out.iterdir()):
-            out.rmdir()  # the Trainer makes it before it checks the rest of its arguments
-        raise
-    if arguments.run.overwrite_output_dir and checkpoint is None:
-        deleted = output_directory.delete_run(out)
-        if deleted:
-            print(f"deleted the run in {out}: {', '.join(deleted)}")
-    _train(trainer, checkpoint, out)
-    _finish(trainer, eval_data is not None, out)
-    return DONE
+
+def _checked_trainer(inputs: Inputs) -> Any:
+    """The trainer, its loss compared with the plain one and, with a plan, its largest micro-batch tried out."""
+    trainer = build_trainer(inputs.arguments, inputs.model, inputs.tokenizer, inputs.train_data, inputs.eval_data)
+    trainer.check_loss()  # before anything is deleted
+    if inputs.plan is not None:
+        from misa_engine.cli import vram
+
+        vram.dry_step(trainer, inputs.plan)
+    return trainer
 
 
 def _quiet(arguments: TrainArguments) -> None:
@@ -129,29 +235,8 @@ def _choose_forward(arguments: TrainArguments, model_type: str) -> None:
         logging.getLogger("liger_kernel").setLevel(logging.ERROR)
 
 
-def _resume_point(wanted: str | None, out: Path) -> Path | None:
-    """The checkpoint to go on from: the last complete one in ``out``, or a named one."""
-    from misa_engine.cli.output_directory import holds_run
-    from misa_engine.trainer.checkpoints import find_last_complete_checkpoint, why_incomplete
-
-    if wanted is None or wanted.lower() in ("false", "no", "none", "0", ""):
-        return None
-    if wanted.lower() in ("true", "yes", "1"):
-        last = find_last_complete_checkpoint(out)
-        if last is None:
-            raise UserError(f"--resume_from_checkpoint: there is no complete checkpoint in {out}. Start the run again.")
-        return last
-    checkpoint = Path(wanted).expanduser()
-    reason = why_incomplete(checkpoint)
-    if reason is not None:
-        raise UserError(f"--resume_from_checkpoint {wanted}: {reason}.")
-    if checkpoint.resolve().parent != out.resolve() and out.is_dir() and holds_run(out):
-        raise UserError(f"{checkpoint} does not belong to the run in --output_dir {out}: choose an empty directory.")
-    return checkpoint
-
-
 def _load_data(arguments: TrainArguments, tokenizer: Any) -> tuple[Any, Any]:
-    """Training and evaluation data, and the options that follow from their shape."""
+    """Training and evaluation data, and the options that follow from their format."""
     from misa_engine.cli.data import hold_out, load_data
 
     options, sft, given = arguments.data, arguments.sft, arguments.given
@@ -170,19 +255,19 @@ def _load_data(arguments: TrainArguments, tokenizer: Any) -> tuple[Any, Any]:
         split = options.eval_split or "train"
         eval_data = load_data(source, split=split, config=config, streaming=options.dataset_streaming, **shared)
     for loaded in (train_data, *([eval_data] if eval_data else [])):
-        if loaded.shape.conversational and tokenizer.chat_template is None and not sft.chat_template_path:
+        if loaded.format.conversational and tokenizer.chat_template is None and not sft.chat_template_path:
             raise UserError(
-                f"the data holds {loaded.shape.name}, but the tokenizer has no chat template to write them with: name "
+                f"the data holds {loaded.format.name}, but the tokenizer has no chat template to write them with: name "
                 "one with --chat_template_path (a .jinja file, or the directory or Hub id of another tokenizer)."
             )
     template = sft.chat_template_path
     looks_local = template and (template.endswith((".jinja", ".j2")) or template.startswith((".", "/", "~")))
     if template and looks_local and not Path(template).exists():
         raise UserError(f"--chat_template_path {template} does not exist.")
-    if sft.completion_only_loss and "completion" not in (*train_data.shape.needed, *train_data.shape.optional):
-        if train_data.shape.convert is None and train_data.shape.kinds != ("tokens",):
+    if sft.completion_only_loss and "completion" not in (*train_data.format.needed, *train_data.format.optional):
+        if train_data.format.convert is None and train_data.format.kinds != ("tokens",):
             raise UserError(
-                f"--completion_only_loss needs prompts and completions; the data holds {train_data.shape.name}. For "
+                f"--completion_only_loss needs prompts and completions; the data holds {train_data.format.name}. For "
                 "messages use --assistant_only_loss."
             )
     if train_data.text_only and "packing" not in given and sft.max_length is not None:
@@ -197,116 +282,20 @@ def _load_data(arguments: TrainArguments, tokenizer: Any) -> tuple[Any, Any]:
     return train_set, eval_set
 
 
-def _rehearse(arguments: TrainArguments, model: Any) -> str:
-    """Build the optimizer once for its checks (budget, patterns, dtype) and take it off again; describe it."""
-    total = sum(parameter.numel() for parameter in model.parameters())
-    if arguments.run.optimizer == "adamw":
-        size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-        memory = {"weights": size, "gradients": size, "exp_avg": size, "exp_avg_sq": size}
-        return f"AdamW on all {total:,} parameters\n\n{memory_table(memory)}"
-    from misa_engine.engine.optimizer import MISA
-
-    with bad_input():
-        optimizer = MISA(model, arguments.misa)
-    try:
-        config, units = optimizer.config, {unit.name: unit for unit in optimizer.units}
-        drawn = [units[name] for name in optimizer.active]
-        size = sum(unit.numel for unit in drawn)
-        lines = [
-            optimizer.partition.describe(),
-            "",
-            f"delta {config.delta:.4g}: at most {optimizer.budget:,} of {total:,} parameters train at a time, redrawn "
-            f"every {config.inner_steps} steps (preset {config.preset}, rule {config.rule})",
-            f"first draw: {len(drawn)} units, {size:,} parameters, {size / optimizer.budget:.1%} of the budget:",
-            *(f"  {unit.name}  {unit.numel:,}" for unit in drawn),
-            "",
-            memory_table(optimizer.memory()),
-        ]
-    finally:
-        optimizer.remove()
-    return "\n".join(lines)
-
-
-def memory_table(categories: dict[str, int]) -> str:
-    """Bytes by category, largest unit that keeps three digits, with the sum."""
-
-    def size(count: int) -> str:
-        unit, name = (2**30, "GiB") if count >= 2**30 else (2**20, "MiB") if count >= 2**20 else (2**10, "KiB")
-        return f"{count / unit:>10,.2f} {name}"
-
-    lines = ["memory, without activations:"]
-    lines += [f"  {name.replace('_', ' '):<24} {size(count)}" for name, count in categories.items() if count]
-    return "\n".join([*lines, f"  {'together':<24} {size(sum(categories.values()))}"])
-
-
-def _build_trainer(arguments: TrainArguments, model: Any, tokenizer: Any, train_data: Any, eval_data: Any) -> Any:
-    """MisaTrainer with two additions: data that vanished in preparation is an error; a README.md stays."""
-    from misa_engine.cli.data import check_prepared
-    from misa_engine.trainer.sft import MisaTrainer
-
-    class CommandTrainer(MisaTrainer):
-        def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-            prepared = super()._prepare_dataset(dataset, *args, **kwargs)
-            name = kwargs.get("dataset_name", args[-1] if args else "train")
-            check_prepared(prepared, {"eval": "evaluation", "train": "training"}.get(name, name), self_max_length)
-            return prepared
-
-        def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-            # TRL writes OUT/README.md at every checkpoint, over one of the user's, with links to a Hub model
-            if self.args.push_to_hub and not Path(str(self.args.output_dir), "README.md").exists():
-                super().create_model_card(*args, **kwargs)
-
-    self_max_length = arguments.sft.max_length
-    try:
-        with bad_input(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="`use_liger_kernel=True` is deprecated")  # our choice, not theirs
-            trainer = CommandTrainer(
-                model=model,
-                args=arguments.sft,
-                misa=arguments.misa,
-                optimizer=arguments.run.optimizer,
-                train_dataset=train_data,
-                eval_dataset=eval_data,
-                processing_class=tokenizer,
-            )
-    except Exception as error:
-        if type(error).__module__.partition(".")[0] != "jinja2":
-            raise
-        raise UserError(f"the chat template cannot write the data: {error}. See --chat_template_path.") from error
-    if arguments.sft.torch_compile and arguments.run.optimizer == "misa":
-        _compile_layers(trainer, model, arguments)
-    return trainer
-
-
-def _compile_layers(trainer: Any, model: Any, arguments: TrainArguments) -> None:
-    """Compile layer by layer: whole-model graphs are rebuilt at every new active set and given up after eight."""
-    from misa_engine.method.partition import partition
-
-    misa, sft = arguments.misa, arguments.sft
-    container = partition(model, misa.granularity, family=misa.family).container
-    if container is None:
-        raise UserError("--torch_compile works layer by layer, and this model has no list of layers: leave it out.")
-    options = {"backend": sft.torch_compile_backend, "mode": sft.torch_compile_mode}
-    import torch._dynamo
-
-    # One graph for each pattern of active matrices in a layer: 8 (the default limit) with at most one of 7 matrices,
-    # twice that because the lowest active layer's input needs no gradient, more with pairs.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    for layer in model.get_submodule(container).children():
-        layer.compile(**{name: value for name, value in options.items() if value})
-    trainer.args.torch_compile = False
-
-
 def _train(trainer: Any, checkpoint: Path | None, out: Path) -> None:
-    try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except KeyboardInterrupt:
-        from misa_engine.trainer.checkpoints import find_last_complete_checkpoint
+    """Train until the end, or until a signal asks to stop.
 
-        last = find_last_complete_checkpoint(out)
-        raise KeyboardInterrupt(
-            f"go on from {last} with --resume_from_checkpoint" if last else "no checkpoint was saved yet"
-        ) from None
+    Raises:
+        Stopped: a signal did; what was reached is in a checkpoint.
+    """
+    from misa_engine.cli.stopping import StopOnSignal
+
+    stop = StopOnSignal(out)
+    trainer.add_callback(stop)
+    with stop.watching():
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if stop.received is not None and trainer.state.global_step < trainer.state.max_steps:
+        raise stop.stopped()
 
 
 def _finish(trainer: Any, evaluate: bool, out: Path) -> None:
@@ -332,24 +321,4 @@ def _finish(trainer: Any, evaluate: bool, out: Path) -> None:
         step = f", {times['median'] * 1000:,.0f} ms a step" if times else ""
         print(f"peak memory {end['peak_memory_bytes'] / 2**30:.2f} GiB{step}")
     print(f"model and tokenizer: {out}")
-    draw(out)
-
-
-def show_table(entries: list[dict[str, Any]]) -> None:
-    """Print a run's end table; wide enough for its names where no terminal sets the width."""
-    from rich.console import Console
-
-    from misa_engine.report.summary import summary_table
-
-    Console(width=None if sys.stdout.isatty() else 120).print(summary_table(entries))
-
-
-def draw(out: Path) -> None:
-    """Make the pictures, or say what is needed for them."""
-    if find_spec("matplotlib") is None:
-        print(f"no pictures: matplotlib is not installed. pip install 'misa_engine[train]', then: misa report {out}")
-        return
-    from misa_engine.report.pictures import make_report
-
-    for path in make_report(out):
-        print(f"picture: {path}")
+    write_pictures(out)

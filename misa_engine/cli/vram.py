@@ -18,11 +18,12 @@ import torch
 
 from misa_engine.errors import UserError
 from misa_engine.method.config import MisaConfig
-from misa_engine.planner.activations import CONTEXT_BYTES, Pass
+from misa_engine.planner.activations import CONTEXT_BYTES, MicroBatch
 from misa_engine.planner.cards import Card
 from misa_engine.planner.plan import Plan, plan
 from misa_engine.planner.solve import Wishes, solve
-from misa_engine.planner.worst_case import Subject
+from misa_engine.planner.worst_case import MetaModel
+from misa_engine.trainer.compat import NON_REENTRANT, checkpointing_option, fused_head_in_trl, warn_of_versions
 
 if TYPE_CHECKING:
     from misa_engine.cli.arguments import TrainArguments
@@ -50,11 +51,12 @@ def fit(arguments: TrainArguments, config: Any, dtype: torch.dtype, limit_gib: f
         raise UserError("--max_vram_gb plans for MISA; leave it out with --optimizer adamw.")
     if sft.max_length is None:
         raise UserError("--max_vram_gb needs a longest sequence: say --max_length.")
+    warn_of_versions()
     limit = Card.of(f"{limit_gib:g}GiB")
-    subject = Subject(config, dtype)
-    checkpointing = _checkpointing_name(sft)
+    meta = MetaModel(config, dtype)
+    checkpointing = checkpointing_option(sft)
     effective = sft.per_device_train_batch_size * sft.gradient_accumulation_steps
-    run = Pass(
+    micro_batch = MicroBatch(
         checkpointing=bool(getattr(sft, checkpointing)),
         loss=loss_of(sft),
         liger=bool(sft.use_liger_kernel),
@@ -63,34 +65,27 @@ def fit(arguments: TrainArguments, config: Any, dtype: torch.dtype, limit_gib: f
     wishes = Wishes(
         delta=misa.delta if "delta" in given else None,
         state_dtype=misa.state_dtype if "state_dtype" in given else None,
-        checkpointing=run.checkpointing if {checkpointing, "gradient_checkpointing"} & given else None,
+        checkpointing=micro_batch.checkpointing if {checkpointing, "gradient_checkpointing"} & given else None,
         batch=sft.per_device_train_batch_size if "per_device_train_batch_size" in given else None,
         length=sft.max_length,
         most_sequences=effective,
     )
-    found = solve(subject, limit, misa, run, wishes)
+    chosen = solve(meta, limit, misa, micro_batch, wishes)
     if wishes.batch is None:
-        batch = max(size for size in range(1, found.run.batch + 1) if effective % size == 0)
+        batch = max(size for size in range(1, chosen.micro_batch.batch + 1) if effective % size == 0)
         sft.per_device_train_batch_size, sft.gradient_accumulation_steps = batch, effective // batch
         if "per_device_eval_batch_size" not in given:
             sft.per_device_eval_batch_size = batch
-        found = plan(subject, card=limit, misa=found.misa, run=replace(found.run, batch=batch))
-    setattr(sft, checkpointing, found.run.checkpointing)
-    return replace(arguments, misa=found.misa), found
+        chosen = plan(meta, card=limit, misa=chosen.misa, micro_batch=replace(chosen.micro_batch, batch=batch))
+    setattr(sft, checkpointing, chosen.micro_batch.checkpointing)
+    return replace(arguments, misa=chosen.misa), chosen
 
 
 def loss_of(sft: Any) -> str:
     """How SFTTrainer will compute the loss: in chunks by itself, by Liger, or from all logits."""
-    from misa_engine.trainer.lean import fused_head_in_trl
-
     if fused_head_in_trl() or getattr(sft, "loss_type", None) == "chunked_nll":
         return "chunked"
     return "liger" if sft.use_liger_kernel else "plain"
-
-
-def _checkpointing_name(sft: Any) -> str:
-    # transformers 5.18 renamed it
-    return "activation_checkpointing" if hasattr(sft, "activation_checkpointing") else "gradient_checkpointing"
 
 
 def enforce(limit_gib: float, device: torch.device) -> None:
@@ -120,7 +115,7 @@ def dry_step(trainer: Any, planned: Plan) -> None:
         UserError: the device ran out of memory.
     """
     model, device, args = trainer.model, trainer.args.device, trainer.args
-    width = planned.run.length
+    width = planned.micro_batch.length
     size = model.get_input_embeddings().weight.shape[0]
     arena_bytes = sum(
         planned.bytes.get(name, 0)
@@ -131,7 +126,7 @@ def dry_step(trainer: Any, planned: Plan) -> None:
             arena = torch.empty(arena_bytes, dtype=torch.uint8, device=device)
             ids = torch.randint(size, (args.per_device_train_batch_size, width), device=device)
             batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
-            if planned.run.padded and len(ids) > 1:  # a mask takes attention off its flash kernel
+            if planned.micro_batch.padded and len(ids) > 1:  # a mask takes attention off its flash kernel
                 batch["attention_mask"][0, -1] = 0
             if getattr(args, "packing", False):  # as TRL's collator writes packed sequences: positions, no mask
                 del batch["attention_mask"]
@@ -166,8 +161,8 @@ def _undisturbed(trainer: Any, names: set[str]) -> Iterator[None]:
     with torch.random.fork_rng(devices=cuda):
         try:
             model.train()
-            if getattr(args, _checkpointing_name(args)) and not enabled:  # the Trainer does it later, in train()
-                model.gradient_checkpointing_enable({"use_reentrant": False})
+            if getattr(args, checkpointing_option(args)) and not enabled:  # the Trainer does it later, in train()
+                model.gradient_checkpointing_enable(NON_REENTRANT)
                 model.disable_input_require_grads()
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(name in names)
@@ -191,14 +186,14 @@ def _drop(parameter: torch.Tensor) -> None:
     parameter.grad = None
 
 
-def describe(found: Plan, before: MisaConfig) -> str:
+def describe(chosen: Plan, before: MisaConfig) -> str:
     """What was chosen, in the words of the options."""
-    run, misa = found.run, found.misa
-    assert found.card is not None
+    micro_batch, misa = chosen.micro_batch, chosen.misa
+    assert chosen.card is not None
     lines = [
-        f"plan: {found.total_bytes / 2**30:.2f} GiB of {found.card.total_bytes / 2**30:.2f} with "
-        f"per_device_train_batch_size {run.batch}, max_length {run.length}, gradient_checkpointing "
-        f"{str(run.checkpointing).lower()}, state_dtype {misa.state_dtype}, delta {misa.delta:g}"
+        f"plan: {chosen.total_bytes / 2**30:.2f} GiB of {chosen.card.total_bytes / 2**30:.2f} with "
+        f"per_device_train_batch_size {micro_batch.batch}, max_length {micro_batch.length}, gradient_checkpointing "
+        f"{str(micro_batch.checkpointing).lower()}, state_dtype {misa.state_dtype}, delta {misa.delta:g}"
     ]
     if misa.delta < before.delta:
         lines.append(f"note: delta is {misa.delta:g} instead of {before.delta:g}, which does not fit")

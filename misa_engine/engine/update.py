@@ -21,7 +21,8 @@ from torch.autograd.graph import increment_version
 from misa_engine.engine.arena import Arena, upload
 from misa_engine.engine.marks import phase
 from misa_engine.kernels.adamw import adamw, closing_step
-from misa_engine.kernels.norm import finalise, global_norm, reduce_slots, sum_of_squares
+from misa_engine.kernels.finalise import finalise
+from misa_engine.kernels.norm import global_norm, reduce_slots, sum_of_squares
 from misa_engine.kernels.tiles import Control, Slot, bias_table, hyper_row
 from misa_engine.method.config import MisaConfig
 

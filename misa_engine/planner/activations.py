@@ -33,7 +33,7 @@ QKV, GATE_UP = frozenset("qkv"), frozenset(("gate", "up"))
 
 
 @dataclass(frozen=True)
-class Shape:
+class DecoderShape:
     """The sizes of a decoder that its memory depends on."""
 
     hidden: int
@@ -59,7 +59,7 @@ class Shape:
         return self.kv_heads * self.head_size
 
     @classmethod
-    def of(cls, config: Any) -> Shape | None:
+    def of(cls, config: Any) -> DecoderShape | None:
         """Read a transformers config; None when the formulas do not describe its model."""
         if config.model_type not in CLOSED_FORM or getattr(config, "_attn_implementation", None) == "eager":
             return None
@@ -83,7 +83,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Pass:
+class MicroBatch:
     """How the forward and backward pass is run."""
 
     batch: int = 1
@@ -150,25 +150,25 @@ class Flow:
         return cls(layer, recorded, input, normed, attention, middle, mlp or "gate" in active, mlp or "up" in active)
 
 
-def saved_by_layer(shape: Shape, run: Pass, active: Collection[str], flow: Flow) -> int:
+def saved_by_layer(shape: DecoderShape, micro_batch: MicroBatch, active: Collection[str], flow: Flow) -> int:
     """Bytes that one layer keeps for its backward pass, its input (a checkpoint's boundary) not counted.
 
     Args:
         shape: the model.
-        run: how it is run.
+        micro_batch: how it is run.
         active: kinds that train in this layer: q, k, v, o, gate, up, down, norm1, norm2.
         flow: where gradients flow in it.
     """
     h, i, query, key = shape.hidden, shape.intermediate, shape.query, shape.key
 
     def norm(width: int, rows: int, grad: bool, trains: bool = False, input_kept: bool = False) -> int:
-        if run.liger:  # LigerRMSNormFunction saves its input and one float32 a row
+        if micro_batch.liger:  # LigerRMSNormFunction saves its input and one float32 a row
             return (0 if input_kept else 2 * width) + 4 * rows if grad or trains else 0
         # x in float32 and one float32 a row; the normed x in bfloat16 for the gradient of the weight
         return (4 * width + 4 * rows if grad else 0) + (2 * width if trains else 0)
 
-    masked = is_masked(shape, run, flow.layer)
-    per_token = norm(h, 1, flow.input, "norm1" in active, input_kept=run.checkpointing)
+    masked = is_masked(shape, micro_batch, flow.layer)
+    per_token = norm(h, 1, flow.input, "norm1" in active, input_kept=micro_batch.checkpointing)
     if QKV & set(active):
         per_token += 2 * h
     if shape.qk_norm:
@@ -181,26 +181,26 @@ def saved_by_layer(shape: Shape, run: Pass, active: Collection[str], flow: Flow)
     per_token += norm(h, 1, flow.middle, "norm2" in active)
     if GATE_UP & set(active):
         per_token += 2 * h
-    if run.liger:
+    if micro_batch.liger:
         per_token += 4 * i if flow.gate or flow.up else 0  # gate and up; SiLU is computed again
     else:
         per_token += (4 * i if flow.gate else 0) + (2 * i if flow.up else 0)  # gate and up; silu(gate)
     if "down" in active:
         per_token += 2 * i
     # SDPA turns the mask into bfloat16 in every layer and keeps it
-    square = 2 * run.batch * run.length**2 if masked and flow.attention else 0
-    return per_token * run.tokens + square
+    square = 2 * micro_batch.batch * micro_batch.length**2 if masked and flow.attention else 0
+    return per_token * micro_batch.tokens + square
 
 
-def is_masked(shape: Shape, run: Pass, layer: int) -> bool:
+def is_masked(shape: DecoderShape, micro_batch: MicroBatch, layer: int) -> bool:
     """Whether attention gets a mask, and so not the flash kernel: padding, or a window shorter than the sequence."""
     window = shape.windows[layer] if shape.windows else None
-    return run.padded or (window is not None and run.length >= window)
+    return micro_batch.padded or (window is not None and micro_batch.length >= window)
 
 
 def peak(
-    shape: Shape,
-    run: Pass,
+    shape: DecoderShape,
+    micro_batch: MicroBatch,
     active: Mapping[int, Collection[str]],
     *,
     embedding: bool = False,
@@ -210,21 +210,23 @@ def peak(
 
     Args:
         shape: the model.
-        run: how it is run.
+        micro_batch: how it is run.
         active: layer -> kinds that train in it (see ``saved_by_layer``).
         embedding: the embedding trains.
         head: the output head trains.
     """
-    h, tokens = shape.hidden, run.tokens
+    h, tokens = shape.hidden, micro_batch.tokens
     lowest = 0 if embedding else min((layer for layer, kinds in active.items() if kinds), default=shape.layers)
     saved = [0] * shape.layers
-    boundary = 2 * h * tokens if run.checkpointing else 0
-    mask = _mask_bytes(shape, run)
+    boundary = 2 * h * tokens if micro_batch.checkpointing else 0
+    mask = _mask_bytes(shape, micro_batch)
     # cosines and sines of the positions; ids, labels and attention mask in int64
-    shared = 4 * shape.head_size * run.length + 24 * run.tokens + (mask if run.checkpointing else 0)
+    shared = (
+        4 * shape.head_size * micro_batch.length + 24 * micro_batch.tokens + (mask if micro_batch.checkpointing else 0)
+    )
 
     # autograd holds the head's gradient of a tied matrix until the embedding's arrives, unless a GEMM wrote it away
-    in_slot = run.gemm_gradients and run.loss == "plain"
+    in_slot = micro_batch.gemm_gradients and micro_batch.loss == "plain"
     held = 2 * shape.vocabulary * h if shape.tied and embedding and head and not in_slot else 0
 
     kept = shared  # what lies below the present layer
@@ -233,96 +235,100 @@ def peak(
         kinds = active.get(layer, ())
         flow = Flow.of(kinds, layer, recorded=layer >= lowest, input=layer > lowest or embedding)
         if flow.recorded:
-            saved[layer] = saved_by_layer(shape, run, kinds, flow)
+            saved[layer] = saved_by_layer(shape, micro_batch, kinds, flow)
             kept += boundary
-            extra = held + max(_backward_moments(shape, run, kinds, flow))
+            extra = held + max(_backward_moments(shape, micro_batch, kinds, flow))
             moments.append(Peak(kept + saved[layer], 0, extra, f"layer {layer}"))
-        forward = _forward_moment(shape, run, kinds, flow, saved[layer], kept)
-        passing = forward - kept + (0 if run.checkpointing else mask)
+        forward = _forward_moment(shape, micro_batch, kinds, flow, saved[layer], kept)
+        passing = forward - kept + (0 if micro_batch.checkpointing else mask)
         moments.append(Peak(kept, 0, passing, f"forward of layer {layer}"))
-        if not run.checkpointing:
+        if not micro_batch.checkpointing:
             kept += saved[layer]
-    moments += _loss_moments(shape, run, kept, lowest < shape.layers, head)
+    moments += _loss_moments(shape, micro_batch, kept, lowest < shape.layers, head)
     if embedding:  # its dense gradient is as large as itself
         gradient = 2 * shape.vocabulary * h
         moments.append(Peak(shared, 0, 2 * h * tokens + gradient * (2 if shape.tied and head else 1), "embedding"))
     return max(moments, key=lambda moment: moment.total)
 
 
-def _mask_bytes(shape: Shape, run: Pass) -> int:
+def _mask_bytes(shape: DecoderShape, micro_batch: MicroBatch) -> int:
     """The mask that all layers share: one byte for each pair of positions, where a layer needs one."""
-    masked = any(is_masked(shape, run, layer) for layer in range(shape.layers))
-    return (run.batch if run.padded else 1) * run.length**2 if masked else 0
+    masked = any(is_masked(shape, micro_batch, layer) for layer in range(shape.layers))
+    return (micro_batch.batch if micro_batch.padded else 1) * micro_batch.length**2 if masked else 0
 
 
-def _forward_moment(shape: Shape, run: Pass, active: Collection[str], flow: Flow, saved: int, kept: int) -> int:
+def _forward_moment(
+    shape: DecoderShape, micro_batch: MicroBatch, active: Collection[str], flow: Flow, saved: int, kept: int
+) -> int:
     """Bytes alive at the end of a layer's MLP in the forward pass."""
-    narrow, wide = 2 * shape.hidden * run.tokens, 2 * shape.intermediate * run.tokens
-    lasting = flow.input and not run.checkpointing  # kept for the backward pass, and so in ``saved``
+    narrow, wide = 2 * shape.hidden * micro_batch.tokens, 2 * shape.intermediate * micro_batch.tokens
+    lasting = flow.input and not micro_batch.checkpointing  # kept for the backward pass, and so in ``saved``
     # besides the product: embedding, layer input, sum after attention, normed input of the MLP, output of the MLP
     passing = 5 * narrow
-    if flow.layer == 0 or (run.checkpointing and flow.recorded) or (run.liger and lasting):
+    if flow.layer == 0 or (micro_batch.checkpointing and flow.recorded) or (micro_batch.liger and lasting):
         passing -= narrow  # the layer's input is the embedding, a checkpoint's boundary, or saved by Liger's norm
-    if run.checkpointing:
+    if micro_batch.checkpointing:
         return kept + max(passing + wide, passing - narrow + 3 * wide)
-    if run.liger and flow.middle:
+    if micro_batch.liger and flow.middle:
         passing -= narrow
     if GATE_UP & set(active):
         passing -= narrow
     if "down" not in active:
         passing += wide
-    unsaved = 2 - 2 * (flow.gate or flow.up) if run.liger else 2 - flow.gate - flow.up  # of the product's two factors
+    unsaved = (
+        2 - 2 * (flow.gate or flow.up) if micro_batch.liger else 2 - flow.gate - flow.up
+    )  # of the product's two factors
     return kept + saved + max(passing, passing - narrow + unsaved * wide)
 
 
-def _backward_moments(shape: Shape, run: Pass, active: Collection[str], flow: Flow) -> list[int]:
+def _backward_moments(shape: DecoderShape, micro_batch: MicroBatch, active: Collection[str], flow: Flow) -> list[int]:
     """Bytes on top of what is saved, at the moments of a layer's backward pass."""
-    h, tokens, query, key = shape.hidden, run.tokens, shape.query, shape.key
+    h, tokens, query, key = shape.hidden, micro_batch.tokens, shape.query, shape.key
     narrow, wide = 2 * h * tokens, 2 * shape.intermediate * tokens
     down, product = "down" in active, flow.gate or flow.up
     extra = [2 * narrow]
-    if run.liger and product:  # SwiGLU's backward writes the gradients over gate and up
+    if micro_batch.liger and product:  # SwiGLU's backward writes the gradients over gate and up
         extra.append(narrow + wide)
     elif product:  # gradients of the product, of silu(gate) and of up; down's input is free by then
         extra.append(narrow + (1 + flow.gate + flow.up) * wide - (wide if down else 0))
         if down:
             extra.append(narrow + wide)
-    if run.checkpointing and product:  # the forward that is made again, at the product: what is not saved of
+    if micro_batch.checkpointing and product:  # the forward that is made again, at the product: what is not saved of
         normed = 0 if GATE_UP & set(active) else narrow  # the MLP's normed input,
-        middle = 0 if run.liger and flow.middle else narrow  # the sum after attention,
-        silu = 0 if run.liger or flow.up else wide  # silu(gate)
+        middle = 0 if micro_batch.liger and flow.middle else narrow  # the sum after attention,
+        silu = 0 if micro_batch.liger or flow.up else wide  # silu(gate)
         extra.append(narrow + normed + middle + silu + (0 if down else wide))  # and the product, beside the gradient
     if flow.input:
-        mlp = (2 if run.liger else 3) * wide + (wide if down else 0)
+        mlp = (2 if micro_batch.liger else 3) * wide + (wide if down else 0)
         flash = 4 * query + (4 * query if key < query else 0)  # inside CUDA's kernel: dq in float32, dk and dv by head
         extra.append(2 * narrow + (2 * query + 4 * key + flash) * tokens - mlp)
-        if not run.liger:
+        if not micro_batch.liger:
             extra.append(narrow + 20 * h * tokens - mlp)  # RMSNorm's backward: five float32 copies
-    if not run.gemm_gradients:  # the gradient as autograd makes it, before it is copied to its slot
+    if not micro_batch.gemm_gradients:  # the gradient as autograd makes it, before it is copied to its slot
         matrix = 2 * h * shape.intermediate
         if down:
             extra.append(narrow + (wide if product else 0) + matrix)
         if GATE_UP & set(active):  # up's comes first; at gate's, the factors of the product are free
-            gate_only = 0 if "up" in active else (1 if run.liger else 2) * wide
+            gate_only = 0 if "up" in active else (1 if micro_batch.liger else 2) * wide
             extra.append(3 * narrow + matrix - gate_only - (wide if down else 0))  # two input gradients and the sum
     return extra
 
 
-def _loss_moments(shape: Shape, run: Pass, kept: int, below: bool, head: bool) -> list[Peak]:
+def _loss_moments(shape: DecoderShape, micro_batch: MicroBatch, kept: int, below: bool, head: bool) -> list[Peak]:
     """Moments of the final norm, the output head and the loss."""
-    h, tokens, vocabulary = shape.hidden, run.tokens, shape.vocabulary
+    h, tokens, vocabulary = shape.hidden, micro_batch.tokens, shape.vocabulary
     narrow, logits = 2 * h * tokens, 2 * vocabulary * tokens
     weight = 2 * vocabulary * h if head else 0
-    norm = (2 * h + 4 if run.liger else 4 * h + 4) * tokens if below else 0
+    norm = (2 * h + 4 if micro_batch.liger else 4 * h + 4) * tokens if below else 0
     moments = []
-    if below and not run.liger:
+    if below and not micro_batch.liger:
         moments.append(Peak(kept + norm, 0, 20 * h * tokens, "final norm"))
-    if run.loss == "plain":
+    if micro_batch.loss == "plain":
         saved = norm + (narrow if head else 0)
         moments.append(Peak(kept + saved, 6 * logits, 0, "loss"))  # log-softmax and two gradients in float32
-        if not run.gemm_gradients:
+        if not micro_batch.gemm_gradients:
             moments.append(Peak(kept + saved, logits + weight, narrow, "head"))
-    elif run.loss == "chunked":
+    elif micro_batch.loss == "chunked":
         tile = 2 * min(tokens, CHUNKED_TOKENS) * CHUNKED_VOCABULARY
         # a copy of the hidden states, their gradient in float32 and bfloat16; the head's likewise
         moments.append(Peak(kept + norm, narrow + tile + 3 * narrow + 3 * weight, 0, "loss"))

@@ -52,10 +52,9 @@ def figure(result: Plan, variants: Mapping[str, Plan]) -> Figure:
             f"{name}{room:.1f} GiB", (1, room), xycoords=("axes fraction", "data"), backgroundcolor="#FFFFFFCC",
             ha="right", va="bottom", textcoords="offset points", xytext=(-4, 4),
         )  # fmt: skip
-    run = result.run
-    axes.set_title(
-        f"Planned: {result.model}, delta {result.misa.delta:g}, {run.batch} x {run.length} tokens, {run.loss} loss"
-    )
+    micro_batch = result.micro_batch
+    tokens = f"{micro_batch.batch} x {micro_batch.length} tokens"
+    axes.set_title(f"Planned: {result.model}, delta {result.misa.delta:g}, {tokens}, {micro_batch.loss} loss")
     axes.set_ylabel("GiB")
     axes.margins(y=0.08)
     handles, labels = axes.get_legend_handles_labels()
@@ -63,7 +62,7 @@ def figure(result: Plan, variants: Mapping[str, Plan]) -> Figure:
     return picture
 
 
-def draw(result: Plan, variants: Mapping[str, Plan], path: Path) -> None:
+def save_picture(result: Plan, variants: Mapping[str, Plan], path: Path) -> None:
     """Write the picture.
 
     Raises:

@@ -9,10 +9,10 @@ from itertools import product
 from misa_engine.errors import UserError
 from misa_engine.method.config import MisaConfig
 from misa_engine.method.partition import check_budget
-from misa_engine.planner.activations import Pass
+from misa_engine.planner.activations import MicroBatch
 from misa_engine.planner.cards import Card
 from misa_engine.planner.plan import Plan, most_that_fits, plan
-from misa_engine.planner.worst_case import Subject, WorstCase
+from misa_engine.planner.worst_case import MetaModel, WorstCase
 
 #: Steps down from the δ that was asked for.
 DELTAS = (0.03, 0.02, 0.015, 0.01, 0.0075, 0.005)
@@ -35,7 +35,7 @@ class Wishes:
     """Sequences of a micro-batch at most: the effective batch of the run."""
 
 
-def solve(subject: Subject, limit: Card, misa: MisaConfig, run: Pass, wishes: Wishes) -> Plan:
+def solve(meta: MetaModel, limit: Card, misa: MisaConfig, micro_batch: MicroBatch, wishes: Wishes) -> Plan:
     """The best plan within ``limit``: least is given up first.
 
     δ as asked for (3% by default) before a smaller one, float32 moments before 8-bit ones, no checkpointing where a
@@ -51,9 +51,9 @@ def solve(subject: Subject, limit: Card, misa: MisaConfig, run: Pass, wishes: Wi
     smallest: Plan | None = None
     for delta, state_dtype, checkpointing in product(deltas, states, modes):
         options = replace(misa, delta=delta, state_dtype=state_dtype)
-        shape = replace(run, checkpointing=checkpointing, length=wishes.length, batch=wishes.batch or 1)
+        shape = replace(micro_batch, checkpointing=checkpointing, length=wishes.length, batch=wishes.batch or 1)
         try:
-            candidate = replace(plan(subject, misa=options, run=shape), card=limit)
+            candidate = replace(plan(meta, misa=options, micro_batch=shape), card=limit)
         except UserError:
             raise
         except ValueError:  # δ is smaller than the largest unit
@@ -61,58 +61,58 @@ def solve(subject: Subject, limit: Card, misa: MisaConfig, run: Pass, wishes: Wi
         if smallest is None or candidate.total_bytes < smallest.total_bytes:
             smallest = candidate
         if candidate.fits and wishes.batch is None:
-            candidate = _with_largest_batch(subject, candidate, wishes.most_sequences)
+            candidate = _with_largest_batch(meta, candidate, wishes.most_sequences)
             # Without checkpointing a step takes 3/4 of the time, which too small a micro-batch loses again.
             busy = min(BUSY_TOKENS, wishes.most_sequences * wishes.length)
-            if not checkpointing and len(modes) > 1 and candidate.run.tokens < busy:
+            if not checkpointing and len(modes) > 1 and candidate.micro_batch.tokens < busy:
                 continue
         if candidate.fits:
             return candidate
     if smallest is None:
-        check_budget(subject.partition(misa), min(deltas))  # raises, and says which δ works
+        check_budget(meta.partition(misa), min(deltas))  # raises, and says which δ works
         raise AssertionError("a budget was refused and then accepted")
-    raise UserError(impossible(subject, limit, smallest))
+    raise UserError(impossible(meta, limit, smallest))
 
 
-def _with_largest_batch(subject: Subject, fitting: Plan, most: int) -> Plan:
+def _with_largest_batch(meta: MetaModel, fitting: Plan, most: int) -> Plan:
     """The same plan with as many sequences in a micro-batch as fit."""
     assert fitting.card is not None
     passing = sum(fitting.bytes.get(name, 0) for name in _PASSING)
     room = fitting.card.total_bytes - (fitting.total_bytes - passing)
-    worst = WorstCase(subject, fitting.misa, fitting.run)
-    batch = most_that_fits(worst, fitting.run, room, "batch", most)
-    larger = plan(subject, misa=fitting.misa, run=replace(fitting.run, batch=max(1, batch)))
+    worst = WorstCase(meta, fitting.misa, fitting.micro_batch)
+    batch = most_that_fits(worst, fitting.micro_batch, room, "batch", most)
+    larger = plan(meta, misa=fitting.misa, micro_batch=replace(fitting.micro_batch, batch=max(1, batch)))
     return replace(larger, card=fitting.card)
 
 
-def impossible(subject: Subject, limit: Card, smallest: Plan) -> str:
+def impossible(meta: MetaModel, limit: Card, smallest: Plan) -> str:
     """Why nothing fits, and the smallest card and largest δ that would."""
-    needed = smallest.total_bytes
+    needed, micro_batch = smallest.total_bytes, smallest.micro_batch
     card = Card.smallest(needed)
     text = (
-        f"{subject.name} does not fit into {_gib(limit.total_bytes)}: with delta {smallest.misa.delta:g}, "
-        f"{smallest.misa.state_dtype} moments, {'' if smallest.run.checkpointing else 'no '}gradient checkpointing and "
-        f"{smallest.run.batch} x {smallest.run.length} tokens it needs {_gib(needed)}, of which the weights take "
+        f"{meta.name} does not fit into {_gib(limit.total_bytes)}: with delta {smallest.misa.delta:g}, "
+        f"{smallest.misa.state_dtype} moments, {'' if micro_batch.checkpointing else 'no '}gradient checkpointing and "
+        f"{micro_batch.batch} x {micro_batch.length} tokens it needs {_gib(needed)}, of which the weights take "
         f"{_gib(smallest.bytes['weights'])}."
     )
     text += f" The smallest card that works is {card.name}." if card else " No known card works."
-    delta = _largest_delta(subject, limit, smallest)
+    delta = _largest_delta(meta, limit, smallest)
     if delta is not None:
         return f"{text} Here the largest delta that works is {delta:.4g}."
-    if smallest.run.length > 256:
-        shorter = replace(smallest.run, length=256, batch=1)
-        if plan(subject, misa=smallest.misa, run=shorter).total_bytes <= limit.total_bytes:
+    if micro_batch.length > 256:
+        shorter = replace(micro_batch, length=256, batch=1)
+        if plan(meta, misa=smallest.misa, micro_batch=shorter).total_bytes <= limit.total_bytes:
             return f"{text} Shorter sequences (max_length) or a smaller micro-batch would fit."
     return text
 
 
-def _largest_delta(subject: Subject, limit: Card, smallest: Plan) -> float | None:
+def _largest_delta(meta: MetaModel, limit: Card, smallest: Plan) -> float | None:
     """The largest δ below the planned one that fits ``limit``; None when no permitted δ does."""
-    parts = subject.partition(smallest.misa)
+    parts = meta.partition(smallest.misa)
     low = math.nextafter(max(unit.numel for unit in parts.units) / parts.total, 1.0) * 1.0001
 
     def fits(delta: float) -> bool:
-        candidate = plan(subject, misa=replace(smallest.misa, delta=delta), run=smallest.run)
+        candidate = plan(meta, misa=replace(smallest.misa, delta=delta), micro_batch=smallest.micro_batch)
         return candidate.total_bytes <= limit.total_bytes
 
     if low >= smallest.misa.delta or not fits(low):

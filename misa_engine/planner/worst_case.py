@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -17,14 +18,14 @@ from misa_engine.errors import UserError
 from misa_engine.method.config import MisaConfig
 from misa_engine.method.partition import Partition, Unit, check_budget, partition
 from misa_engine.planner import activations
-from misa_engine.planner.activations import Pass, Peak, Shape
+from misa_engine.planner.activations import DecoderShape, MicroBatch, Peak
 
 #: Norm modules of the families that ``memory`` describes, beyond the matrices that the partition names.
 _NORMS = {"input_layernorm": "norm1", "post_attention_layernorm": "norm2"}
 
 
 @dataclass
-class Subject:
+class MetaModel:
     """A model that is planned for: names and shapes, no weights."""
 
     config: Any
@@ -32,7 +33,7 @@ class Subject:
     dtype: torch.dtype = torch.bfloat16
     name: str = ""
     model: nn.Module = field(init=False)
-    shape: Shape | None = field(init=False)
+    shape: DecoderShape | None = field(init=False)
 
     def __post_init__(self) -> None:
         """Build the model on the meta device."""
@@ -41,7 +42,7 @@ class Subject:
         with torch.device("meta"):
             self.model = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype)
         self.name = self.name or getattr(self.config, "_name_or_path", "") or self.config.model_type
-        self.shape = Shape.of(self.model.config) if self.dtype == torch.bfloat16 else None
+        self.shape = DecoderShape.of(self.model.config) if self.dtype == torch.bfloat16 else None
         self._partitions: dict[tuple[Any, ...], Partition] = {}
         kinds = self.partition(MisaConfig(granularity="module", include_outside=True)).units
         self._kinds = {unit.name: unit.kind for unit in kinds}
@@ -87,14 +88,15 @@ class Subject:
 # ---- the worst draw ----
 
 
-def draws(subject: Subject, misa: MisaConfig, run: Pass) -> Iterator[tuple[str, ...]]:
+def draws(meta: MetaModel, misa: MisaConfig, micro_batch: MicroBatch) -> Iterator[tuple[str, ...]]:
     """Candidates for the draw that needs the most memory, as parameter names, always trained ones included.
 
-    Every candidate starts with the smallest unit of the lowest layer, so that backward reaches it, and fills the budget
-    with the units that keep the most activations: by bytes for each parameter, or from the top layer down, or whole
-    embeddings first.
+    Not all draws, of which an 8B model has 10^20, but the budget filled in seven orders: by the activations that a unit
+    keeps for each of its parameters, or altogether, in either case also with the top layer first; whole embeddings
+    first; the smallest first. Backward must reach the bottom: each order begins with the smallest unit of the lowest
+    layer, and is also tried without it where an embedding trains anyway.
     """
-    parts = subject.partition(misa)
+    parts = meta.partition(misa)
     budget = check_budget(parts, misa.delta)
     layered = [unit for unit in parts.units if unit.layer is not None]
     outside = [unit for unit in parts.units if unit.layer is None]
@@ -103,15 +105,21 @@ def draws(subject: Subject, misa: MisaConfig, run: Pass) -> Iterator[tuple[str, 
         return
     bottom = min(layered, key=lambda unit: (unit.layer, unit.numel))
     top = max(unit.layer for unit in layered if unit.layer is not None)
-    gain = _gains(subject, run, layered)
+    gain = _gains(meta, micro_batch, layered)
     by_ratio = sorted(layered, key=lambda unit: -gain[unit.name] / unit.numel)
     by_gain = sorted(layered, key=lambda unit: -gain[unit.name])
     at_top, gain_at_top = (sorted(order, key=lambda unit: unit.layer != top) for order in (by_ratio, by_gain))
     # in a layer that is computed again, down's input is free by the time the most is alive: the others come first
     before_down = sorted(at_top, key=lambda unit: (unit.layer != top, unit.kind == "down"))
     smallest = sorted(layered, key=lambda unit: unit.numel)
-    for order in (by_ratio, by_gain, at_top, gain_at_top, before_down, [*outside, *by_ratio], smallest):
-        chosen = _fill([bottom, *order], budget)
+    # what stands in front of the orders: the bottom, nothing where an embedding trains always, or an embedding
+    fronts = [[bottom], [*outside], *([unit] for unit in outside)]
+    if any(meta.places(parts.always)[1:]):
+        fronts.append([])
+    for front, order in product(
+        fronts, (by_ratio, by_gain, at_top, gain_at_top, before_down, [*outside, *by_ratio], smallest)
+    ):
+        chosen = _fill([*front, *order], budget)
         yield tuple(name for unit in chosen for name in unit.params) + parts.always
 
 
@@ -124,22 +132,22 @@ def _fill(order: Iterable[Unit], budget: int) -> list[Unit]:
     return list(chosen.values())
 
 
-def _gains(subject: Subject, run: Pass, units: Iterable[Unit]) -> dict[str, int]:
+def _gains(meta: MetaModel, micro_batch: MicroBatch, units: Iterable[Unit]) -> dict[str, int]:
     """Bytes a token that the training of each unit keeps beyond a frozen layer's.
 
     What several matrices of a layer share (q, k and v their input) counts for the smallest of them, since a draw that
     needs the most spends its budget on no second one.
     """
-    shape = subject.shape
+    shape = meta.shape
     if shape is None:
         return {unit.name: unit.numel for unit in units}
-    one = replace(run, batch=1, length=1, padded=False)
+    one = replace(micro_batch, batch=1, length=1, padded=False)
     flow = activations.Flow.of((), 1, recorded=True, input=True)
     training: dict[int, set[str]] = {}
     gains = {}
     for unit in sorted(units, key=lambda unit: unit.numel):
         gains[unit.name] = 0
-        for layer, kinds in subject.places(unit.params)[0].items():
+        for layer, kinds in meta.places(unit.params)[0].items():
             before = training.setdefault(layer, set())
             after = before | kinds
             gains[unit.name] += activations.saved_by_layer(shape, one, after, flow) - activations.saved_by_layer(
@@ -153,29 +161,29 @@ class WorstCase:
     """The largest peak over ``draws``, for any size of micro-batch.
 
     Args:
-        subject: the model.
+        meta: the model.
         misa: budget and partition.
-        run: checkpointing, loss and kernels; batch and length may be others later.
+        micro_batch: checkpointing, loss and kernels; batch and length may be others later.
     """
 
-    def __init__(self, subject: Subject, misa: MisaConfig, run: Pass):
-        self._subject = subject
-        found = dict.fromkeys(draws(subject, misa, run))  # several orders often lead to the same draw
-        self._draws = [(names, *subject.places(names)) for names in found]
+    def __init__(self, meta: MetaModel, misa: MisaConfig, micro_batch: MicroBatch):
+        self._meta = meta
+        found = dict.fromkeys(draws(meta, misa, micro_batch))  # several orders often lead to the same draw
+        self._draws = [(names, *meta.places(names)) for names in found]
 
     @property
     def exact(self) -> bool:
         """Whether peaks come from formulas and cost microseconds."""
-        return self._subject.shape is not None
+        return self._meta.shape is not None
 
-    def peak(self, run: Pass) -> tuple[Peak, tuple[str, ...]]:
+    def peak(self, micro_batch: MicroBatch) -> tuple[Peak, tuple[str, ...]]:
         """The peak, and the active parameters that cause it."""
-        shape = self._subject.shape
+        shape = self._meta.shape
         if shape is None:
             names = max((names for names, *_ in self._draws), key=len)
-            return _measured_peak(self._subject, set(names), run), names
+            return _measured_peak(self._meta, set(names), micro_batch), names
         peaks = [
-            (activations.peak(shape, run, layers, embedding=embedding, head=head), names)
+            (activations.peak(shape, micro_batch, layers, embedding=embedding, head=head), names)
             for names, layers, embedding, head in self._draws
         ]
         return max(peaks, key=lambda entry: entry[0].total)
@@ -184,17 +192,17 @@ class WorstCase:
 # ---- families without formulas ----
 
 
-def _measured_peak(subject: Subject, names: set[str], run: Pass) -> Peak:
+def _measured_peak(meta: MetaModel, names: set[str], micro_batch: MicroBatch) -> Peak:
     """Run two shallow models of the same configuration on fake tensors and go on in a straight line to the full depth.
 
     Layers of one kind cost the same, so the line is exact up to where the peak lies.
     """
-    full = subject.config.num_hidden_layers
-    period = _period(subject.config)
+    full = meta.config.num_hidden_layers
+    period = _period(meta.config)
     if full <= 2 * period:
-        return _measure(subject.config, subject.dtype, names, run)
+        return _measure(meta.config, meta.dtype, names, micro_batch)
     small, large = (
-        _measure(_shallow(subject.config, depth), subject.dtype, names, run) for depth in (period, 2 * period)
+        _measure(_shallow(meta.config, depth), meta.dtype, names, micro_batch) for depth in (period, 2 * period)
     )
     steps = (full - period) / period
 
@@ -209,26 +217,26 @@ def _measured_peak(subject: Subject, names: set[str], run: Pass) -> Peak:
     )
 
 
-def _measure(config: Any, dtype: torch.dtype, names: set[str], run: Pass) -> Peak:
+def _measure(config: Any, dtype: torch.dtype, names: set[str], micro_batch: MicroBatch) -> Peak:
     from misa_engine.planner.probe import measure
 
     try:
         measured = measure(
             config,
             names,
-            batch=run.batch,
-            length=run.length,
-            checkpointing=run.checkpointing,
-            loss=run.loss,
-            liger=run.liger,
-            gemm_gradients=run.gemm_gradients,
-            padded=run.padded,
+            batch=micro_batch.batch,
+            length=micro_batch.length,
+            checkpointing=micro_batch.checkpointing,
+            loss=micro_batch.loss,
+            liger=micro_batch.liger,
+            gemm_gradients=micro_batch.gemm_gradients,
+            padded=micro_batch.padded,
             dtype=dtype,
         )
     except Exception as error:
         raise UserError(
-            f"the memory of model type {config.model_type!r} with loss {run.loss!r} cannot be measured without a GPU "
-            f"({type(error).__name__}: {error}). Try --loss plain."
+            f"the memory of model type {config.model_type!r} with loss {micro_batch.loss!r} cannot be measured without "
+            f"a GPU ({type(error).__name__}: {error}). Try --loss plain."
         ) from error
     return Peak(measured.saved, 0, max(0, measured.peak - measured.saved), measured.at)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from misa_engine.report.digest import LoggedUnit, digest
+from misa_engine.report.digest import Digest, LoggedUnit
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -30,25 +30,25 @@ def summary_table(entries: Sequence[Mapping[str, Any]]) -> Table:
     from rich import box
     from rich.table import Table
 
-    found = digest(entries)
-    changes = found.end.get("relative_change") or {}
-    unit_of = {name: _unit_of(name, {unit.name: i for i, unit in enumerate(found.units)}) for name in changes}
-    rounds = len(found.rounds)
-    title = f"What trained: {rounds} rounds, {found.last_step} steps"
+    digest = Digest.of(entries)
+    changes = digest.end.get("relative_change") or {}
+    unit_of = {name: _unit_of(name, {unit.name: i for i, unit in enumerate(digest.units)}) for name in changes}
+    rounds = len(digest.rounds)
+    title = f"What trained: {rounds} rounds, {digest.last_step} steps"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     table.add_column("matrix", no_wrap=True)  # the widest row fits 80 columns
     table.add_column("layers", no_wrap=True)
     for column in ("units", "visits", "rounds", "score G", "G/mean", "change"):
         table.add_column(column, justify="right", no_wrap=True)
 
-    mean_score = np.nanmean(found.scores) if np.isfinite(found.scores).any() else np.nan
+    mean_score = np.nanmean(digest.scores) if np.isfinite(digest.scores).any() else np.nan
     previous = None
-    for kind, layers, members in _groups(found.units):
+    for kind, layers, members in _groups(digest.units):
         if previous not in (None, kind):
             table.add_section()
         previous = kind
-        visits = found.visits[members]
-        scores = found.scores[members]
+        visits = digest.visits[members]
+        scores = digest.scores[members]
         score = np.nanmean(scores) if np.isfinite(scores).any() else np.nan
         moved = [value for name, value in changes.items() if value is not None and unit_of[name] in set(members)]
         spread = f"{visits.min()}–{visits.max()}" if visits.min() != visits.max() else f"{visits.max()}"
@@ -66,7 +66,7 @@ def summary_table(entries: Sequence[Mapping[str, Any]]) -> Table:
     if always:
         table.add_section()
         table.add_row("always on", "–", str(len(always)), "–", "100%", "–", "–", f"{np.mean(always):.2%}")
-    frozen, unchanged = found.end.get("frozen"), found.end.get("unchanged_frozen")
+    frozen, unchanged = digest.end.get("frozen"), digest.end.get("unchanged_frozen")
     if frozen or unchanged:
         unchanged = unchanged or 0
         frozen = unchanged if frozen is None else frozen

@@ -9,12 +9,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from misa_engine.trainer.callback import ManifestCallback, last_good_checkpoint
     from misa_engine.trainer.mixin import MisaFactory, MisaMixin
     from misa_engine.trainer.sft import MisaTrainer
 
-__all__ = ["MisaFactory", "MisaMixin", "MisaTrainer"]
+__all__ = ["ManifestCallback", "MisaFactory", "MisaMixin", "MisaTrainer", "last_good_checkpoint"]
 
-_HOMES = {"MisaFactory": "mixin", "MisaMixin": "mixin", "MisaTrainer": "sft"}
+_HOMES = {
+    "ManifestCallback": "callback",
+    "MisaFactory": "mixin",
+    "MisaMixin": "mixin",
+    "MisaTrainer": "sft",
+    "last_good_checkpoint": "callback",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,40 +1,43 @@
-"""Checkpoints that are complete or absent, whatever kills the run while one is being written.
+"""Checkpoints that are complete or absent, whatever kills the run while one is being written, and that prove it.
 
-A checkpoint is written to ``OUT/_unfinished/checkpoint-N``, flushed to the disk, and only then renamed to
-``OUT/checkpoint-N``; older ones are removed after that. So a name ``checkpoint-N`` always stands for a whole
-checkpoint, and at every instant the last good one exists. (Folders that start with an underscore are also what the
-Trainer leaves out of uploads to the Hub.)
+A checkpoint is written to ``OUT/_unfinished/checkpoint-N``, flushed to the disk, listed in its manifest
+(``manifest.py``), and only then renamed to ``OUT/checkpoint-N``; older ones are removed after that. So a name
+``checkpoint-N`` always stands for a whole checkpoint, and at every instant the last good one exists. (Folders that
+start with an underscore are also what the Trainer leaves out of uploads to the Hub.) What is read back, and how it is
+judged, is in ``completeness.py``.
 """
 
 from __future__ import annotations
 
 import errno
 import functools
-import json
 import os
 import re
 import shutil
-import struct
-import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch import nn
+from misa_engine.trainer.completeness import (
+    SAFE_INDEX,
+    checkpoint_step,
+    find_last_complete_checkpoint,
+    list_checkpoints,
+)
+from misa_engine.trainer.manifest import has_manifest, why_damaged, write_manifest
+
+if TYPE_CHECKING:
+    from torch import nn
 
 STAGING = "_unfinished"
-SAFE_WEIGHTS = "model.safetensors"
-SAFE_INDEX = "model.safetensors.index.json"
-
+#: Checkpoints of a branch of the run that was left by resuming from an earlier one: ``abandoned-1``, ``abandoned-2``.
+ABANDONED = "abandoned"
 #: safetensors copies all tensors of a file to the host before it writes the first byte: 16 GB for an 8B model under
 #: transformers' limit of 50 GB a file. The largest single tensor, a vocabulary of 256,000 x 3,584 in bf16, has 1.8 GB.
 SHARD_BYTES = 2 * 10**9
 
-_CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
 _WEIGHT_FILE = re.compile(r"^(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?$")
-#: What transformers leaves in a folder that its just-in-time checkpoint has not finished.
-_INCOMPLETE_MARK = "checkpoint-is-incomplete.txt"
 #: A full disk reaches us as OSError from Python's own writes, but only as text from torch's and safetensors' writers.
 _WRITE_FAILURE = re.compile(
     r"no space left|disk quota|file too large|input/output error|os error \d+|PytorchStreamWriter failed|"
@@ -93,8 +96,10 @@ def sharded_saving(model: nn.Module) -> Iterator[None]:
 
 
 def publish(staged: Path, final: Path) -> None:
-    """Flush everything below ``staged`` to the disk and rename it to ``final``, replacing what is there."""
+    """Flush everything below ``staged``, list it in a manifest and rename it to ``final``, replacing what is there."""
     flush_tree(staged)
+    write_manifest(staged, checkpoint_step(final))
+    _flush(staged)
     aside = staged.with_name(f"replaced-{final.name}")
     shutil.rmtree(aside, ignore_errors=True)
     if final.exists():
@@ -141,16 +146,52 @@ def rotate(run_dir: Path, limit: int | None, keep: Iterable[Path]) -> None:
     _remove_if_empty(run_dir / STAGING)
 
 
-def recover(run_dir: Path) -> None:
-    """Tidy up after a killed run: restore a checkpoint that was being replaced, remove what was never finished."""
+def recover(run_dir: Path) -> list[Path]:
+    """Tidy up after a killed run: finish or undo the replacement of a checkpoint, remove what was never finished.
+
+    Returns:
+        Checkpoints that exist only because of this call.
+    """
     staging = run_dir / STAGING
     if not staging.is_dir():
-        return
+        return []
+    restored = []
+    for staged in staging.glob("checkpoint-*"):  # killed just before the rename: whole, and says so
+        final = run_dir / staged.name
+        if has_manifest(staged) and not final.exists() and why_damaged(staged) is None:
+            os.replace(staged, final)
+            restored.append(final)
     for aside in staging.glob("replaced-checkpoint-*"):
         final = run_dir / aside.name.removeprefix("replaced-")
         if not final.exists():
             os.replace(aside, final)
+            restored.append(final)
+    _flush(run_dir)
     shutil.rmtree(staging, ignore_errors=True)
+    return restored
+
+
+def set_aside_after(run_dir: Path, step: int) -> Path | None:
+    """Move the checkpoints of later steps into ``abandoned-<n>``: the run goes on from ``step`` on another branch.
+
+    They are kept for the user, but no later ``--resume_from_checkpoint true`` can jump to them.
+
+    Returns:
+        The folder they are in now; None when there were none.
+    """
+    later = [path for path in list_checkpoints(run_dir) if checkpoint_step(path) > step]
+    if not later:
+        return None
+    number = 1
+    while (run_dir / f"{ABANDONED}-{number}").exists():
+        number += 1
+    folder = run_dir / f"{ABANDONED}-{number}"
+    folder.mkdir()
+    for checkpoint in reversed(later):  # the latest first: a kill in between leaves no newer one behind an older gap
+        os.replace(checkpoint, folder / checkpoint.name)
+    _flush(folder)
+    _flush(run_dir)
+    return folder
 
 
 def flush_tree(folder: Path) -> None:
@@ -214,122 +255,4 @@ def write_error(final: Path, run_dir: Path, error: BaseException) -> CheckpointE
     )
     return CheckpointError(
         f"could not write {final} ({free}): {error}. What was unfinished has been removed. {remedy}. {good}"
-    )
-
-
-# ---- reading ----
-
-
-def list_checkpoints(run_dir: Path) -> list[Path]:
-    """Folders named ``checkpoint-N`` in ``run_dir``, ascending in N."""
-    if not run_dir.is_dir():
-        return []
-    found = [path for path in run_dir.iterdir() if _CHECKPOINT.match(path.name) and path.is_dir()]
-    return sorted(found, key=checkpoint_step)
-
-
-def checkpoint_step(checkpoint: Path) -> int:
-    """N of ``checkpoint-N``; -1 for any other name."""
-    match = _CHECKPOINT.match(checkpoint.name)
-    return int(match.group(1)) if match else -1
-
-
-def find_last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> Path | None:
-    """The checkpoint with the highest step that is whole, or None. Reads names and headers only, changes nothing."""
-    for checkpoint in reversed(list_checkpoints(Path(output_dir))):
-        if why_incomplete(checkpoint) is None:
-            return checkpoint
-    return None
-
-
-def why_incomplete(checkpoint: Path) -> str | None:
-    """What is missing or cut short in a checkpoint, or None when it is whole. Costs a few reads, not the weights."""
-    if not checkpoint.is_dir():
-        return "no such folder"
-    if (checkpoint / _INCOMPLETE_MARK).exists():
-        return f"it holds {_INCOMPLETE_MARK}"
-    state = checkpoint / "trainer_state.json"
-    try:
-        json.loads(state.read_text(encoding="utf-8"))["global_step"]
-    except FileNotFoundError:
-        return "trainer_state.json is missing"
-    except (ValueError, KeyError):
-        return "trainer_state.json is damaged"
-    for archive in sorted((*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth"))):
-        if not zipfile.is_zipfile(archive):  # torch.save writes a zip file, whose directory stands at the end
-            return f"{archive.name} is cut short"
-    files = weight_files(checkpoint)
-    if not files and not any(checkpoint.glob("*.bin")) and not any(checkpoint.glob("pytorch_model_fsdp*")):
-        return "there are no weights"
-    for file in files:
-        try:
-            read_header(file)
-        except FileNotFoundError:
-            return f"{file.name} is missing"
-        except ValueError:
-            return f"{file.name} is cut short"
-    return None
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that make up the model in ``folder``: one, the shards that the index names, or none."""
-    index = folder / SAFE_INDEX
-    if index.is_file():
-        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    return sorted(folder.glob("*.safetensors"))
-
-
-def read_header(file: Path) -> dict[str, tuple[int, ...]]:
-    """Tensor names and shapes of a safetensors file, from its header alone.
-
-    Raises:
-        ValueError: the file is not as long as its header says.
-    """
-    with file.open("rb") as stream:
-        head = stream.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
-        size = file.stat().st_size
-        if not 0 < length <= size - 8:
-            raise ValueError(f"{file} is not a complete safetensors file")
-        entries = json.loads(stream.read(length))
-    entries.pop("__metadata__", None)
-    if 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0) != size:
-        raise ValueError(f"{file} is not a complete safetensors file")
-    return {name: tuple(entry["shape"]) for name, entry in entries.items()}
-
-
-def check_same_model(checkpoint: Path, model: nn.Module) -> bool:
-    """Refuse a checkpoint whose tensors are not those of the model, before anything is loaded from it.
-
-    Args:
-        checkpoint: folder with safetensors weights (anything else is not checked).
-        model: what the checkpoint is about to be loaded into.
-
-    Returns:
-        Whether the files name some tensors differently than the model does, as transformers 5 writes mixture-of-experts
-        models and GPT-NeoX. Loading such files by name would silently leave those tensors as they are.
-    """
-    stored: dict[str, tuple[int, ...]] = {}
-    for file in weight_files(checkpoint):
-        stored.update(read_header(file))
-    if not stored:
-        return False
-    state = model.state_dict()
-    memory = {tensor.data_ptr() for name, tensor in state.items() if name in stored}
-    # a tied tensor is stored under one of its names only
-    absent = {tensor.data_ptr(): name for name, tensor in state.items() if tensor.data_ptr() not in memory}
-    unknown = [name for name in stored if name not in state]
-    wrong = [
-        f"{name} is {list(stored[name])} there and {list(state[name].shape)} here"
-        for name in stored
-        if name in state and stored[name] != tuple(state[name].shape)
-    ]
-    if not wrong and sum(prod(stored[name]) for name in unknown) == sum(state[n].numel() for n in absent.values()):
-        return bool(unknown)
-    wrong += [f"{name} is not in this model" for name in unknown]
-    wrong += [f"{name} is not in the checkpoint" for name in absent.values()]
-    more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
-    raise ValueError(
-        f"{checkpoint} is a checkpoint of another model: {'; '.join(wrong[:3])}{more}. "
-        "Resume with the model that the run was started with, or start a new run in another output_dir."
     )

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from misa_engine.errors import UserError
+from misa_engine.trainer.compat import fused_head_in_trl
 
 logger = logging.getLogger(__name__)
 
@@ -95,11 +96,6 @@ def lean_options(
         return {}
     # before 1.15 the chunked loss casts the whole head to float32 for each chunk of 256 tokens; Liger's does not
     return {"use_liger_kernel": True, **({"loss_type": loss_type or "nll"} if old_chunks else {})}
-
-
-def fused_head_in_trl() -> bool:
-    """Whether the installed SFTTrainer projects hidden states to losses in chunks by itself (TRL 1.15 and later)."""
-    return hasattr(importlib.import_module("trl.trainer.sft_trainer"), "add_fused_lm_head")
 
 
 # ---- the check ----

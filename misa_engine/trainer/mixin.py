@@ -13,39 +13,24 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from misa_engine.engine.optimizer import MISA
 from misa_engine.method.config import MisaConfig, check_choice
-from misa_engine.trainer import checkpoints
+from misa_engine.trainer import checkpoints, resume_options
+from misa_engine.trainer.compat import check_arguments, config_from_arguments
 from misa_engine.trainer.lean import LossCheck
-from misa_engine.trainer.recorder import RunRecorder, describe_run, sampler_metrics
-
-if TYPE_CHECKING:
-
-    class _Base(Trainer):
-        model: Any
-        optimizer: Any
-else:
-    _Base = object  # the mixin stands before a Trainer class in the bases of whoever uses it
+from misa_engine.trainer.log_writer import RunLogWriter, describe_run, sampler_metrics
+from misa_engine.trainer.resuming import ExactResume
 
 logger = logging.getLogger(__name__)
-
-#: MisaConfig field -> where the training arguments hold the same thing.
-FROM_ARGUMENTS = {
-    "lr": "learning_rate",
-    "eps": "adam_epsilon",
-    "weight_decay": "weight_decay",
-    "seed": "seed",
-}
 
 
 class MisaFactory:
@@ -61,45 +46,8 @@ class MisaFactory:
         return MISA(model, **options)
 
 
-def config_from_arguments(args: TrainingArguments, misa: MisaConfig | Mapping[str, Any] | None) -> MisaConfig:
-    """MISA's options, with learning rate, betas, eps, weight decay and seed from ``args`` unless ``misa`` has them.
-
-    A mapping has what it names; a MisaConfig has what differs from the default of its class.
-    """
-    if isinstance(misa, MisaConfig):
-        default = MisaConfig(preset=misa.preset)
-        given = {f.name: getattr(misa, f.name) for f in fields(misa)}
-        given = {name: value for name, value in given.items() if value != getattr(default, name) or name == "preset"}
-    else:
-        given = dict(misa or {})
-    shared = {name: getattr(args, attribute) for name, attribute in FROM_ARGUMENTS.items()}
-    shared["betas"] = (args.adam_beta1, args.adam_beta2)
-    return MisaConfig.from_dict({**shared, **given})
-
-
-def check_arguments(args: TrainingArguments) -> None:
-    """Refuse training arguments under which MISA would train wrongly; nothing has been written by then."""
-    if args.fp16:
-        raise ValueError(
-            "fp16=True scales the loss and needs fp16 gradients, which underflow without it. Load the model in "
-            "bfloat16 and leave fp16 off; MISA keeps an exact float32 master of the active weights."
-        )
-    for option in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
-        if (getattr(args, option, None) or {}).get("use_reentrant"):
-            raise ValueError(
-                f"{option}={{'use_reentrant': True}} recomputes frozen layers, or fails, once inputs do not require "
-                "gradients. Use {'use_reentrant': False}, which is also the default of transformers 5."
-            )
-    if args.world_size > 1 or args.n_gpu > 1:
-        found = f"{args.world_size} processes" if args.world_size > 1 else f"{args.n_gpu} GPUs in one process"
-        raise ValueError(
-            f"the Trainer would wrap the model for data parallelism ({found}), which goes out of step when the active "
-            "matrices change. Train in one process on one GPU: CUDA_VISIBLE_DEVICES=0, no torchrun."
-        )
-
-
 class _RunCallback(TrainerCallback):
-    """Tells the recorder when training begins and ends and when a step does."""
+    """Tells the log_writer when training begins and ends and when a step does."""
 
     def __init__(self, trainer: MisaMixin):
         self.trainer = trainer
@@ -108,24 +56,30 @@ class _RunCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         trainer = self.trainer
+        if trainer.is_finished and trainer.log_writer.has_end():
+            return  # nothing will happen that is worth a line
+        if args.should_save:
+            aside = checkpoints.set_aside_after(Path(str(args.output_dir)), state.global_step)
+            if aside is not None:
+                logger.warning("checkpoints after step %d are now in %s", state.global_step, aside)
         description = describe_run(trainer.misa_config, trainer.optimizer_name, args.device)
-        trainer.recorder.begin(state.global_step, trainer.model, trainer.misa, description)
+        trainer.log_writer.begin(state.global_step, trainer.model, trainer.misa, description)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.trainer.recorder.clock.begin()
+        self.trainer.log_writer.clock.begin()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.trainer.recorder.clock.end()
+        self.trainer.log_writer.clock.end()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.trainer.recorder.end(state.global_step, self.trainer.model, self.trainer.misa)
+        self.trainer.log_writer.end(state.global_step, self.trainer.model, self.trainer.misa)
 
 
-class MisaMixin(_Base):
+class MisaMixin(ExactResume):
     """Puts MISA into the Trainer class that follows it in the bases.
 
     Args:
@@ -149,8 +103,7 @@ class MisaMixin(_Base):
         check_choice("optimizer", optimizer, ("misa", "adamw"))
         for argument in (*args, *kwargs.values()):
             if isinstance(argument, TrainingArguments) and optimizer == "misa":
-                check_arguments(argument)
-                self._check_clipping(argument, config_from_arguments(argument, misa))  # before the model is touched
+                check_arguments(argument, config_from_arguments(argument, misa))  # before the model is touched
         if kwargs.get("optimizer_cls_and_kwargs") is not None or any(kwargs.get("optimizers") or ()):
             raise ValueError(
                 f"{type(self).__name__} makes its own optimizer; leave out optimizers and optimizer_cls_and_kwargs, or "
@@ -159,16 +112,13 @@ class MisaMixin(_Base):
         super().__init__(*args, **kwargs)
         self.misa_config = config_from_arguments(self.args, misa)
         self.optimizer_name = optimizer
-        self.recorder = RunRecorder(self._out, self.args.device, writer=self.is_world_process_zero())
+        self.log_writer = RunLogWriter(self._out, self.args.device, writer=self.is_world_process_zero())
         self._max_norm = self.misa_config.max_grad_norm or self.args.max_grad_norm or math.inf
         self._staged_checkpoint: Path | None = None
         self._push_later: list[str] = []
         self._loss_checked = False
+        self._changed_options: tuple[str, ...] = ()
         self.add_callback(_RunCallback(self))
-
-    @property
-    def _out(self) -> Path:
-        return Path(str(self.args.output_dir))
 
     # ---- optimizer and clipping ----
 
@@ -181,7 +131,7 @@ class MisaMixin(_Base):
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
         """Build MISA, or the baseline's AdamW, over the model."""
         model = self.model if model is None else model
-        self.recorder.remember(model)
+        self.log_writer.remember(model)
         if self.optimizer is None and self.optimizer_name == "misa":
             self.optimizer = MISA(model, self.misa_config)
             self.optimizer.measure_on_arrival = False  # _get_grad_norm measures every step, before clipping
@@ -197,15 +147,6 @@ class MisaMixin(_Base):
             ]
             self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
         return self.optimizer
-
-    @staticmethod
-    def _check_clipping(args: TrainingArguments, config: MisaConfig) -> None:
-        if config.update_in == "backward" and args.max_grad_norm:
-            raise ValueError(
-                f"max_grad_norm={args.max_grad_norm} in the training arguments (1.0 unless set) needs the norm of all "
-                "gradients, but update_in='backward' updates each matrix as its gradient arrives. Set max_grad_norm=0, "
-                "or use update_in='step'."
-            )
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """One micro-batch, as in Trainer; tells MISA whether it is the last of its step."""
@@ -225,37 +166,7 @@ class MisaMixin(_Base):
             grad_norm = misa.clip_grad_norm_(self._max_norm)
         return super()._get_grad_norm(model, grad_norm)
 
-    # ---- training and resuming ----
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train, from the start or exactly from where a checkpoint was taken.
-
-        Args:
-            resume_from_checkpoint: a checkpoint folder, or True for the last complete one in ``output_dir``.
-            *args: as in ``Trainer.train``.
-            **kwargs: as in ``Trainer.train``.
-
-        Raises:
-            ValueError: the checkpoint is missing, incomplete, or of another model or configuration; or the trainer's
-                loss is not the plain one (see ``misa_engine.trainer.lean``).
-            CheckpointError: a checkpoint could not be written.
-        """
-        run_dir = self._out
-        if self.args.should_save:
-            checkpoints.recover(run_dir)
-        self.accelerator.wait_for_everyone()
-        checkpoint: Path | None = None
-        if resume_from_checkpoint is True:
-            checkpoint = checkpoints.find_last_complete_checkpoint(run_dir)
-            if checkpoint is None:
-                raise ValueError(f"there is no complete checkpoint in {run_dir} to resume from; start the run anew")
-        elif resume_from_checkpoint:
-            checkpoint = Path(resume_from_checkpoint)
-        if checkpoint is not None:
-            self._check_checkpoint(checkpoint)
-        self.check_loss()
-        self.recorder.arm()
-        return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+    # ---- the loss ----
 
     def check_loss(self) -> None:
         """Put the lean forward in and hold it to the plain loss: once, before the optimizer exists.
@@ -275,57 +186,6 @@ class MisaMixin(_Base):
             apply_liger_kernel(self.model, self.args.liger_kernel_config)
         if check is not None:
             check.compare()
-
-    def _check_checkpoint(self, checkpoint: Path) -> None:
-        reason = checkpoints.why_incomplete(checkpoint)
-        if reason is not None:
-            last = checkpoints.find_last_complete_checkpoint(checkpoint.parent)
-            raise ValueError(
-                f"cannot resume from {checkpoint}: {reason}. "
-                + (f"The last complete checkpoint there is {last}." if last else "There is no complete checkpoint.")
-            )
-        if not self._is_sharded and not (checkpoint / "optimizer.pt").is_file():
-            raise ValueError(
-                f"cannot resume from {checkpoint}: it holds no optimizer state (saved with save_only_model?). Start a "
-                "new run from its weights: --model_name_or_path with this folder and another output_dir."
-            )
-        later = [p for p in checkpoints.list_checkpoints(checkpoint.parent) if p.name != checkpoint.name]
-        step = checkpoints.checkpoint_step(checkpoint)
-        later = [path for path in later if checkpoints.checkpoint_step(path) > step >= 0]
-        if later:
-            logger.warning(
-                "resuming from %s although %s exist(s): that part of the run is made again and replaced",
-                checkpoint.name,
-                ", ".join(path.name for path in later),
-            )
-        if not self._is_sharded:
-            checkpoints.check_same_model(checkpoint, self.model)
-
-    @property
-    def _is_sharded(self) -> bool:
-        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self.recorder.remember(self.model)  # before the checkpoint's weights arrive
-        if not self._load_renamed(Path(resume_from_checkpoint)):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_best_model(self) -> None:
-        if not self._load_renamed(Path(str(self.state.best_model_checkpoint))):
-            super()._load_best_model()
-
-    def _load_renamed(self, checkpoint: Path) -> bool:
-        """Load weights whose names in the file are not the model's; False when the Trainer can do it itself.
-
-        transformers 5 saves fused experts apart and GPT-NeoX's head under its old name, but its Trainer loads by name
-        and only warns about what it does not find: training would go on from mixed weights.
-        """
-        if self._is_sharded or not checkpoints.check_same_model(checkpoint, self.model):
-            return False
-        widest = max((p.dtype for p in self.model.parameters()), key=lambda dtype: dtype.itemsize)
-        source = type(self.model).from_pretrained(checkpoint, dtype=widest)  # on the host, once
-        self.model.load_state_dict(source.state_dict())
-        return True
 
     # ---- saving ----
 
@@ -357,6 +217,7 @@ class MisaMixin(_Base):
                 self.state.best_model_checkpoint = best  # never a path inside the staging folder
             if writer:
                 self.state.save_to_json(str(staged / "trainer_state.json"))
+                resume_options.write_options(staged, self._options())
             self.accelerator.wait_for_everyone()
             if writer:
                 checkpoints.publish(staged, final)
@@ -399,4 +260,4 @@ class MisaMixin(_Base):
         if misa is not None and "loss" in logs:
             logs.update(sampler_metrics(misa))
         super().log(logs, start_time)
-        self.recorder.metrics(self.state.global_step, logs)
+        self.log_writer.metrics(self.state.global_step, logs)

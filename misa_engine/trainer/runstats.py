@@ -5,14 +5,14 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil  # accelerate needs it anyway
 import torch
 from torch import Tensor, nn
 
-from misa_engine.trainer.checkpoints import SAFE_INDEX, SAFE_WEIGHTS, read_header, weight_files
+from misa_engine.trainer.completeness import SAFE_INDEX, SAFE_WEIGHTS, read_header, weight_files
 
 #: Up to here the starting weights are kept on the host; larger models are compared with the files they came from.
 SNAPSHOT_LIMIT_BYTES = 2 << 30
@@ -184,27 +184,19 @@ def peak_memory_bytes(device: torch.device) -> int:
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    status = _proc_status(("VmHWM",))
-    if status:
-        return status["VmHWM"]
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()  # psutil has no peak on Linux
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        pass
     try:
         import resource
     except ImportError:  # Windows
-        return 0
+        return int(getattr(psutil.Process().memory_info(), "peak_wset", 0))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def resident_bytes() -> int:
-    """Memory of this process that is resident now; 0 where the system does not tell."""
-    return _proc_status(("VmRSS",)).get("VmRSS", 0)
-
-
-def _proc_status(fields: Iterable[str]) -> dict[str, int]:
-    wanted = set(fields)
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return {}
-    pairs = (line.split(":", 1) for line in lines if ":" in line)
-    return {key: int(value.split()[0]) * 1024 for key, value in pairs if key in wanted}
+    """Memory of this process that is resident now."""
+    return int(psutil.Process().memory_info().rss)

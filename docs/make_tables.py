@@ -1,0 +1,115 @@
+"""Write the generated tables of README.md and docs/: ``python docs/make_tables.py``. A test says when they are stale.
+
+Each table stands between ``<!-- NAME: begin -->`` and ``<!-- NAME: end -->``. The full benchmark page is not made here
+but by ``misa bench --render bench/results/cpu/results.json --into docs/benchmarks.md``.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+
+from misa_engine import MisaConfig, plan
+from misa_engine.cli.arguments import attribute_docs
+from misa_engine.method.config import CHOICES
+from misa_engine.planner.cards import CARDS, published_config
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench/results/cpu/results.json"
+#: Models of the README's table, and one card of each size.
+MODELS = ("llama-3.2-3b", "llama-2-7b", "qwen2.5-7b", "llama-3-8b", "qwen2.5-14b")
+SIZES = ("rtx4080", "rtx4090", "rtx5090", "l40s")
+
+
+def table(headings: list[str], rows: list[list[str]]) -> str:
+    """Markdown."""
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def what_fits(models: tuple[str, ...] = MODELS) -> str:
+    """Tokens of the largest micro-batch by model and card, with float32 and with 8-bit moments."""
+    rows = []
+    for model in models:
+        config = published_config(model)
+        cells = []
+        for card in SIZES:
+            plans = [plan(config, card=card, name=model, state_dtype=dtype) for dtype in ("float32", "int8")]
+            tokens = [found.max_tokens_per_micro_batch or 0 for found in plans]
+            cells.append(" / ".join(f"{count:,}" if count else "–" for count in tokens))
+        rows.append([model, *cells])
+    return table(["model", *(f"{card} ({CARDS[card] / 1024:.0f} GiB)" for card in SIZES)], rows)
+
+
+def peers() -> str:
+    """The README's short form of the benchmark's results."""
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))["results"]
+    (adamw,) = (row for row in results if row["method"] == "adamw")
+    rows = []
+    for row in results:
+        seconds, peak, loss = row["step_time_s"], row["peak_bytes"], row["heldout_loss"]
+        if seconds and peak:
+            of_adamw = f"{seconds['median'] / adamw['step_time_s']['median']:.2f}"
+            share = f"{peak / adamw['peak_bytes']:.2f}"
+            rows.append([row["method"], of_adamw, share, "–" if loss is None else f"{loss:.3f}"])
+    return table(["method", "step time / AdamW's", "peak memory / AdamW's", "held-out loss"], rows)
+
+
+def by_presets() -> dict[str, list[object]]:
+    """Option -> its value under each preset, for the options in which the presets differ."""
+    configs = [MisaConfig(preset=name) for name in CHOICES["preset"]]
+    values = {field.name: [getattr(config, field.name) for config in configs] for field in fields(MisaConfig)}
+    differ = {name: found for name, found in values.items() if any(value != found[0] for value in found)}
+    return {name: found for name, found in differ.items() if name != "preset"}
+
+
+def options() -> str:
+    """Every field of MisaConfig: its default and its docstring."""
+    docs, default, presets = attribute_docs(MisaConfig), MisaConfig(), by_presets()
+    rows = []
+    for field in sorted(fields(MisaConfig), key=lambda field: field.name in presets):  # those of the presets last
+        value = "the preset's" if field.name in presets else f"`{getattr(default, field.name)!r}`"
+        text = docs[field.name].replace("``", "`").replace("|", "\\|")
+        choices = CHOICES.get(field.name, ())
+        if choices and not all(choice in text for choice in choices):
+            text += f" One of {', '.join(choices)}."
+        rows.append([f"`{field.name}`", value, text])
+    return table(["option", "default", "meaning"], rows)
+
+
+def presets() -> str:
+    """What the presets set, where they differ."""
+    rows = [[f"`{name}`", *(f"`{value!r}`" for value in values)] for name, values in by_presets().items()]
+    return table(["option", *CHOICES["preset"]], rows)
+
+
+#: (file, name between its markers) -> what makes the content.
+TABLES = {
+    (ROOT / "README.md", "what fits"): what_fits,
+    (ROOT / "README.md", "peers"): peers,
+    (ROOT / "docs/guide/options.md", "options"): options,
+    (ROOT / "docs/guide/options.md", "presets"): presets,
+}
+
+
+def between(text: str, name: str) -> tuple[str, str, str]:
+    """What stands before, between and after the markers of ``name``; raises ValueError where there are none."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"the markers {begin} and {end} must be there once each")
+    before, rest = text.split(begin)
+    content, after = rest.split(end)
+    return f"{before}{begin}\n\n", content.strip(), f"\n\n{end}{after}"
+
+
+def main() -> None:
+    """Bring every table up to date."""
+    for (path, name), make in TABLES.items():
+        before, _, after = between(path.read_text(encoding="utf-8"), name)
+        path.write_text(before + make() + after, encoding="utf-8")
+        print(f"{path.relative_to(ROOT)}: {name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""The coefficients of a step as Triton kernels of one program, and their launchers. Rules: ``kernels``."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..backend import on_device
+from ..columns import (
+    BIAS_COLUMNS,
+    BIAS_EPS,
+    BIAS_STEP,
+    COEF_BETA1,
+    COEF_BETA2,
+    COEF_COLUMNS,
+    COEF_EPS,
+    COEF_GAIN1,
+    COEF_GAIN2,
+    COEF_MINUS_DECAY,
+    COEF_MINUS_STEP,
+    COEF_RUNS,
+    HYPER_BETA1,
+    HYPER_BETA2,
+    HYPER_CLOSING,
+    HYPER_COLUMNS,
+    HYPER_DECAY,
+    HYPER_EPS,
+    HYPER_GAIN1,
+    HYPER_GAIN2,
+    HYPER_LR,
+)
+from ..norm.kernel import norm_of_present
+from ..tiles import Control, TileTable
+
+
+@triton.jit(do_not_specialize=["n_tiles", "n_slots", "n_rows"])
+def finalise_kernel(
+    partial,  # (max_tiles,) f32; None = no norm pass
+    length,  # (max_tiles,) i32
+    slot,  # (max_tiles,) i32
+    grad_norm,  # (1,) f32, out
+    max_norm,  # (1,) f32
+    clip_coef,  # (1,) f32, out
+    skip,  # (1,) i32, out
+    skipped_steps,  # (1,) i32, in place
+    slot_group,  # (max_slots,) i32
+    slot_present,  # (max_slots,) i32
+    slot_step,  # (max_slots,) i32, in place
+    slot_measured,  # (max_slots,) i32, in place
+    slot_coef,  # (max_slots, 8) f32, out
+    hyper,  # (n_groups, 8) f32
+    bias,  # (n_groups, n_rows, 2) f32
+    n_tiles,  # i32
+    n_slots,  # i32
+    n_rows,  # i32
+    SKIP_NONFINITE: tl.constexpr,
+):
+    """One program: norm, clip factor, skip, counts and the coefficients of every slot."""
+    SLOTS: tl.constexpr = 256
+    clip = 1.0
+    go = 1
+    if partial is not None:
+        norm = norm_of_present(partial, length, slot, slot_present, n_tiles)
+        tl.store(grad_norm, norm)
+        bound = tl.load(max_norm)
+        # min(1, bound / (norm + 1e-6)), but 1 without a bound, and NaN if the norm is NaN, as in torch
+        factor = tl.div_rn(bound, norm + 1e-6)
+        clip = tl.where((bound == float("inf")) | (factor > 1.0), 1.0, factor)
+        if SKIP_NONFINITE:
+            go = (norm < float("inf")).to(tl.int32)
+    tl.store(clip_coef, clip)
+    tl.store(skip, 1 - go)
+    tl.store(skipped_steps, tl.load(skipped_steps) + 1 - go)
+
+    first = 0
+    while first < n_slots:
+        index = first + tl.arange(0, SLOTS)
+        exists = index < n_slots
+        runs = tl.load(slot_present + index, mask=exists, other=0) * go
+        step = tl.load(slot_step + index, mask=exists, other=0) + runs
+        tl.store(slot_step + index, step, mask=exists)
+        tl.store(slot_measured + index, tl.load(slot_measured + index, mask=exists) + runs, mask=exists)
+
+        group = tl.load(slot_group + index, mask=exists, other=0)
+        row = hyper + group * HYPER_COLUMNS
+        factors = bias + (group * n_rows + tl.minimum(step, n_rows - 1)) * BIAS_COLUMNS
+        coef = slot_coef + index * COEF_COLUMNS
+        tl.store(coef + COEF_BETA1, tl.load(row + HYPER_BETA1, mask=exists), mask=exists)
+        tl.store(coef + COEF_GAIN1, tl.load(row + HYPER_GAIN1, mask=exists) * clip, mask=exists)
+        tl.store(coef + COEF_BETA2, tl.load(row + HYPER_BETA2, mask=exists), mask=exists)
+        tl.store(coef + COEF_GAIN2, tl.load(row + HYPER_GAIN2, mask=exists) * clip * clip, mask=exists)
+        tl.store(
+            coef + COEF_EPS,
+            tl.load(row + HYPER_EPS, mask=exists) * tl.load(factors + BIAS_EPS, mask=exists),
+            mask=exists,
+        )
+        tl.store(
+            coef + COEF_MINUS_STEP,
+            -(tl.load(row + HYPER_LR, mask=exists) * tl.load(factors + BIAS_STEP, mask=exists)),
+            mask=exists,
+        )
+        tl.store(coef + COEF_MINUS_DECAY, -tl.load(row + HYPER_DECAY, mask=exists), mask=exists)
+        tl.store(coef + COEF_RUNS, runs.to(tl.float32), mask=exists)
+        first += SLOTS
+
+
+def launch_finalise(
+    partial: Tensor | None, hyper: Tensor, bias: Tensor, table: TileTable, control: Control, skip_nonfinite: bool
+) -> None:
+    """Launch the one program."""
+    with on_device(hyper):
+        finalise_kernel[(1,)](
+            partial,
+            table.length,
+            table.slot,
+            control.grad_norm,
+            control.max_norm,
+            control.clip_coef,
+            control.skip,
+            control.skipped_steps,
+            table.slot_group,
+            table.slot_present,
+            table.slot_step,
+            table.slot_measured,
+            table.slot_coef,
+            hyper,
+            bias,
+            table.n_tiles,
+            len(table.slots),
+            bias.shape[1],
+            SKIP_NONFINITE=skip_nonfinite,
+            num_warps=16,
+            enable_fp_fusion=False,
+        )
+
+
+@triton.jit(do_not_specialize=["n_slots", "n_rows"])
+def closing_coefficients_kernel(
+    slot_group,  # (max_slots,) i32
+    slot_step,  # (max_slots,) i32
+    slot_coef,  # (max_slots, 8) f32, out
+    hyper,  # (n_groups, 8) f32
+    bias,  # (n_groups, n_rows, 2) f32
+    n_slots,  # i32
+    n_rows,  # i32
+):
+    """One program: the coefficients of line 16, for every slot that has made a step."""
+    SLOTS: tl.constexpr = 256
+    first = 0
+    while first < n_slots:
+        index = first + tl.arange(0, SLOTS)
+        exists = index < n_slots
+        step = tl.load(slot_step + index, mask=exists, other=0)
+        group = tl.load(slot_group + index, mask=exists, other=0)
+        row = hyper + group * HYPER_COLUMNS
+        factor = tl.load(bias + (group * n_rows + tl.minimum(step, n_rows - 1)) * BIAS_COLUMNS + BIAS_EPS, mask=exists)
+        coef = slot_coef + index * COEF_COLUMNS
+        # c1 eps, -closing c1, no decay, runs
+        tl.store(coef + COEF_EPS, tl.load(row + HYPER_EPS, mask=exists) * factor, mask=exists)
+        tl.store(coef + COEF_MINUS_STEP, -(tl.load(row + HYPER_CLOSING, mask=exists) * factor), mask=exists)
+        tl.store(coef + COEF_MINUS_DECAY, tl.zeros((SLOTS,), dtype=tl.float32), mask=exists)
+        tl.store(coef + COEF_RUNS, (step > 0).to(tl.float32), mask=exists)
+        first += SLOTS
+
+
+def launch_closing_coefficients(hyper: Tensor, bias: Tensor, table: TileTable) -> None:
+    """Launch the one program."""
+    with on_device(hyper):
+        closing_coefficients_kernel[(1,)](
+            table.slot_group,
+            table.slot_step,
+            table.slot_coef,
+            hyper,
+            bias,
+            len(table.slots),
+            bias.shape[1],
+            enable_fp_fusion=False,
+        )

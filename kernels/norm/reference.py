@@ -1,0 +1,43 @@
+"""Sums and norms in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..arithmetic import tile_sums_into
+from ..tiles import BLOCK, Control, TileTable, chunk_size, chunks
+
+
+def sum_of_squares_reference(
+    grad: Tensor, partial: Tensor, table: TileTable, tiles: range | None, grad_start: int
+) -> None:
+    """partial[tile] = Σ g²; arguments as in ``sum_of_squares``."""
+    span = table.tile_range(tiles)
+    partial[span.start : span.stop].zero_()
+    slots = table.slots_in(tiles)
+    scratch = torch.empty(chunk_size(slots), device=grad.device)
+    for _, slot in slots:
+        for first, n in chunks(slot.numel):
+            here = slot.start + first
+            g = scratch[:n].copy_(grad[here - grad_start : here - grad_start + n])
+            tile_sums_into(torch.mul(g, g, out=g), partial[here // BLOCK :])
+
+
+def global_norm_reference(partial: Tensor, table: TileTable) -> Tensor:
+    """√Σ over the tiles of present slots, a float32 scalar. In float64 the order does not matter to float32."""
+    total = torch.zeros((), dtype=torch.float64, device=partial.device)
+    for (_, slot), present in zip(table.slots_in(None), table.slot_present.tolist(), strict=False):
+        if present:
+            total += partial[slot.first_tile : slot.first_tile + slot.n_tiles].sum(dtype=torch.float64)
+    return total.float().double().sqrt().float()
+
+
+def reduce_slots_reference(tile_values: Tensor, out: Tensor, table: TileTable, control: Control, root: bool) -> None:
+    """out[slot] += Σ tiles or its root; arguments as in ``reduce_slots``."""
+    if root and control.skip.item():
+        return
+    for (index, slot), present in zip(table.slots_in(None), table.slot_present.tolist(), strict=False):
+        total = tile_values[slot.first_tile : slot.first_tile + slot.n_tiles].sum(dtype=torch.float64)
+        if not root or present:
+            out[index] += total.sqrt() if root else total

@@ -1,0 +1,70 @@
+"""The trainer of ``misa train``: MisaTrainer with data that must not vanish and layers that are compiled one by one."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from misa_engine.errors import UserError, bad_input
+
+if TYPE_CHECKING:
+    from misa_engine.cli.arguments import TrainArguments
+
+
+def build_trainer(arguments: TrainArguments, model: Any, tokenizer: Any, train_data: Any, eval_data: Any) -> Any:
+    """MisaTrainer with two additions: data that vanished in preparation is an error; a README.md stays."""
+    from misa_engine.cli.data import check_prepared
+    from misa_engine.trainer.sft import MisaTrainer
+
+    class CommandTrainer(MisaTrainer):
+        def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+            prepared = super()._prepare_dataset(dataset, *args, **kwargs)
+            name = kwargs.get("dataset_name", args[-1] if args else "train")
+            check_prepared(prepared, {"eval": "evaluation", "train": "training"}.get(name, name), self_max_length)
+            return prepared
+
+        def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+            # TRL writes OUT/README.md at every checkpoint, over one of the user's, with links to a Hub model
+            if self.args.push_to_hub and not Path(str(self.args.output_dir), "README.md").exists():
+                super().create_model_card(*args, **kwargs)
+
+    self_max_length = arguments.sft.max_length
+    try:
+        with bad_input(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="`use_liger_kernel=True` is deprecated")  # our choice, not theirs
+            trainer = CommandTrainer(
+                model=model,
+                args=arguments.sft,
+                misa=arguments.misa,
+                optimizer=arguments.run.optimizer,
+                train_dataset=train_data,
+                eval_dataset=eval_data,
+                processing_class=tokenizer,
+            )
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] != "jinja2":
+            raise
+        raise UserError(f"the chat template cannot write the data: {error}. See --chat_template_path.") from error
+    if arguments.sft.torch_compile and arguments.run.optimizer == "misa":
+        _compile_layers(trainer, model, arguments)
+    return trainer
+
+
+def _compile_layers(trainer: Any, model: Any, arguments: TrainArguments) -> None:
+    """Compile layer by layer: whole-model graphs are rebuilt at every new active set and given up after eight."""
+    from misa_engine.method.partition import partition
+
+    misa, sft = arguments.misa, arguments.sft
+    container = partition(model, misa.granularity, family=misa.family).container
+    if container is None:
+        raise UserError("--torch_compile works layer by layer, and this model has no list of layers: leave it out.")
+    options = {"backend": sft.torch_compile_backend, "mode": sft.torch_compile_mode}
+    import torch._dynamo
+
+    # One graph for each pattern of active matrices in a layer: 8 (the default limit) with at most one of 7 matrices,
+    # twice that because the lowest active layer's input needs no gradient, more with pairs.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    for layer in model.get_submodule(container).children():
+        layer.compile(**{name: value for name, value in options.items() if value})
+    trainer.args.torch_compile = False

@@ -1,0 +1,88 @@
+"""What a run is going to do, before it does: units, budget, first draw and bytes, without building the optimizer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from misa_engine.errors import bad_input
+from misa_engine.method.config import MisaConfig
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def preview_adamw(model: nn.Module) -> str:
+    """The baseline: all parameters, four copies of them."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    memory = {"weights": size, "gradients": size, "exp_avg": size, "exp_avg_sq": size}
+    return f"AdamW on all {total:,} parameters\n\n{memory_table(memory)}"
+
+
+def preview(model: nn.Module, config: MisaConfig, *, fresh: bool = True) -> str:
+    """Check model and options as the optimizer will, and describe what it will do. Allocates nothing on the device.
+
+    Args:
+        model: on the device where it will train, nothing frozen.
+        config: MISA's options.
+        fresh: the run begins; a resumed one goes on with the draw of its checkpoint, so that none is shown.
+
+    Raises:
+        UserError: the model cannot be trained, a pattern matches nothing, or the budget is too small.
+    """
+    import torch
+
+    from misa_engine.engine.groups import build_groups
+    from misa_engine.engine.guards import check_model, check_trainable
+    from misa_engine.kernels.backend import choose_backend
+    from misa_engine.method.partition import check_budget, partition
+    from misa_engine.method.sampling import ImportanceTracker, static_weights
+    from misa_engine.planner.plan import optimizer_bytes
+
+    with bad_input():
+        check_model(model)
+        parts = partition(
+            model,
+            config.granularity,
+            always_train=config.always_train,
+            frozen=config.frozen,
+            include_outside=config.include_outside,
+            family=config.family,
+        )
+        budget = check_budget(parts, config.delta)
+        named = dict(model.named_parameters())
+        trained = {name: named[name] for name in (*parts.always, *(n for unit in parts.units for n in unit.params))}
+        dtype: torch.dtype | None = None
+        for name, parameter in trained.items():
+            dtype = check_trainable(name, parameter, dtype)
+            choose_backend(config.backend, parameter.device)
+        assert dtype is not None
+        build_groups(model, trained, config)
+        weights = static_weights(parts.units, config.static_weights)
+        tracker = ImportanceTracker([unit.numel for unit in parts.units], budget, config, weights)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    lines = [
+        parts.describe(),
+        "",
+        f"delta {config.delta:.4g}: at most {budget:,} of {total:,} parameters train at a time, redrawn "
+        f"every {config.inner_steps} steps (preset {config.preset}, rule {config.rule})",
+    ]
+    if fresh:
+        drawn = [parts.units[index] for index in tracker.draw()]
+        size = sum(unit.numel for unit in drawn)
+        lines.append(f"first draw: {len(drawn)} units, {size:,} parameters, {size / budget:.1%} of the budget:")
+        lines += [f"  {unit.name}  {unit.numel:,}" for unit in drawn]
+    memory = {"weights": sum(p.nbytes for p in model.parameters()), **optimizer_bytes(parts, config, dtype)}
+    return "\n".join([*lines, "", memory_table(memory)])
+
+
+def memory_table(categories: dict[str, int]) -> str:
+    """Bytes by category, largest unit that keeps three digits, with the sum."""
+
+    def size(count: int) -> str:
+        unit, name = (2**30, "GiB") if count >= 2**30 else (2**20, "MiB") if count >= 2**20 else (2**10, "KiB")
+        return f"{count / unit:>10,.2f} {name}"
+
+    lines = ["memory, without activations:"]
+    lines += [f"  {name.replace('_', ' '):<24} {size(count)}" for name, count in categories.items() if count]
+    return "\n".join([*lines, f"  {'together':<24} {size(sum(categories.values()))}"])
