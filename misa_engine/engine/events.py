@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
@@ -40,6 +40,11 @@ class SwitchEvent:
     """Rounds since the last visit of the unit that waits longest."""
     starved: tuple[str, ...]
     """Units that have waited longer than ten times what they would under a uniform draw."""
+
+    empty_steps: int = 0
+    """Steps in which no active parameter received a gradient (all their layers were skipped), since the beginning."""
+    without_gradient: dict[str, int] = field(default_factory=dict)
+    """Parameter -> steps of the round that ended in which it received no gradient; others are left out."""
 
     def to_dict(self) -> dict[str, Any]:
         """A dictionary that JSON can hold."""

@@ -119,6 +119,11 @@ class GradientIntake(ABC):
         for handle in self._handles:
             handle.remove()
 
+    @property
+    def present(self) -> list[bool]:
+        """Which slots had a gradient in the last step."""
+        return self._present
+
     def _tell_present(self, present: list[bool]) -> None:
         if present != self._present:
             upload(present, self._arena.table.slot_present)

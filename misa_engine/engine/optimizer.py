@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from misa_engine.engine import state
 from misa_engine.engine.active_set import ActiveSet
 from misa_engine.engine.arena import Arena, capacity_for
+from misa_engine.engine.attendance import Attendance, GraphAnchor
 from misa_engine.engine.events import CallbackHandle, SwitchEvent
 from misa_engine.engine.gradient_slots import GradientSlots
 from misa_engine.engine.gradients import GradientIntake, Scaler
@@ -64,6 +65,7 @@ class MISA(torch.optim.Optimizer):
         backend: "triton" or "reference", whichever updates the weights.
         events: the last 200 switches, as ``SwitchEvent``; ``on_switch`` sees all.
         skipped_steps: steps skipped because of a non-finite gradient, as of the last switch.
+        empty_steps: steps in which no active parameter received a gradient, because their layers were skipped.
 
     Raises:
         ValueError: a bad option, a model that cannot be trained this way (see ``misa_engine.engine.guards``), or a
@@ -131,19 +133,21 @@ class MISA(torch.optim.Optimizer):
         self.inner_step = 0
         self.total_steps = 0
         self.skipped_steps = 0
+        self.empty_steps = 0
         self.events: deque[SwitchEvent] = deque(maxlen=200)  # 67 KB each for an 8B model's 224 units
         self._callbacks: list[Callable[[SwitchEvent], None]] = []
         self._model_bytes = sum(parameter.nbytes for parameter in named.values())  # tied ones are listed once
 
         # Hooks first: a frozen parameter takes none, and hooks survive requires_grad being toggled.
         self._model = model
-        self._guard = CheckpointingGuard(model)
+        self._guard, self._anchor = CheckpointingGuard(model), GraphAnchor(model)
         intake = (model, self._parameters, self.arena, kernels, lambda: self.param_groups)
         self._intake: GradientIntake
         if config.update_in == "backward":
             self._intake = UpdateOnArrival(*intake)
         else:
             self._intake = GradientSlots(*intake, max_norm=config.max_grad_norm, gemm=config.gemm_gradients)
+        self._attendance = Attendance(model, self._intake.places)
         self._active_set = ActiveSet(
             self._parameters,
             group_of,
@@ -252,7 +256,8 @@ class MISA(torch.optim.Optimizer):
             closure: re-evaluates the model and returns the loss, as in every torch optimizer.
 
         Raises:
-            ValueError: a parameter was moved, replaced or reshaped since construction.
+            ValueError: a parameter was moved, replaced or reshaped since construction; or a round is over in which an
+                active parameter ran and never received a gradient.
         """
         loss = None
         if closure is not None:
@@ -263,8 +268,12 @@ class MISA(torch.optim.Optimizer):
             if ends_round:  # any unit may come next, so all have to be in their places before anything is written
                 self._intake.places.check_all()
             self._intake.step(self._scaler())
+            self._attendance.count(self._intake.present)
+            self.empty_steps += not any(self._intake.present)
             self.total_steps += 1
             self.inner_step += 1
+            if ends_round:
+                self._attendance.check()
             if ends_round:
                 self._switch()
         return loss
@@ -322,6 +331,8 @@ class MISA(torch.optim.Optimizer):
         wanted = [*self._always, *(name for index in self.tracker.active for name in self.units[index].params)]
         fresh = wanted[len(self._always) :] if self.config.revisit == "clear" else []
         moved = self._active_set.change(wanted, steps, self.round, fresh)
+        missed = self._attendance.without_gradient
+        self._attendance.bind(self.arena.names)
         self.inner_step = 0
         numel = sum(self.units[index].numel for index in self.tracker.active)
         event = SwitchEvent(
@@ -343,6 +354,8 @@ class MISA(torch.optim.Optimizer):
             skipped_steps=self.skipped_steps,
             stale_rounds_max=max(self.tracker.stale_rounds),
             starved=tuple(self.units[index].name for index in self.tracker.starved()),
+            empty_steps=self.empty_steps,
+            without_gradient=missed,
         )
         self.events.append(event)
         for callback in list(self._callbacks):
@@ -369,10 +382,11 @@ class MISA(torch.optim.Optimizer):
         state.check(self._parts, len(self.param_groups), state_dict)
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "misa"})
         clocks = state.unpack(self._parts, self._clocks(), state_dict["misa"])
-        self.inner_step, self.total_steps, self.skipped_steps = clocks
+        self.inner_step, self.total_steps, self.skipped_steps, self.empty_steps = clocks
+        self._attendance.bind(self.arena.names)
 
     def _clocks(self) -> state.Clocks:
-        return state.Clocks(self.inner_step, self.total_steps, self.skipped_steps)
+        return state.Clocks(self.inner_step, self.total_steps, self.skipped_steps, self.empty_steps)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Only for torch's own use during construction; groups come from ``parameter_groups=[{"pattern": ...}]``."""
@@ -385,7 +399,7 @@ class MISA(torch.optim.Optimizer):
 
     def remove(self) -> None:
         """Take all hooks off the model and make every parameter trainable again, as before construction."""
-        self._guard.remove()
-        self._intake.remove()
+        for hooks in (self._guard, self._anchor, self._attendance, self._intake):
+            hooks.remove()
         self._active_set.release()
         self._model.requires_grad_(True)

@@ -4,7 +4,7 @@ Layout of ``state_dict()["misa"]``, plain Python values and tensors only:
 
     version, config, units [[name, numel]], total      identify the run; compared before anything is loaded
     tracker                                            scores, visits, generator, active set, round
-    inner_step, total_steps, skipped_steps             clocks
+    inner_step, total_steps, skipped_steps, empty_steps    clocks
     slots [[parameter name, first element]]            who lies where in the arena
     buffers {gradients excluded}                       moments and residual bits, up to the last slot
     rounds {slot_step, slot_measured, tile_sumsq, norm_sums}   what the round has accumulated so far
@@ -51,6 +51,7 @@ class Clocks(NamedTuple):
     inner_step: int
     total_steps: int
     skipped_steps: int
+    empty_steps: int
 
 
 def pack(parts: Parts, clocks: Clocks) -> dict[str, Any]:
@@ -159,7 +160,7 @@ def unpack(parts: Parts, clocks: Clocks, saved: dict[str, Any]) -> Clocks:
     for name, tensor in _round_tensors(parts).items():
         tensor.copy_(saved["round"][name])
     parts.host.load_state_dict(saved["host"])
-    return Clocks(*(int(saved[name]) for name in Clocks._fields))
+    return Clocks(*(int(saved.get(name, 0)) for name in Clocks._fields))  # empty_steps is younger than version 2
 
 
 def _is_live(parts: Parts, saved: dict[str, Any]) -> bool:
