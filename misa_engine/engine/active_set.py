@@ -48,6 +48,10 @@ class ActiveSet:
         """Names of the parameters that are bound, by slot."""
         return tuple(self._arena.names)
 
+    def numel(self, name: str) -> int:
+        """Elements of a parameter; KeyError for one that can never be bound."""
+        return self._parameters[name].numel()
+
     def change(self, wanted: Sequence[str], steps: Mapping[str, int], round: int, fresh: Collection[str] = ()) -> int:
         """Bind ``wanted`` instead of what is bound now.
 

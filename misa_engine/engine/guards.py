@@ -19,8 +19,8 @@ def check_model(model: nn.Module) -> None:
     Raises:
         TypeError: it is no model.
         ValueError: the model is wrapped for data parallelism, sharded, frozen, without memory (meta device), spread
-            over several devices, checkpoints with ``use_reentrant=True``, trains under another MISA, or holds weights that
-            are not finite.
+            over several devices, checkpoints with ``use_reentrant=True``, trains under another MISA, or holds weights
+            that are not finite.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(

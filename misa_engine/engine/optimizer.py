@@ -373,7 +373,7 @@ class MISA(torch.optim.Optimizer):
             ValueError: the state is another optimizer's, or of another model, δ, granularity, preset or option of the
                 sampler; the message lists what differs. Nothing has been changed then.
         """
-        state.check(self._parts, len(self.param_groups), state_dict)
+        state.check(self._parts, self.param_groups, state_dict)
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "misa"})
         clocks = state.unpack(self._parts, self._clocks(), state_dict["misa"])
         self.inner_step, self.total_steps, self.skipped_steps, self.empty_steps = clocks
