@@ -49,7 +49,7 @@ class Attendance:
         self._unseen = {name for name in names if self._places.owner(name) in compiled}
         for name in names:
             if name not in self._unseen:
-                self._handles.append(self._places.owner(name).register_forward_pre_hook(self._watch(name)))
+                self._handles.append(self._places.owner(name).register_forward_pre_hook(_Hook(self._watch(name))))
 
     def count(self, present: Sequence[bool]) -> None:
         """Account for a step: which slots had a gradient."""
@@ -109,7 +109,7 @@ class GraphAnchor:
     """
 
     def __init__(self, model: nn.Module):
-        self._handle = model.register_forward_hook(self._after_forward)
+        self._handle = model.register_forward_hook(_Hook(self._after_forward))
 
     def remove(self) -> None:
         """Take the hook off the model."""
@@ -122,6 +122,27 @@ class GraphAnchor:
         if any(tensor.requires_grad for tensor in tensors) or not all(map(plain_autograd, tensors)):
             return None
         return tree_map_only(Tensor, _anchor, output)
+
+
+class _Hook:
+    """A hook that stays behind when its module is copied or pickled: the copy is a plain model."""
+
+    def __init__(self, call: Callable[..., Any]):
+        self._call = call
+
+    def __call__(self, *args: Any) -> Any:
+        return self._call(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _no_hook, ()
+
+
+def _no_hook() -> Callable[..., None]:
+    return _do_nothing
+
+
+def _do_nothing(*args: Any) -> None:
+    return None
 
 
 def _anchor(tensor: Tensor) -> Tensor:

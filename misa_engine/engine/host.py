@@ -11,7 +11,7 @@ slots among it, runs after them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -102,6 +102,18 @@ class HostStore:
         if self._arena.exp_avg.is_cuda:
             torch.cuda.synchronize(self._arena.exp_avg.device)
         return {name: [self._steps[name], dict(buffers)] for name, buffers in self._held.items()}
+
+    @property
+    def names(self) -> Collection[str]:
+        """Parameters of which something is kept."""
+        return self._held.keys()
+
+    def drop_residual(self, name: str) -> None:
+        """Clear the residual bits that are kept of a parameter, whose weights are no longer those they extend."""
+        if self._residual:
+            if self._arena.exp_avg.is_cuda:
+                torch.cuda.synchronize(self._arena.exp_avg.device)  # the copy that brings them may be under way
+            self._held[name]["residual_bits"].zero_()
 
     def damage(self, saved: Mapping[str, Sequence[Any]], numel: Callable[[str], int]) -> str | None:
         """What is wrong with a state that ``load_state_dict`` is to hold; None when nothing is.

@@ -174,8 +174,6 @@ class MISA(torch.optim.Optimizer):
             "build MISA(model, ...) on the other model and load it there."
         )
 
-    # ------------------------------------------------------------------------------------------------ what is seen
-
     @property
     def active(self) -> tuple[str, ...]:
         """Names of the units that train in the present round, in the order they were drawn."""
@@ -236,8 +234,6 @@ class MISA(torch.optim.Optimizer):
         self._callbacks.append(callback)
         return CallbackHandle(self._callbacks, callback)
 
-    # ---------------------------------------------------------------------------------------------------- one step
-
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Clip the global gradient norm inside the next ``step()``, without touching the gradients.
 
@@ -277,7 +273,9 @@ class MISA(torch.optim.Optimizer):
             ends_round = self.inner_step + 1 >= self.tracker.round_length
             if ends_round:  # any unit may come next, so all have to be in their places before anything is written
                 self._intake.places.check_all()
+            self._active_set.drop_stale_bits()
             self._intake.step(Scaler.of(self))
+            self._active_set.know_weights()
             self._attendance.count(self._intake.present)
             self.empty_steps += not any(self._intake.present)
             self.total_steps += 1
@@ -301,8 +299,6 @@ class MISA(torch.optim.Optimizer):
         self._intake.places.check_all()
         self._switch()
 
-    # ---------------------------------------------------------------------------------------------------- a switch
-
     def _switch(self) -> None:
         """Close the round (line 16, scores), draw the next one and move its units in."""
         with phase("switch"):
@@ -312,7 +308,9 @@ class MISA(torch.optim.Optimizer):
     def _close_round(self) -> dict[str, int]:
         """Account for the round that ends. Returns each bound parameter's number of Adam steps."""
         if self.config.closing_momentum:  # line 16 is for what is about to be cleared
+            self._active_set.drop_stale_bits()
             self._kernels.closing_step(spared=len(self._always))
+            self._active_set.know_weights()
         report = self._kernels.report()
         self.skipped_steps = report.skipped
         slots = [[self._intake.slot_of[name] for name in self.units[index].params] for index in self.tracker.active]
@@ -355,14 +353,13 @@ class MISA(torch.optim.Optimizer):
         for callback in list(self._callbacks):
             callback(event)
 
-    # ------------------------------------------------------------------------------------------ saving and the end
-
     def state_dict(self) -> dict[str, Any]:
         """Everything an exact continuation needs: torch's own part plus moments, residual bits, scores and clocks.
 
         Tensors are references to the live buffers, as in every torch optimizer; ``torch.save`` or a deep copy makes
         them a snapshot. Loads with ``torch.load(weights_only=True)``.
         """
+        self._active_set.drop_stale_bits()
         return {**super().state_dict(), "misa": state.pack(self._parts, self._clocks())}
 
     @torch.no_grad()

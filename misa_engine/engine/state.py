@@ -167,7 +167,7 @@ def _group_damage(saved: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[s
     return None
 
 
-def _damage(parts: Parts, saved: dict[str, Any]) -> str | None:
+def _damage(parts: Parts, saved: Mapping[str, Any]) -> str | None:
     """What is wrong with the progress that a state holds, although its run is this one; None when nothing is."""
     try:
         parts.tracker.check(saved["tracker"])
@@ -222,6 +222,7 @@ def unpack(parts: Parts, clocks: Clocks, saved: dict[str, Any]) -> Clocks:
     for name, tensor in _round_tensors(parts).items():
         tensor.copy_(saved["round"][name])
     parts.host.load_state_dict(saved["host"])
+    parts.active_set.forget_weights()
     return Clocks(*(int(saved.get(name, 0)) for name in Clocks._fields))  # empty_steps is younger than version 2
 
 

@@ -333,7 +333,7 @@ class ImportanceTracker:
             for name in ("active", "_carried", "_left")
             if not all(type(unit) is int and 0 <= unit < count for unit in values[name])
         ]
-        if short or odd or values["round_length"] not in (1, self.config.inner_steps):
+        if short or odd or values["round_length"] not in (0, 1, self.config.inner_steps):
             found = ", ".join(name.strip("_") for name in (*short, *odd)) or "round_length"
             raise ValueError(f"the sampler's state is damaged: {found} cannot be of this run's {count} units")
         return values, generator
