@@ -95,7 +95,7 @@ class Attendance:
         return name in self._ran or (name in self._unseen and self._steps >= UNSEEN_STEPS)
 
     def _watch(self, name: str) -> Callable[[nn.Module, Any], None]:
-        def before_forward(module: nn.Module, args: Any) -> None:
+        def before_forward(_module: nn.Module, _args: Any) -> None:
             if not torch.compiler.is_compiling() and torch.is_grad_enabled():
                 self._ran.add(name)
 
@@ -141,7 +141,7 @@ def _no_hook() -> Callable[..., None]:
     return _do_nothing
 
 
-def _do_nothing(*args: Any) -> None:
+def _do_nothing(*_args: Any) -> None:
     return None
 
 
