@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,7 +19,7 @@ import torch
 
 from misa_engine.bench.baselines import BASELINES, build
 from misa_engine.bench.ledger import Floor
-from misa_engine.bench.measure import is_out_of_memory, limit_memory, memory_counters, synchronize
+from misa_engine.bench.measure import is_out_of_memory, limit_memory, memory_counters, timed
 from misa_engine.bench.method import Method, Settings, Unavailable
 from misa_engine.bench.workload import build_model, load_weights, make_loss
 
@@ -137,17 +137,26 @@ class TrainingCase(Case):
 
     def run(self, row: Row, report: Report) -> None:
         """Build model and method under the limit, then measure."""
+        method = self.prepare(row)
+        report(row)
+        self.measure(method, torch.device(self.device), row, report)
+        row["trainable_parameters"] = method.trainable_parameters
+
+    def prepare(self, row: Row) -> Method:
+        """The method on its model.
+
+        Raises:
+            Unavailable: it cannot run here.
+        """
         device = torch.device(self.device)
         status = BASELINES[self.method].missing()  # before seconds go into a model
         if status is not None:
             raise Unavailable(status)
         limit_memory(device, self.limit_bytes)
-        started = time.perf_counter()
-        model = build_model(self.shape, device, checkpointing=self.checkpointing, seed=self.seed)
+        build_all = partial(build_model, self.shape, device, checkpointing=self.checkpointing, seed=self.seed)
+        row["build_s"], model = timed(device, build_all)
         if self.start_from:
             load_weights(model, self.start_from)
-        synchronize(device)
-        row["build_s"] = time.perf_counter() - started
         row["parameters"] = sum(p.numel() for p in model.parameters())
         row["weights_bytes"] = sum(p.nbytes for p in model.parameters())
         row["loss_kind"], loss = make_loss(model, device, self.loss)
@@ -155,9 +164,7 @@ class TrainingCase(Case):
         method = build(self.method, model, loss, self.settings)
         method.floor = floor
         row["trainable_parameters"] = method.trainable_parameters
-        report(row)
-        self.measure(method, device, row, report)
-        row["trainable_parameters"] = method.trainable_parameters
+        return method
 
     @property
     def needs_floor(self) -> bool:

@@ -48,6 +48,11 @@ class Cost:
     host_reads: int = 0
     """Synchronising calls on CUDA; on a CPU reads of single values, each of which would wait on a GPU."""
 
+    def of_a_step(self, steps: int, seconds: float) -> dict[str, float]:
+        """The means of ``steps`` steps that took ``seconds`` together; the peak as it is."""
+        means = {name: value / steps for name, value in vars(self).items()}
+        return {**means, "share": self.time_s / seconds, "peak_bytes": self.peak_bytes}
+
 
 @dataclass
 class _Event:

@@ -66,7 +66,7 @@ class Bench:
     loss_data: str = option("arithmetic", "the same for the loss curves, another text than the base model's")
     loss_steps: int = option(80, "steps of the loss curves")
     loss_batch: int = option(8, "sequences of a step there")
-    loss_delta: float = option(0.1, "share that trains there; a small model's largest matrix is 5% of it")
+    loss_delta: float = option(0.1, "share that trains there; a small model's largest matrix is 1/20 of it")
     base_steps: int = option(150, "steps of the base model")
     base_lr: float = 2e-3
     lrs: tuple[float, ...] = option((1e-3, 3e-3), "learning rates tried; each method counts with its best")

@@ -13,15 +13,16 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from misa_engine.bench.baselines import BASELINES, build
+from misa_engine.bench.baselines import BASELINES
 from misa_engine.bench.command import check_names
-from misa_engine.bench.ledger import OWN, Floor, overhead
+from misa_engine.bench.ledger import OWN, overhead
 from misa_engine.bench.measure import environment, synchronize
 from misa_engine.bench.method import Method, Settings, Unavailable
 from misa_engine.bench.phases import PHASES, WINDOW, Cost, account
+from misa_engine.bench.steps import StepCase
 from misa_engine.bench.tables import Table, origin
 from misa_engine.bench.timeline import record_timeline
-from misa_engine.bench.workload import build_model, fitting_delta, make_loss, token_batches
+from misa_engine.bench.workload import fitting_delta
 from misa_engine.cli.parsing import MODEL_FLAGS, Parser, positive, truth
 from misa_engine.engine.marks import phase
 from misa_engine.errors import DONE, UserError
@@ -29,6 +30,8 @@ from misa_engine.errors import DONE, UserError
 USAGE = "misa profile --model NAME --output DIR [--method NAME] [--length N] [--batch B] [--ledger] [options]"
 LEDGER_STEPS = 20
 MIB = 1 << 20
+#: Options that are the case's own.
+SHARED = ("method", "device", "batch", "length", "accumulation", "delta", "checkpointing")
 
 
 def run(words: list[str]) -> int:
@@ -40,15 +43,19 @@ def run(words: list[str]) -> int:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output {output}: no such directory can be made ({error.strerror}).") from error
-    method, batches = _workload(options, device)
+    case = _case(options)
+    try:
+        method = case.prepare(row := case.row("started"))
+    except Unavailable as error:
+        raise UserError(f"{options.method}: {error}") from error
+    batches = case.stream(method)
     document: dict[str, Any] = {"environment": environment(device), "settings": vars(options)}
     if options.ledger:
         document["ledger"] = overhead(method, batches, options.steps)
     else:
         document |= profile_method(method, batches, options.steps, options.inner_steps, output / "trace.json.gz")
-        weights = sum(p.nbytes for p in method.model.parameters())
         snapshot = output / "memory_snapshot.pickle" if device.type == "cuda" else None
-        document["timeline"] = record_timeline(method, batches, device, weights, snapshot)
+        document["timeline"] = record_timeline(method, batches, device, row["weights_bytes"], snapshot)
     name = "ledger" if options.ledger else "profile"
     (output / f"{name}.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
     (output / f"{name}.md").write_text(markdown(document), encoding="utf-8")
@@ -76,28 +83,17 @@ def _checked(options: argparse.Namespace) -> torch.device:
     return torch.device(options.device)
 
 
-def _workload(options: argparse.Namespace, device: torch.device) -> tuple[Method, Iterator[Tensor]]:
-    """The method on its model, and its batches."""
-    missing = BASELINES[options.method].missing()
-    if missing is not None:
-        raise UserError(f"{options.method}: {missing}")
-    model = build_model(options.model, device, checkpointing=options.checkpointing)
-    _, loss = make_loss(model, device)
-    floor = Floor(model, lambda twin: make_loss(twin, device)[1]) if options.ledger else None
-    settings = Settings(
-        delta=options.delta,
+def _case(options: argparse.Namespace) -> StepCase:
+    return StepCase(
+        name="profile",
+        shape=options.model,
         # a profile's rounds are as long as the profile, so that any such stretch of steps holds one switch
         inner_steps=options.inner_steps if options.ledger else options.steps,
         # an update inside the backward pass knows no global norm to clip
         max_grad_norm=None if options.method == "misa-backward" else options.max_grad_norm or None,
-        accumulation=options.accumulation,
+        phases=options.ledger,
+        **{name: vars(options)[name] for name in SHARED},
     )
-    try:
-        method = build(options.method, model, loss, settings)
-    except Unavailable as error:
-        raise UserError(f"{options.method}: {error}") from error
-    method.floor = floor
-    return method, token_batches(method.model, options.batch, options.length, device)
 
 
 # ---- a profile ----
@@ -146,20 +142,8 @@ def profile_method(
     shapes = {tuple(p.shape) for p in method.model.parameters() if p.dim() == 2}
     seconds, costs = account(trace, cuda=cuda, tokens=first.numel(), weight_shapes=shapes)
     return {
-        "results": [_row(phase, costs[phase], seconds, steps) for phase in PHASES],
+        "results": [{"phase": phase, **costs[phase].of_a_step(steps, seconds)} for phase in PHASES],
         "summary": summary(seconds, costs, steps, switches, inner_steps) | {"method": method.name, "cuda": cuda},
-    }
-
-
-def _row(phase: str, cost: Cost, seconds: float, steps: int) -> dict[str, Any]:
-    return {
-        "phase": phase,
-        "time_s": cost.time_s / steps,
-        "share": cost.time_s / seconds,
-        "allocated_bytes": cost.allocated_bytes // steps,
-        "peak_bytes": cost.peak_bytes,
-        "launches": cost.launches / steps,
-        "host_reads": cost.host_reads / steps,
     }
 
 

@@ -49,7 +49,7 @@ class StepCase(TrainingCase):
 
     def measure(self, method: Method, device: torch.device, row: Row, report: Report) -> None:
         """Steps first; what slows them down afterwards."""
-        stream = self._stream(method, device)
+        stream = self.stream(method)
         on_cpu = device.type == "cpu"
         times, switched, phases = self._steps(method, stream, device, self.warm_up, self.steps, marked=on_cpu)
         row |= memory_counters(device)
@@ -69,7 +69,9 @@ class StepCase(TrainingCase):
             snapshot = Path(self.snapshot) if self.snapshot else None
             row["timeline"] = record_timeline(method, stream, device, row["weights_bytes"], snapshot)
 
-    def _stream(self, method: Method, device: torch.device) -> Iterator[Tensor]:
+    def stream(self, method: Method) -> Iterator[Tensor]:
+        """Endless micro-batches of token ids."""
+        device = torch.device(self.device)
         if self.data == "random":
             return token_batches(method.model, self.batch, self.length, device)
         return batches(rows(self.data, self.length)[0], self.batch, device)

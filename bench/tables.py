@@ -31,22 +31,11 @@ class Table:
         return [f"| {' | '.join(row)} |" for row in (self.headings, rules, *cells)]
 
     def show(self) -> None:
-        """In the terminal; as Markdown where rich is not installed (a GPU machine without a network may lack it)."""
-        if not self.rows:
-            return
-        try:
-            from rich.console import Console
-            from rich.table import Table as RichTable
-        except ModuleNotFoundError:
-            print("\n".join(self.lines()), end="\n\n")
-            return
-        console = Console()
-        if not console.is_terminal:  # a log: rich would squeeze everything into 80 columns
-            console = Console(width=200)
-        shown = RichTable(*self.headings, title=self.title or None)
-        for row in self.rows:
-            shown.add_row(*row)
-        console.print(shown)
+        """In the terminal, columns aligned."""
+        cells = [list(self.headings), *map(list, self.rows)]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
+        print("\n".join([self.title, *(line.rstrip() for line in lines)]), end="\n\n")
 
     def without_empty(self, *also_if_equal: str) -> Table:
         """Without columns of dashes; those named are left out where all rows say the same, too."""

@@ -1,4 +1,5 @@
 import json
+import multiprocessing
 import os
 import pickle
 import signal
@@ -405,20 +406,25 @@ def test_a_case_whose_process_dies_says_how_and_keeps_what_it_had(runner):
     assert processes.how_it_ended(-9, 5, False, "") == "killed by the system (out of host memory?)"
 
 
+def order(case):
+    """What a run does, in a process that is to be killed."""
+    inner = object.__new__(processes.CaseProcesses)
+    inner._context = multiprocessing.get_context("fork")
+    inner.run(case, 60)
+
+
 def test_a_killed_run_leaves_no_case_behind(runner, tmp_path):
     log = tmp_path / "log"
     program = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
     case = CommandCase(name="c", words=("-c", program), log=str(log))
-    pid = os.fork()
-    if pid == 0:
-        runner.run(case, 60)
-        os._exit(0)
+    killed = runner._context.Process(target=order, args=(case,))
+    killed.start()
     deadline = time.monotonic() + 60
     while not (log.exists() and log.read_text().strip()):
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
+    killed.kill()
+    killed.join()
     while is_running(int(log.read_text())):
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -11,18 +11,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from misa_engine.trainer import checkpoints, completeness
+from checkpoint_files import write_checkpoint
+from misa_engine.trainer import checkpoints, completeness, manifest
 from misa_engine.trainer.checkpoints import CheckpointError
-
-
-def write_checkpoint(folder: Path, value: float = 1.0) -> Path:
-    folder.mkdir(parents=True)
-    save_file({"weight": torch.full((4, 8), value)}, folder / "model.safetensors")
-    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
-        torch.save({"value": value}, folder / name)
-    step = completeness.checkpoint_step(folder)
-    (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
-    return folder
 
 
 def value_of(checkpoint: Path) -> float:
@@ -205,3 +196,26 @@ def test_a_new_model_replaces_the_files_of_an_old_one_with_another_number_of_sha
     found = {path.name for path in target.iterdir()}
     assert found == {"model.safetensors", "config.json", "notes.txt", "checkpoint-5"}
     assert (target / "config.json").read_text() == "new"
+
+
+def test_a_complete_checkpoint_that_was_not_yet_named_is_finished_and_a_damaged_one_is_not(tmp_path):
+    write_checkpoint(tmp_path / "checkpoint-1", 1.0)
+    for step in (2, 3):
+        staged = write_checkpoint(tmp_path / checkpoints.STAGING / f"checkpoint-{step}")
+        manifest.write_manifest(staged, step)
+    damaged = tmp_path / checkpoints.STAGING / "checkpoint-3" / "optimizer.pt"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    assert checkpoints.recover(tmp_path) == [tmp_path / "checkpoint-2"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2"]
+    assert checkpoints.recover(tmp_path) == []
+
+
+def test_later_checkpoints_are_set_aside_and_never_overwrite_earlier_ones_there(tmp_path):
+    for step in (1, 2, 3):
+        write_checkpoint(tmp_path / f"checkpoint-{step}", 1.0)
+    assert checkpoints.set_aside_after(tmp_path, 3) is None
+    assert checkpoints.set_aside_after(tmp_path, 1) == tmp_path / "abandoned-1"
+    write_checkpoint(tmp_path / "checkpoint-2", 2.0)
+    assert checkpoints.set_aside_after(tmp_path, 1) == tmp_path / "abandoned-2"
+    assert [value_of(tmp_path / f"abandoned-{n}" / "checkpoint-2") for n in (1, 2)] == [1.0, 2.0]
+    assert completeness.find_last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-1"

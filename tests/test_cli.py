@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -56,6 +57,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     chat = {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]}
     (place / "chat.jsonl").write_text(json.dumps(chat) + "\n")
     (place / "template.jinja").write_text("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}")
+    (place / "gone").symlink_to("/no/such/place")
     (place / "broken.jinja").write_text("{{ raise_exception('no hello') }}")
     (place / "book.txt").write_text("\n\n".join(f"Paragraph {i}: " + "words and more words. " * 40 for i in range(20)))
     return place
@@ -350,6 +352,10 @@ BAD = {
     ),
     "split of a file": bad("has no split 'test'", eval_split="test"),
     "eos token": bad("eos_token", eos_token="<nothing>"),
+    "no accumulation": bad("--gradient_accumulation_steps must be at least 1; got 0", gradient_accumulation_steps=0),
+    "no batch": bad("--per_device_train_batch_size must be at least 1", per_device_train_batch_size=-1),
+    "deep options": bad("--config_overrides needs JSON", config_overrides="[" * 100_000),
+    "output is a link to nothing": bad("is a link to /no/such/place, which is gone", output_dir="{place}/gone"),
 }
 
 
@@ -374,8 +380,6 @@ def test_bad_input_is_one_line_exit_2_and_nothing_written(
 def test_float16_checkpoint_damaged_or_partial_weights_are_refused(
     flags: Callable[..., list[str]], workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import shutil
-
     from safetensors.torch import save_file
 
     copy = tmp_path / "copy"
@@ -400,6 +404,52 @@ def test_float16_checkpoint_damaged_or_partial_weights_are_refused(
     assert "holds no weights" in message()
     (copy / "config.json").write_text("{")
     assert "not valid JSON" in message() and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "[]",
+        "3",
+        "[" * 100_000,
+        '{"model_type": 7}',
+        {"model_type": "no_such_model"},
+        {"hidden_size": "wide"},
+        {"num_attention_heads": 0},
+        {"vocab_size": None},
+        {"rope_parameters": [1, 2]},
+    ],
+    ids=lambda change: str(change)[:24],
+)
+def test_a_nonsense_configuration_is_one_line_that_names_the_model(
+    flags: Callable[..., list[str]], workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Any
+) -> None:
+    copy = Path(shutil.copytree(workplace / "model", tmp_path / "copy"))
+    if isinstance(change, dict):
+        change = json.dumps({**json.loads((copy / "config.json").read_text()), **change})
+    (copy / "config.json").write_text(change)
+    capsys.readouterr()
+    assert main(flags(model=copy, model_name_or_path=None)) == 2
+    shown = capsys.readouterr().err
+    assert str(copy) in shown and len(shown.strip().splitlines()) == 1 and not (tmp_path / "out").exists()
+
+
+def test_weights_that_are_not_finite_and_pickles_are_refused_without_bad_advice(
+    flags: Callable[..., list[str]], workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safetensors.torch import save_file
+
+    copy = Path(shutil.copytree(workplace / "model", tmp_path / "copy"))
+    tensors = weights(copy)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 2] = float("nan")
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    assert main(flags(model_name_or_path=copy)) == 2
+    assert "model.layers.1.mlp.up_proj.weight holds NaN or infinite numbers" in capsys.readouterr().err
+    (copy / "model.safetensors").unlink()
+    torch.save({"weights": Path("anything")}, copy / "pytorch_model.bin")  # a class that only unsafe loading reads
+    assert main(flags(model_name_or_path=copy)) == 2
+    shown = capsys.readouterr().err
+    assert "pytorch_model" in shown and "weights_only" not in shown and len(shown.strip().splitlines()) == 1
 
 
 def test_subprocess_exits_2_without_a_traceback(flags: Callable[..., list[str]], tmp_path: Path) -> None:
@@ -520,8 +570,6 @@ def test_a_run_trains_saves_evaluates_and_reports(
 def test_overwriting_refuses_a_model_that_no_run_of_ours_wrote(
     flags: Callable[..., list[str]], workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import shutil
-
     shutil.copytree(workplace / "model", tmp_path / "out")
     assert main(flags("--overwrite_output_dir")) == 2
     assert "somebody else's" in capsys.readouterr().err

@@ -145,7 +145,37 @@ def test_plain_text_is_cut_at_blank_lines_and_loses_nothing(tmp_path: Path) -> N
     assert loaded.text_only and len(records) > 3
     assert "\n\n".join(records) == "\n\n".join(paragraphs)
     assert all(len(record) < TEXT_RECORD + 2000 for record in records)
-    assert text_records("one long line" * 9999) == ["one long line" * 9999]
+    assert text_records("one long line" * 5000) == ["one long line" * 5000]
+
+
+@pytest.mark.parametrize("line", ["one long line " * 9999, "without-white-space" * 9999, "ü" * 30_000_000])
+def test_a_book_in_one_line_is_cut_and_loses_nothing(line: str) -> None:
+    records = text_records(f"first\n\n{line}")
+    assert records[0] == "first" and "".join(records[1:]) == line
+    assert all(len(record) <= TEXT_RECORD + 10 for record in records)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet"])
+def test_a_record_that_no_tokenizer_would_finish_is_refused_with_its_size(tmp_path: Path, suffix: str) -> None:
+    from datasets import Dataset
+
+    file = tmp_path / f"data.{suffix}"
+    records = [{"text": "short"}, {"text": "x" * 30_000_000}]
+    if suffix == "parquet":
+        Dataset.from_list(records).to_parquet(file)
+    elif suffix == "json":
+        file.write_text(json.dumps(records))
+    else:
+        file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    with pytest.raises(UserError, match="(line|record) 2.* has 30,000,0.. characters; a record may have 4,194,304"):
+        load_data(str(file))
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json"])
+def test_json_without_a_bottom_is_refused(tmp_path: Path, suffix: str) -> None:
+    (tmp_path / f"data.{suffix}").write_text('{"text": ' + "[" * 200_000 + "]" * 200_000 + "}\n")
+    with pytest.raises(UserError, match="line 1: JSON nested too deeply"):
+        load_data(str(tmp_path / f"data.{suffix}"))
 
 
 BROKEN: dict[str, tuple[list, str]] = {

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from misa_engine.trainer import last_good_checkpoint
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem != "tiny")
 STEPS = 4
@@ -55,6 +57,7 @@ def test_plain_loop(run, tmp_path):
 def test_hf_trainer(run, tmp_path):
     variables, _ = run("hf_trainer")
     assert trained(variables["trainer"].optimizer) and (tmp_path / "out/model.safetensors").is_file()
+    assert last_good_checkpoint(tmp_path / "out") == str(tmp_path / "out/checkpoint-4")
 
 
 def test_sft_chat(run, tmp_path):

@@ -118,7 +118,7 @@ def test_updates_in_backward_are_three_launches_for_each_active_matrix(device):
     model, optimizer = build(update_in="backward")
     device.launches.clear()
     n = len(optimizer.active)
-    expected = {**{name: n for name in CLIPPED}, "global_norm_kernel": 1}
+    expected = {**dict.fromkeys(CLIPPED, n), "global_norm_kernel": 1}
     assert one_step(model, optimizer, device) == (expected, {})
 
 

@@ -318,7 +318,7 @@ def test_exact_carry_frequencies_are_closer_to_the_weights_than_stop_and_skip():
     # Stationary distribution of the carried unit, by power iteration.
     states: list[int | None] = [None, *range(8)]
     moves = {state: exact_outcomes(uniform, sizes, budget, "carry", state) for state in states}
-    at = {state: 1 / 9 for state in states}
+    at = dict.fromkeys(states, 1 / 9)
     for _ in range(200):
         at = {new: sum(at[s] * p for s in states for (_, r), p in moves[s].items() if r == new) for new in states}
     given = {state: included(outcomes) for state, outcomes in moves.items()}

@@ -25,9 +25,10 @@ from ..tiles import GROUP as _GROUP
 
 GROUP = tl.constexpr(_GROUP)
 
-#: 8 programs of 128 threads then fit the 65,536 registers of a multiprocessor. The compiler would take 69-71 with 8-bit
-#: moments on sm_80 and with unaligned weights; held to 64 it spills nothing. AMD has no such option.
-REGISTERS = {} if torch.version.hip else {"maxnreg": 64}
+#: Registers of a thread, by the dtype of the moments. With 64, 8 programs of 128 threads fit the 65,536 registers of a
+#: multiprocessor; the weights that are held while 8-bit moments are encoded would spill there, but not with 80 (6
+#: programs). AMD has no such option.
+REGISTERS = {} if torch.version.hip else {torch.float32: {"maxnreg": 64}, torch.int8: {"maxnreg": 80}}
 
 
 @triton.jit(do_not_specialize=["first_tile", "grad_tile"])
@@ -53,19 +54,30 @@ def adamw_kernel(
     BLOCK: tl.constexpr,
 ):
     """One AdamW step of one tile."""
+    # Whatever does not depend on each other is loaded together, before anything is computed or any thread waits for
+    # another: three trips to memory in series (table, coefficients, elements), each of them some 600 cycles.
     tile = first_tile + tl.program_id(0)
     n = tl.load(length + tile)
-    if n == 0:
-        return
-    index = tl.load(slot + tile)
+    index = tl.load(slot + tile)  # 0 in an unused tile
+    address = tl.load(wptr + tile)
     coef = slot_coef + index * COEF_COLUMNS
-    if (tl.load(coef + COEF_RUNS) == 0.0) | (tl.load(slot_bf16 + index) != BF16):
+    runs = tl.load(coef + COEF_RUNS)
+    dtype = tl.load(slot_bf16 + index)
+    eps = tl.load(coef + COEF_EPS)
+    minus_step = tl.load(coef + COEF_MINUS_STEP)
+    minus_decay = tl.load(coef + COEF_MINUS_DECAY)
+    if not CLOSING:
+        beta1 = tl.load(coef + COEF_BETA1)
+        gain1 = tl.load(coef + COEF_GAIN1)
+        beta2 = tl.load(coef + COEF_BETA2)
+        gain2 = tl.load(coef + COEF_GAIN2)
+    if (n == 0) | (runs == 0.0) | (dtype != BF16):
         return
 
     if BF16:
-        weight = tl.load(wptr + tile).to(tl.pointer_type(tl.int16))
+        weight = address.to(tl.pointer_type(tl.int16))
     else:
-        weight = tl.load(wptr + tile).to(tl.pointer_type(tl.float32))
+        weight = address.to(tl.pointer_type(tl.float32))
     if ALIGNED:
         # Without these two hints the loads and stores of the weight are scalar.
         weight = tl.multiple_of(weight, 16)
@@ -75,27 +87,41 @@ def adamw_kernel(
     at = tile.to(tl.int64) * BLOCK + lane
 
     # The padding of a slot's last tile belongs to the arena: m, v and lo need no mask.
+    if not CLOSING:
+        grad_at = (tile - grad_tile).to(tl.int64) * BLOCK + lane
+        g = tl.load(grad + grad_at, mask=inside, other=0.0)
+    m_held = tl.load(m + at)
+    v_held = tl.load(v + at)
+    w_held = tl.load(weight + lane, mask=inside, other=0)
+    if BF16 and lo is not None:
+        lo_held = tl.load(lo + at)
     INT8: tl.constexpr = m_scale is not None
     if INT8:
         group = tile.to(tl.int64) * (BLOCK // GROUP) + tl.arange(0, BLOCK // GROUP)
-        m_new = decode_first(tl.load(m + at), tl.load(m_scale + group), BLOCK)
-        v_new = decode_second(tl.load(v + at), tl.load(v_scale + group), BLOCK)
-    else:
-        m_new = tl.load(m + at)
-        v_new = tl.load(v + at)
+        a = tl.load(m_scale + group)
+        s = tl.load(v_scale + group)
     if not CLOSING:
-        grad_at = (tile - grad_tile).to(tl.int64) * BLOCK + lane
-        g = tl.load(grad + grad_at, mask=inside, other=0.0).to(tl.float32)
+        if tile_sumsq is not None:
+            total = tl.load(tile_sumsq + tile)
+            if measured is not None:
+                total += tl.load(measured + tile)
+
+    if INT8:
+        m_new = decode_first(m_held, a, BLOCK)
+        v_new = decode_second(v_held, s, BLOCK)
+    else:
+        m_new = m_held
+        v_new = v_held
+    if not CLOSING:
+        g = g.to(tl.float32)
         square = g * g
         # m <- beta1 * m + gain1 * g;  v <- beta2 * v + gain2 * g^2
-        m_new = tl.load(coef + COEF_BETA1) * m_new + tl.load(coef + COEF_GAIN1) * g
-        v_new = tl.load(coef + COEF_BETA2) * v_new + tl.load(coef + COEF_GAIN2) * square
+        m_new = beta1 * m_new + gain1 * g
+        v_new = beta2 * v_new + gain2 * square
         if tile_sumsq is not None:
             if measured is None:
-                total = tl.sum(square, axis=0)
-            else:
-                total = tl.load(measured + tile)
-            tl.store(tile_sumsq + tile, tl.load(tile_sumsq + tile) + total)
+                total += tl.sum(square, axis=0)
+            tl.store(tile_sumsq + tile, total)
     root = tl.sqrt_rn(v_new)
     if not CLOSING:
         if INT8:
@@ -109,18 +135,18 @@ def adamw_kernel(
             tl.store(v + at, v_new)
 
     # step = minus_step * m / (sqrt(v) + eps), from the moments before they are quantised
-    step = tl.div_rn(tl.load(coef + COEF_MINUS_STEP) * m_new, root + tl.load(coef + COEF_EPS))
+    step = tl.div_rn(minus_step * m_new, root + eps)
 
     if not BF16:
-        w = tl.load(weight + lane, mask=inside, other=0.0)
+        w = w_held
     else:
-        bits = tl.load(weight + lane, mask=inside, other=0).to(tl.int32) << 16
+        bits = w_held.to(tl.int32) << 16
         if lo is not None:
-            bits += tl.load(lo + at).to(tl.int32)
+            bits += lo_held.to(tl.int32)
         w = bits.to(tl.float32, bitcast=True)
 
     # w <- w + (minus_decay * w + step)
-    w += tl.load(coef + COEF_MINUS_DECAY) * w + step
+    w += minus_decay * w + step
 
     if not BF16:
         tl.store(weight + lane, w, mask=inside)
@@ -176,5 +202,5 @@ def launch(
                 BLOCK=BLOCK,
                 num_warps=4,
                 enable_fp_fusion=False,
-                **REGISTERS,
+                **REGISTERS.get(m.dtype, {}),
             )

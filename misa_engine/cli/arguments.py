@@ -253,7 +253,7 @@ def _read_config(config: str) -> dict[str, Any]:
         path = recipe
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"--config {config} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"--config {config} must hold 'option: value' lines; it holds {type(values).__name__}.")
@@ -295,8 +295,8 @@ def _from_json(name: str, value: Any) -> Any:
         return value
     try:
         return json.loads(value)
-    except json.JSONDecodeError as error:
-        raise UserError(f"--{name} needs JSON; got {value!r} ({error})") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"--{name} needs JSON; got {value[:200]!r} ({error})") from error
 
 
 def _check_together(given: Mapping[str, Any]) -> None:
@@ -315,6 +315,9 @@ def _check_together(given: Mapping[str, Any]) -> None:
         for name in ("optim", "optim_args", "optim_target_modules", "deepspeed"):
             if given.get(name):
                 raise UserError(f"--{name} chooses another optimizer; leave it out, or say --optimizer adamw.")
+    for name in ("gradient_accumulation_steps", "per_device_train_batch_size", "per_device_eval_batch_size"):
+        if given.get(name) is not None and given[name] < 1:
+            raise UserError(f"--{name} must be at least 1; got {given[name]}")
     fraction = given.get("eval_fraction")
     if fraction is not None and not 0 < fraction < 1:
         raise UserError(f"--eval_fraction is the share held out for evaluation, between 0 and 1; got {fraction}")

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from misa_engine.cli.record_formats import (
     CHAT_EXTRAS,
     FORMATS,
+    LONGEST_RECORD,
     RecordFormat,
     check_dataset,
     check_records,
@@ -133,19 +134,40 @@ def _read_text(file: Path) -> str:
 
 
 def text_records(text: str) -> list[str]:
-    """Paragraphs, joined to records of about TEXT_RECORD characters; no character but blank lines is lost."""
+    """Paragraphs, joined to records of about TEXT_RECORD characters; no character but blank lines is lost.
+
+    A paragraph of more than eight times that (a book in one line) is cut, at white space where there is some.
+    """
     records: list[str] = []
     block: list[str] = []
     size = 0
     for paragraph in text.replace("\r\n", "\n").split("\n\n"):
         if not paragraph.strip():
             continue
-        block.append(paragraph)
-        size += len(paragraph)
-        if size >= TEXT_RECORD:
+        pieces = list(_pieces(paragraph))
+        if len(pieces) > 1 and block:  # a cut paragraph shares no record, whose parts are joined by blank lines
             records.append("\n\n".join(block))
             block, size = [], 0
+        for piece in pieces:
+            block.append(piece)
+            size += len(piece)
+            if size >= TEXT_RECORD or len(pieces) > 1:
+                records.append("\n\n".join(block))
+                block, size = [], 0
     return records + (["\n\n".join(block)] if block else [])
+
+
+def _pieces(paragraph: str) -> Iterator[str]:
+    if len(paragraph) <= 8 * TEXT_RECORD:
+        yield paragraph
+        return
+    start = 0
+    while start < len(paragraph):
+        end = start + TEXT_RECORD
+        cut = max(paragraph.rfind(mark, start + TEXT_RECORD // 2, end) for mark in (" ", "\n")) + 1
+        end = cut if cut > 0 and end < len(paragraph) else end
+        yield paragraph[start:end]
+        start = end
 
 
 def _load_records(files: list[Path], text_field: str) -> tuple[Dataset, RecordFormat]:
@@ -204,6 +226,11 @@ class JsonReader:
                         yield from self._document(text)
                         return
                 for number, line in enumerate(lines, 1):
+                    if len(line) > LONGEST_RECORD:
+                        raise UserError(
+                            f"{self.file}, line {number} has {len(line):,} characters; a record may have "
+                            f"{LONGEST_RECORD:,}. Split it into several records."
+                        )
                     if line.strip():
                         yield f"line {number}", self._parse(line, number)
             except UnicodeDecodeError as error:
@@ -215,6 +242,8 @@ class JsonReader:
             json.loads(text)
         except json.JSONDecodeError as error:
             return error.msg == "Extra data"
+        except RecursionError:
+            return "\n" in text.strip()
         return False
 
     def _parse(self, text: str, line: int) -> Any:
@@ -226,6 +255,8 @@ class JsonReader:
                 f"{self.file}, line {line + error.lineno - 1}, column {error.colno}: broken JSON ({error.msg}): "
                 f"{shown!r}"
             ) from None
+        except RecursionError:
+            raise UserError(f"{self.file}, line {line}: JSON nested too deeply to be a record.") from None
 
     def _document(self, text: str) -> Iterator[tuple[str, Any]]:
         content = self._parse(text, 1)

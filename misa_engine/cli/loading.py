@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,11 +33,15 @@ def check_model_directory(name: str, weights: bool = True) -> None:
             raise UserError(
                 f"{name} is not a model directory: config.json is missing. Found: {', '.join(found[:8]) or 'nothing'}."
             )
-        json.loads(config.read_text(encoding="utf-8"))
+        content = json.loads(config.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"model directory {name} cannot be read: {error}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{config} is not valid JSON: {error}") from error
+    except RecursionError:
+        raise UserError(f"{config} is nested too deeply to be a model's configuration: restore the file.") from None
+    except ValueError as error:  # no JSON, or no UTF-8
+        raise UserError(f"{config} is not valid JSON: {error}. Restore the file.") from error
+    if not isinstance(content, dict) or not isinstance(content.get("model_type"), str):
+        raise UserError(f"{config} is no model's configuration: it has no 'model_type'. Restore the file.")
     if weights and not any(list(path.glob(pattern)) for pattern in WEIGHT_PATTERNS):
         raise UserError(
             f"{name} holds no weights (*.safetensors). Found: {', '.join(found[:8])}. "
@@ -65,8 +70,9 @@ def load_config(arguments: ModelArguments, trust_remote_code: bool) -> Pretraine
             config._name_or_path = name
     except UserError:
         raise
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"the configuration of {_named(name)} cannot be loaded: {error}") from error
+    except Exception as error:  # nonsense in a field raises whatever its first use raises
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"the configuration of {_named(name)} cannot be loaded: {reason}") from error
     return config
 
 
@@ -123,8 +129,14 @@ def load_model(
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             _place(name), config=config, device_map={"": device}, output_loading_info=True, **options, **kwargs
         )
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise UserError(f"{_named(name)} cannot be loaded: {error}") from error
+    except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{_named(name)} cannot be loaded: {reason}") from error
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"model {name} cannot be loaded: a pytorch_model*.bin file is damaged, or holds something else than "
+            "tensors. Use a copy in safetensors."
+        ) from error
     except Exception as error:
         if type(error).__name__ != "SafetensorError":
             raise
@@ -136,7 +148,27 @@ def load_model(
             f"{name} lacks {len(missing)} of the tensors of {type(model).__name__}, which would start at random: "
             f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}. Is it a causal language model?"
         )
+    check_finite(model, name)
     return model
+
+
+def check_finite(model: PreTrainedModel, name: str) -> None:
+    """Refuse weights that hold NaN or infinity: every loss would be NaN. One pass over the weights, one host read.
+
+    Raises:
+        UserError: naming the first such tensor.
+    """
+    import torch
+
+    named = list(model.named_parameters())
+    # a tensor's least and largest number are NaN or infinite if any is, and finding them needs no copy of it
+    ends = torch.stack([torch.stack(torch.aminmax(parameter.detach())).float() for _, parameter in named])
+    for (tensor, _), fine in zip(named, ends.isfinite().all(dim=1).tolist(), strict=True):
+        if not fine:
+            raise UserError(
+                f"model {name} cannot be trained: {tensor} holds NaN or infinite numbers. Restore the file, or start "
+                "from an earlier checkpoint."
+            )
 
 
 def load_tokenizer(arguments: ModelArguments, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

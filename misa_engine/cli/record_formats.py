@@ -12,6 +12,9 @@ from typing import Any
 
 from misa_engine.errors import UserError, did_you_mean
 
+#: Characters of one record at most, some million tokens: tokenizers take time and memory that grow faster than that.
+LONGEST_RECORD = 1 << 22
+
 
 @dataclass(frozen=True)
 class RecordFormat:
@@ -89,13 +92,17 @@ def check_records(
 
 
 def check_dataset(dataset: Any, source: str, text_field: str, format: RecordFormat | None = None) -> RecordFormat:
-    """The same for a data set in Arrow, where columns of strings need only a look for nulls."""
+    """The same for a data set in Arrow, where columns of strings need only a look for nulls and lengths."""
+    from pyarrow import compute
+
     if len(dataset) == 0:
         raise UserError(f"{source} holds no records.")
     format = format or recognise(dataset[0], source, text_field)
     columns = needed_columns(format, text_field)
     if set(columns) <= set(dataset.column_names) and all(
-        getattr(dataset.features[name], "dtype", "") == "string" and dataset.data[name].null_count == 0
+        getattr(dataset.features[name], "dtype", "") == "string"
+        and dataset.data[name].null_count == 0
+        and compute.max(compute.utf8_length(dataset.data[name])).as_py() <= LONGEST_RECORD
         for name in columns
     ):
         return format
@@ -138,7 +145,11 @@ def record_problem(record: Mapping[str, Any], format: RecordFormat, text_field: 
 
 
 def _text_problem(value: Any) -> str | None:
-    return None if isinstance(value, str) else f"is {_say(value)}; it must be text."
+    if not isinstance(value, str):
+        return f"is {_say(value)}; it must be text."
+    if len(value) > LONGEST_RECORD:
+        return f"has {len(value):,} characters; a record may have {LONGEST_RECORD:,}. Split it into several records."
+    return None
 
 
 def _messages_problem(value: Any, who: str = "role", what: str = "content") -> str | None:

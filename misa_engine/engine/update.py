@@ -23,7 +23,7 @@ from misa_engine.engine.marks import phase
 from misa_engine.kernels.adamw import adamw, closing_step
 from misa_engine.kernels.finalise import finalise
 from misa_engine.kernels.norm import global_norm, reduce_slots, sum_of_squares
-from misa_engine.kernels.tiles import Control, Slot, bias_table, hyper_row
+from misa_engine.kernels.tiles import Control, Hyper, Slot, bias_table, hyper_row
 from misa_engine.method.config import MisaConfig
 
 
@@ -56,7 +56,7 @@ class ArenaUpdate:
         self._arena, self._config, self._backend = arena, config, backend
         self.control = Control.allocate(device)
         self.norm_sums = torch.zeros(arena.table.slot_group.numel(), dtype=torch.float32, device=device)
-        self._hyper = torch.zeros(n_groups, 8, dtype=torch.float32, device=device)
+        self._hyper = torch.zeros(n_groups, len(Hyper._fields), dtype=torch.float32, device=device)
         self._bias = torch.ones(n_groups, 2, 2, device=device)
         self._hyper_values: list[list[float]] = []
         self._betas: list[tuple[float, float]] = []
@@ -103,12 +103,13 @@ class ArenaUpdate:
         """Update every slot whose gradient is present, by the norms of the last ``measure``.
 
         Args:
-            measured: (tiles,) sums of squares for the scores; None takes those of the gradients as they are now.
+            measured: (tiles,) sums of squares for the scores, where the gradients were changed since they arrived;
+                None = those of the last ``measure``, so that the update need not sum again.
             present: which slots have a gradient, as the device was told; None says all.
         """
         assert self._arena.grad is not None
         self._finalise()
-        self._adamw(self._arena.grad, measured=measured)
+        self._adamw(self._arena.grad, self._arena.step_sumsq if measured is None else measured)
         slots = self._arena.slots
         updated = slots if present is None else [slot for slot, here in zip(slots, present, strict=True) if here]
         self._tell_autograd(updated)
@@ -129,7 +130,7 @@ class ArenaUpdate:
                 flat, arena.step_sumsq, arena.table, backend=self._backend, tiles=slot.tiles, grad_start=slot.start
             )
             self._finalise()
-            self._adamw(flat, tiles=slot.tiles, grad_start=slot.start)
+            self._adamw(flat, arena.step_sumsq, tiles=slot.tiles, grad_start=slot.start)
             self._tell_autograd([slot])
             if self._config.score == "squared_mean_norm":
                 self._add_norms_after_clipping()
@@ -151,7 +152,7 @@ class ArenaUpdate:
                 backend=self._backend,
             )
 
-    def _adamw(self, gradient: Tensor, **where: Any) -> None:
+    def _adamw(self, gradient: Tensor, measured: Tensor, *, tiles: range | None = None, grad_start: int = 0) -> None:
         arena = self._arena
         adamw(
             gradient,
@@ -163,7 +164,9 @@ class ArenaUpdate:
             m_scale=arena.exp_avg_scale,
             v_scale=arena.exp_avg_sq_scale,
             backend=self._backend,
-            **where,
+            measured=measured,
+            tiles=tiles,
+            grad_start=grad_start,
         )
 
     def _add_norms_after_clipping(self) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import importlib
 import logging
+import math
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -116,6 +117,8 @@ class LossCheck:
         self._count = trainer._get_num_items_in_batch([batch, batch], batch["labels"].device)  # as if accumulating two
         self._probe = _small_matrix(trainer.model)
         self._plain = self._measure(lambda: plain_loss(trainer.model, batch, self._count))
+        if not math.isfinite(self._plain[0]):
+            raise UserError(_not_finite(trainer.model, self._plain[0]))
 
     @classmethod
     def before(cls, trainer: Any) -> LossCheck | None:
@@ -177,6 +180,16 @@ class LossCheck:
             if self._probe is not None:
                 gradient = torch.autograd.grad(loss, [self._probe[1]])[0].float()
             return float(loss.detach()), gradient
+
+
+def _not_finite(model: nn.Module, loss: float) -> str:
+    bad = next((name for name, p in model.named_parameters() if not bool(p.detach().isfinite().all())), None)
+    if bad is not None:
+        return f"the model cannot be trained: {bad} holds NaN or infinite numbers. Load a whole copy of it."
+    return (
+        f"the model's own loss is {loss} on short samples of the data although its weights are finite: it overflows. "
+        "Load it in bfloat16 or float32, or check where the weights come from."
+    )
 
 
 def plain_loss(model: nn.Module, batch: Mapping[str, Tensor], num_items: Tensor | int | None) -> Tensor:
