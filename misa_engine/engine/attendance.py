@@ -94,8 +94,8 @@ class Attendance:
     def _seen(self, name: str) -> bool:
         return name in self._ran or (name in self._unseen and self._steps >= UNSEEN_STEPS)
 
-    def _watch(self, name: str) -> Callable[[nn.Module, Any], None]:
-        def before_forward(_module: nn.Module, _args: Any) -> None:
+    def _watch(self, name: str) -> Callable[..., None]:
+        def before_forward(*_: Any) -> None:
             if not torch.compiler.is_compiling() and torch.is_grad_enabled():
                 self._ran.add(name)
 
@@ -141,7 +141,7 @@ def _no_hook() -> Callable[..., None]:
     return _do_nothing
 
 
-def _do_nothing(*_args: Any) -> None:
+def _do_nothing(*_: Any) -> None:
     return None
 
 
@@ -156,12 +156,12 @@ class _Anchor(torch.autograd.Function):
     """The identity, with a node of its own: in place, so that logits take no second memory, except for views."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, anchor: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, _: Tensor) -> Tensor:
         if x._is_view():
             return x.clone()
         ctx.mark_dirty(x)
         return x
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None]:
+    def backward(_: Any, *__: Tensor) -> tuple[None, None]:
         return None, None
