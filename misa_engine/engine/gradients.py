@@ -30,6 +30,11 @@ class Scaler:
     scale: Tensor | None
     """What they are still multiplied by; None when the caller has unscaled them."""
 
+    @classmethod
+    def of(cls, optimizer: torch.optim.Optimizer) -> Scaler | None:
+        """What it has set on ``optimizer`` for the time of its ``step``; None when no scaler makes the step."""
+        return cls(getattr(optimizer, "grad_scale", None)) if hasattr(optimizer, "found_inf") else None
+
 
 class GradientIntake(ABC):
     """Takes the gradients of all active parameters, and makes the step that uses them.
@@ -118,6 +123,11 @@ class GradientIntake(ABC):
         """Take all hooks off."""
         for handle in self._handles:
             handle.remove()
+
+    @property
+    def present(self) -> list[bool]:
+        """Which slots had a gradient in the last step."""
+        return self._present
 
     def _tell_present(self, present: list[bool]) -> None:
         if present != self._present:
