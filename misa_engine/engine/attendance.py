@@ -1,14 +1,14 @@
 """Which active matrices took part: models that skip layers (LayerDrop, experts without tokens) and gradients that fail.
 
 A step in which no active matrix took part is an empty step: ``GraphAnchor`` lets its ``backward()`` run, and nothing is
-updated. ``Attendance`` counts the steps in which an active parameter received no gradient, and tells the skipped ones
-from those that ran and got none all the same, which would train nothing for as long as nobody looks.
+updated. ``Attendance`` counts the steps in which an active parameter had no gradient, and tells the skipped ones from
+those that ran and never received one all the same, which would train nothing for as long as nobody looks.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ UNSEEN_STEPS = 10
 
 
 class Attendance:
-    """Counts, for the present round, the steps in which each active parameter ran and received a gradient.
+    """Counts, for the present round, the steps in which each active parameter had no gradient, and sees which ran.
 
     Args:
         model: the model.
@@ -35,7 +35,9 @@ class Attendance:
         self._names: Sequence[str] = ()
         self._steps = 0
         self._missed: list[int] = []
-        self._ran: set[str] = set()
+        self._ran: set[str] = set()  # inside a forward pass of the model
+        self._ran_alone: set[str] = set()  # called by the user, who may have wanted something else of it
+        self._inside = False
         self._unseen: set[str] = set()
         self._warned: set[str] = set()
         self._handles: list[Any] = []
@@ -45,6 +47,11 @@ class Attendance:
         self.remove()
         self._names, self._steps, self._missed = tuple(names), 0, [0] * len(names)
         self._ran.clear()
+        self._ran_alone.clear()
+        self._handles += [
+            self._model.register_forward_pre_hook(_Hook(self._enter)),
+            self._model.register_forward_hook(_Hook(self._leave), always_call=True),
+        ]
         compiled = compiled_modules(self._model)
         self._unseen = {name for name in names if self._places.owner(name) in compiled}
         for name in names:
@@ -62,15 +69,21 @@ class Attendance:
         """Parameter -> steps of the round in which it received no gradient; those that always did are left out."""
         return {name: missed for name, missed in zip(self._names, self._missed, strict=True) if missed}
 
-    def check(self) -> None:
+    def check(self, heard: Collection[str]) -> None:
         """At the end of a round: refuse to go on when an active parameter ran and never received a gradient.
 
-        After a round of one step, as in the cold start, it is a warning.
+        It is a warning after a round of one step, as in the cold start, and for modules that ran only outside the
+        model's own forward pass: they may have been called for something else.
+
+        Args:
+            heard: parameters that received a gradient in this round, whether or not a step used it.
 
         Raises:
             ValueError: with the parameters' names.
         """
-        silent = [name for name, missed in self.without_gradient.items() if missed == self._steps and self._seen(name)]
+        missed = [name for name in self._names if name not in heard]
+        failed = [name for name in missed if name in self._ran or self._failed_unseen(name)]
+        silent = failed or [name for name in missed if name in self._ran_alone]
         if not silent:
             return
         text = (
@@ -79,7 +92,7 @@ class Attendance:
             "(torch.no_grad, detach, a compiled module that does not follow requires_grad). Name what the loss does "
             "not use in frozen=(...)."
         )
-        if self._steps > 1:
+        if failed and self._steps > 1:
             raise ValueError(text)
         if new := set(silent) - self._warned:
             self._warned |= new
@@ -91,13 +104,19 @@ class Attendance:
             handle.remove()
         self._handles = []
 
-    def _seen(self, name: str) -> bool:
-        return name in self._ran or (name in self._unseen and self._steps >= UNSEEN_STEPS)
+    def _failed_unseen(self, name: str) -> bool:
+        return name in self._unseen and self._steps >= UNSEEN_STEPS
+
+    def _enter(self, *_: Any) -> None:
+        self._inside = True
+
+    def _leave(self, *_: Any) -> None:
+        self._inside = False
 
     def _watch(self, name: str) -> Callable[..., None]:
         def before_forward(*_: Any) -> None:
             if not torch.compiler.is_compiling() and torch.is_grad_enabled():
-                self._ran.add(name)
+                (self._ran if self._inside else self._ran_alone).add(name)
 
         return before_forward
 

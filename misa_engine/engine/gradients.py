@@ -39,6 +39,8 @@ class Scaler:
 class GradientIntake(ABC):
     """Takes the gradients of all active parameters, and makes the step that uses them.
 
+    ``heard`` names the parameters that received a gradient since the last ``bind``, used or not.
+
     Args:
         model: the model, for the modules whose forward passes can help.
         parameters: name -> parameter, everything that can be bound to the arena.
@@ -62,6 +64,7 @@ class GradientIntake(ABC):
         self._measure_on_arrival = self._last_micro_batch = True
         self.places = Places(model, parameters)
         self.slot_of: dict[str, int] = {}
+        self.heard: set[str] = set()
         self._present: list[bool] = []
         self._handles = [
             parameter.register_post_accumulate_grad_hook(self._hook(name)) for name, parameter in parameters.items()
@@ -89,6 +92,7 @@ class GradientIntake(ABC):
         """Follow the arena after it has bound other parameters; no gradient has arrived then."""
         self.slot_of = {name: index for index, name in enumerate(self._arena.names)}
         self._present = []
+        self.heard.clear()
         self.forget()
 
     @abstractmethod
@@ -145,6 +149,7 @@ class GradientIntake(ABC):
                     "after building the optimizer, and call backward() before the step() that ends the round."
                 )
             if parameter.grad is not None:  # torch 2.13 calls the hook for a gradient of None too
+                self.heard.add(name)
                 with phase("hooks"):
                     self._arrived(name, index, parameter)
 

@@ -203,7 +203,7 @@ class MISA(torch.optim.Optimizer):
     def measure_on_arrival(self) -> bool:
         """Take each gradient's norm as it arrives, so that clipping by the caller cannot distort the scores.
 
-        On unless ``max_grad_norm`` is given. Switch it off to save that pass when you clip with ``clip_grad_norm_``.
+        On from the start. Switch it off to save that pass when only MISA clips: ``max_grad_norm``, ``clip_grad_norm_``.
         Always on with ``update_in="backward"``, which needs the norm to know a gradient that is not finite.
         """
         return self._intake.measure_on_arrival
@@ -281,8 +281,7 @@ class MISA(torch.optim.Optimizer):
             self.total_steps += 1
             self.inner_step += 1
             if ends_round:
-                self._attendance.check()
-            if ends_round:
+                self._attendance.check(self._intake.heard)
                 self._switch()
         return loss
 
