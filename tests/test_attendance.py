@@ -107,6 +107,52 @@ def test_round_of_one_step_warns_once_for_each():
     assert optimizer.events[-1].without_gradient == {"layers.0.1.weight": 1, "layers.1.1.weight": 1}
 
 
+def test_gradients_that_the_caller_drops_have_arrived():
+    model = TwoHeads()
+    optimizer = MISA(model, inner_steps=3, frozen=("*.1.*",), **OPTIONS)
+    for _ in range(3):
+        model(torch.randn(4, 6)).sum().backward()
+        model.layers[0][0].weight.grad = None  # legal: not this one now
+        optimizer.step()
+        optimizer.zero_grad()
+    assert optimizer.events[-1].without_gradient == {"layers.0.0.weight": 3}
+
+
+class Skipping(nn.Module):
+    """Leaves its first layer out unless asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(6, 6)) for _ in range(2))
+
+    def forward(self, x, first=False):
+        return self.layers[1](self.layers[0](x) if first else x)
+
+
+def test_passes_for_something_else_do_not_make_a_skipped_layer_a_failed_one():
+    model = Skipping()
+    optimizer = MISA(model, inner_steps=3, **OPTIONS)
+    for _ in range(3):
+        x = torch.randn(4, 6, requires_grad=True)
+        torch.autograd.grad(model(x, first=True).sum(), x)  # a saliency map
+        model(x).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert optimizer.events[-1].without_gradient == {"layers.0.0.weight": 3}
+
+
+def test_layer_that_the_caller_runs_alone_is_warned_of():
+    model = Skipping()
+    optimizer = MISA(model, inner_steps=2, **OPTIONS)
+    with pytest.warns(UserWarning, match="layers.0.0.weight first"):
+        for _ in range(2):
+            x = torch.randn(4, 6, requires_grad=True)
+            torch.autograd.grad(model.layers[0](x).sum(), x)
+            model(x).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+
 def test_matrix_in_a_compiled_module_counts_as_failed_after_ten_steps():
     def run(inner_steps):
         model = TwoHeads()

@@ -8,7 +8,7 @@ those that ran and never received one all the same, which would train nothing fo
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -35,8 +35,11 @@ class Attendance:
         self._names: Sequence[str] = ()
         self._steps = 0
         self._missed: list[int] = []
-        self._ran: set[str] = set()  # inside a forward pass of the model
-        self._ran_alone: set[str] = set()  # called by the user, who may have wanted something else of it
+        self._heard: set[str] = set()  # received a gradient, whether or not a step used it
+        self._latest: set[str] = set()  # ran in the latest forward pass of the model
+        self._ran: set[str] = set()  # ran in a pass from which some gradient arrived
+        self._ran_quietly: set[str] = set()  # ran in a pass before a step without any gradient
+        self._ran_alone: set[str] = set()  # was called by the user, who may have wanted something else of it
         self._inside = False
         self._unseen: set[str] = set()
         self._warned: set[str] = set()
@@ -46,8 +49,8 @@ class Attendance:
         """Begin a round with these parameters, by slot."""
         self.remove()
         self._names, self._steps, self._missed = tuple(names), 0, [0] * len(names)
-        self._ran.clear()
-        self._ran_alone.clear()
+        for seen in (self._heard, self._latest, self._ran, self._ran_quietly, self._ran_alone):
+            seen.clear()
         self._handles += [
             self._model.register_forward_pre_hook(_Hook(self._enter)),
             self._model.register_forward_hook(_Hook(self._leave), always_call=True),
@@ -58,9 +61,17 @@ class Attendance:
             if name not in self._unseen:
                 self._handles.append(self._places.owner(name).register_forward_pre_hook(_Hook(self._watch(name))))
 
+    def arrived(self, name: str) -> None:
+        """A gradient of ``name`` has arrived, from the latest forward pass as far as one can tell."""
+        self._heard.add(name)
+        self._ran |= self._latest
+        self._latest.clear()
+
     def count(self, present: Sequence[bool]) -> None:
         """Account for a step: which slots had a gradient."""
         self._steps += 1
+        self._ran_quietly |= self._latest
+        self._latest.clear()
         for index, here in enumerate(present):
             self._missed[index] += not here
 
@@ -69,20 +80,19 @@ class Attendance:
         """Parameter -> steps of the round in which it received no gradient; those that always did are left out."""
         return {name: missed for name, missed in zip(self._names, self._missed, strict=True) if missed}
 
-    def check(self, heard: Collection[str]) -> None:
+    def check(self) -> None:
         """At the end of a round: refuse to go on when an active parameter ran and never received a gradient.
 
         It is a warning after a round of one step, as in the cold start, and for modules that ran only outside the
-        model's own forward pass: they may have been called for something else.
-
-        Args:
-            heard: parameters that received a gradient in this round, whether or not a step used it.
+        model's own forward pass: they may have been called for something else. So may a whole pass; only those count
+        from which a gradient arrived, unless none arrived in the round.
 
         Raises:
             ValueError: with the parameters' names.
         """
-        missed = [name for name in self._names if name not in heard]
-        failed = [name for name in missed if name in self._ran or self._failed_unseen(name)]
+        missed = [name for name in self._names if name not in self._heard]
+        ran = self._ran if self._heard else self._ran_quietly
+        failed = [name for name in missed if name in ran or self._failed_unseen(name)]
         silent = failed or [name for name in missed if name in self._ran_alone]
         if not silent:
             return
@@ -109,6 +119,7 @@ class Attendance:
 
     def _enter(self, *_: Any) -> None:
         self._inside = True
+        self._latest.clear()
 
     def _leave(self, *_: Any) -> None:
         self._inside = False
@@ -116,7 +127,7 @@ class Attendance:
     def _watch(self, name: str) -> Callable[..., None]:
         def before_forward(*_: Any) -> None:
             if not torch.compiler.is_compiling() and torch.is_grad_enabled():
-                (self._ran if self._inside else self._ran_alone).add(name)
+                (self._latest if self._inside else self._ran_alone).add(name)
 
         return before_forward
 

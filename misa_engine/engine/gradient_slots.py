@@ -183,7 +183,7 @@ class GradientSlots(GradientIntake):
 
     def _written_by_gemm(self, name: str) -> None:
         index = self.slot_of[name]
-        self.heard.add(name)
+        self.on_arrival(name)
         self._parameters[name].grad = self._views[index]
         self._measure(index)
 

@@ -39,7 +39,7 @@ class Scaler:
 class GradientIntake(ABC):
     """Takes the gradients of all active parameters, and makes the step that uses them.
 
-    ``heard`` names the parameters that received a gradient since the last ``bind``, used or not.
+    ``on_arrival`` is called with the parameter's name for each gradient that arrives, used or not.
 
     Args:
         model: the model, for the modules whose forward passes can help.
@@ -64,7 +64,7 @@ class GradientIntake(ABC):
         self._measure_on_arrival = self._last_micro_batch = True
         self.places = Places(model, parameters)
         self.slot_of: dict[str, int] = {}
-        self.heard: set[str] = set()
+        self.on_arrival: Callable[[str], None] = lambda name: None
         self._present: list[bool] = []
         self._handles = [
             parameter.register_post_accumulate_grad_hook(self._hook(name)) for name, parameter in parameters.items()
@@ -92,7 +92,6 @@ class GradientIntake(ABC):
         """Follow the arena after it has bound other parameters; no gradient has arrived then."""
         self.slot_of = {name: index for index, name in enumerate(self._arena.names)}
         self._present = []
-        self.heard.clear()
         self.forget()
 
     @abstractmethod
@@ -149,7 +148,7 @@ class GradientIntake(ABC):
                     "after building the optimizer, and call backward() before the step() that ends the round."
                 )
             if parameter.grad is not None:  # torch 2.13 calls the hook for a gradient of None too
-                self.heard.add(name)
+                self.on_arrival(name)
                 with phase("hooks"):
                     self._arrived(name, index, parameter)
 

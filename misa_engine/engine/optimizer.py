@@ -147,6 +147,7 @@ class MISA(torch.optim.Optimizer):
         else:
             self._intake = GradientSlots(*intake, max_norm=config.max_grad_norm, gemm=config.gemm_gradients)
         self._attendance = Attendance(model, self._intake.places)
+        self._intake.on_arrival = self._attendance.arrived
         rounding_seed = config.seed if config.leave_rounding == "stochastic" else None
         bound = (self._parameters, group_of, self.arena, self.host, self._intake)
         self._active_set = ActiveSet(*bound, rounding_seed=rounding_seed, backend=self.backend)
@@ -281,7 +282,7 @@ class MISA(torch.optim.Optimizer):
             self.total_steps += 1
             self.inner_step += 1
             if ends_round:
-                self._attendance.check(self._intake.heard)
+                self._attendance.check()
                 self._switch()
         return loss
 
