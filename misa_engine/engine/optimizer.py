@@ -139,7 +139,7 @@ class MISA(torch.optim.Optimizer):
 
         # Hooks first: a frozen parameter takes none, and hooks survive requires_grad being toggled.
         self._model = model
-        self._guard, self._anchor = CheckpointingGuard(model), GraphAnchor(model)
+        self._guard = CheckpointingGuard(model)
         intake = (model, self._parameters, self.arena, kernels, lambda: self.param_groups)
         self._intake: GradientIntake
         if config.update_in == "backward":
@@ -148,6 +148,7 @@ class MISA(torch.optim.Optimizer):
             self._intake = GradientSlots(*intake, max_norm=config.max_grad_norm, gemm=config.gemm_gradients)
         self._attendance = Attendance(model, self._intake.places)
         self._intake.on_arrival = self._attendance.arrived
+        self._anchor = GraphAnchor(model, self._attendance)
         rounding_seed = config.seed if config.leave_rounding == "stochastic" else None
         bound = (self._parameters, group_of, self.arena, self.host, self._intake)
         self._active_set = ActiveSet(*bound, rounding_seed=rounding_seed, backend=self.backend)
