@@ -10,19 +10,22 @@ import subprocess
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from safetensors.torch import load_model
 
 from misa_engine.bench.baselines import BASELINES, build
 from misa_engine.bench.ledger import Floor
 from misa_engine.bench.measure import is_out_of_memory, limit_memory, memory_counters, timed
 from misa_engine.bench.method import Method, Settings, Unavailable
-from misa_engine.bench.workload import build_model, load_weights, make_loss
+from misa_engine.bench.workload import build_model, make_loss
 
+#: Of the checkout.
+ROOT = Path(__file__).resolve().parents[1]
 CPU_NOTE = "cpu: no memory claim"
 #: What every row of a training case has, measured or not.
 MEASURED = (
@@ -87,9 +90,8 @@ class CommandCase(Case):
 
     def run(self, row: Row, report: Report) -> None:
         """Run it to its end; it is killed with the case's process."""
-        root = Path(__file__).resolve().parents[1]
         with open(self.log, "w", encoding="utf-8") as log:
-            done = subprocess.run([sys.executable, *self.words], cwd=root, stdout=log, stderr=subprocess.STDOUT)
+            done = subprocess.run([sys.executable, *self.words], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
         lines = Path(self.log).read_text(encoding="utf-8", errors="replace").split("\n")
         row["last_lines"] = [line for line in lines if line.strip()][-5:]
         if done.returncode:
@@ -97,8 +99,8 @@ class CommandCase(Case):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingCase(Case):
-    """A method that trains a model: what all such cases share."""
+class TrainingCase(Case, Settings):
+    """A method that trains a model: what all such cases share, the method's settings among it."""
 
     shape: str
     """A configuration that ``workload.model_config`` knows."""
@@ -106,33 +108,20 @@ class TrainingCase(Case):
     device: str = "cuda:0"
     batch: int = 2
     length: int = 2048
-    accumulation: int = 2
-    delta: float = 0.03
-    inner_steps: int = 5
-    max_grad_norm: float | None = 1.0
     checkpointing: bool = True
     loss: str = "lean"
     """lean: in chunks, or Liger's; plain: the model's own, as every method computes it in a small model."""
-    lr: float = Settings.lr
-    seed: int = 0
-    """Of the weights and of the method's own choices."""
-    misa: dict[str, Any] = field(default_factory=dict)
-    """Further options of MisaConfig."""
     limit_bytes: int = 0
     """What the allocator may reserve; 0 is the whole card."""
-    start_from: str | None = None
+    start_from: str = ""
     """A safetensors file with the weights to begin with."""
-
-    @property
-    def settings(self) -> Settings:
-        """What the method gets of it."""
-        shared = ("lr", "seed", "delta", "inner_steps", "max_grad_norm", "accumulation", "misa")
-        return Settings(**{name: getattr(self, name) for name in shared})
+    label: str = ""
+    """What the row says instead of the method's name."""
 
     def row(self, status: str) -> Row:
         """A row with every field that a result has, and no result yet."""
         note = CPU_NOTE if self.device == "cpu" else None
-        own = {"shape": self.shape, "method": self.method, "note": note}
+        own = {"shape": self.shape, "method": self.label or self.method, "note": note}
         return {**super().row(status), **own, **dict.fromkeys(MEASURED)}
 
     def run(self, row: Row, report: Report) -> None:
@@ -149,19 +138,18 @@ class TrainingCase(Case):
             Unavailable: it cannot run here.
         """
         device = torch.device(self.device)
-        status = BASELINES[self.method].missing()  # before seconds go into a model
-        if status is not None:
+        if status := BASELINES[self.method].missing():  # before seconds go into a model
             raise Unavailable(status)
         limit_memory(device, self.limit_bytes)
         build_all = partial(build_model, self.shape, device, checkpointing=self.checkpointing, seed=self.seed)
         row["build_s"], model = timed(device, build_all)
         if self.start_from:
-            load_weights(model, self.start_from)
+            load_model(model, self.start_from)
         row["parameters"] = sum(p.numel() for p in model.parameters())
         row["weights_bytes"] = sum(p.nbytes for p in model.parameters())
         row["loss_kind"], loss = make_loss(model, device, self.loss)
         floor = Floor(model, lambda twin: make_loss(twin, device, self.loss)[1]) if self.needs_floor else None
-        method = build(self.method, model, loss, self.settings)
+        method = build(self.method, model, loss, self)
         method.floor = floor
         row["trainable_parameters"] = method.trainable_parameters
         return method

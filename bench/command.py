@@ -166,9 +166,7 @@ def render(path: Path, into: Path | None = None) -> None:
             tables.insert(document, drawn, into)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"--into {into}: {error}") from error
-    for table in [] if "benchmarks" in document else tables.tables(document):
-        table.show()
-    print("\n".join(str(name) for name in (path, path.with_suffix(".md"), *drawn)))
+    print("\n".join([text, *(str(name) for name in (path, path.with_suffix(".md"), *drawn))]))
     kernels = path.with_name("kernels.json")
     if path.name == "results.json" and kernels.exists():
         render(kernels)

@@ -62,7 +62,7 @@ def _drop(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-def overhead(method: Method, batches: Iterator[Tensor], steps: int = 20) -> dict[str, Any]:
+def overhead(method: Method, batches: Iterator[Tensor], steps: int, inner_steps: int) -> dict[str, Any]:
     """What MISA adds to the forward and backward passes it needs.
 
     Trains 1 + ``steps`` + PARTS_STEPS steps. If no switch falls into them, the last round is ended early to time one.
@@ -71,6 +71,7 @@ def overhead(method: Method, batches: Iterator[Tensor], steps: int = 20) -> dict
         method: a MISA with its floor, between two steps.
         batches: token ids (batch, length); each one serves a floor step and a MISA step.
         steps: pairs of steps.
+        inner_steps: steps over which a switch is spread.
 
     Returns:
         ``floor_s`` and ``misa_s``, medians of a step, the second with its share of a switch; ``overhead``, their ratio
@@ -101,7 +102,6 @@ def overhead(method: Method, batches: Iterator[Tensor], steps: int = 20) -> dict
         with observed(switch.around):
             optimizer.end_round()
     switch_s = (switch.totals["switch"] + clock.totals["switch"]) / (optimizer.round - first_round)
-    inner_steps = optimizer.config.inner_steps
     parts = {phase: clock.totals[phase] / PARTS_STEPS for phase in OWN if phase != "switch"}
     parts["switch"] = switch_s / inner_steps
     floor_s, misa_s = statistics.median(floors), statistics.median(wholes) + switch_s / inner_steps

@@ -120,7 +120,7 @@ class LongestCase(TrainingCase):
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-        method.forget_gradients()  # after the except block: the exception's frames held the activations
+        method.model.zero_grad(set_to_none=True)  # after the except block: the exception's frames held the activations
         gc.collect()
         return False
 

@@ -13,12 +13,14 @@ layer is ``mat2``, whose gradient ``MmBackward0`` computes first of two and ``Ad
 single GEMM makes dW if the weight's transposition, made just before it in the forward pass, has a backward node; or,
 for weights stored without transposition, if the result has the shape of a weight and no side as long as the tokens are
 many. Gradients of norm weights and biases are sums that count for dX.
+
+The trace itself is read, not ``profiler.events()``, whose ranges know only what is left of the memory they took.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from misa_engine.engine.marks import PREFIX
@@ -28,10 +30,16 @@ PHASES = (
 )  # fmt: skip
 WINDOW = PREFIX + "profiled steps"
 #: Ranges of the host alone: the sampler reads its own host tensors, and the profiler waits for the device.
-NO_READS = ("sampler", "wait")
+NO_READS = ("(sampler)", "(wait)")
 #: What the phases of ``Method.step`` are in the account.
 STEP_PHASES = {"backward": "backward dX", "clip": "clip/norm", "step": "update"}
+RUNTIME = ("cuda_runtime", "cuda_driver")
+DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
+BLOCKING_COPIES = ("cudaMemcpy", "hipMemcpy", "hipMemcpyWithStream")
 _TICK = 0.002  # microseconds; double precision resolves 0.001 at the trace's clock values
+
+#: An event of a trace: what Chrome's format says, with ``parent``, ``children``, ``phase`` and ``range`` (of a mark).
+Event = dict[str, Any]
 
 
 @dataclass
@@ -54,31 +62,6 @@ class Cost:
         return {**means, "share": self.time_s / seconds, "peak_bytes": self.peak_bytes}
 
 
-@dataclass
-class _Event:
-    name: str
-    begin: float
-    end: float
-    category: str
-    shapes: Sequence[Any]
-    sequence: int | None
-    """Of the forward operator that an autograd node belongs to."""
-    correlation: int | None
-    bytes: int | None
-    parent: _Event | None = None
-    phase: str = "rest"
-    note: str = ""
-    children: list[_Event] = field(default_factory=list)
-
-    @property
-    def self_us(self) -> float:
-        return self.end - self.begin - sum(child.end - child.begin for child in self.children)
-
-
-HOST = ("cpu_op", "user_annotation", "cuda_runtime", "cuda_driver")
-DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
-
-
 def account(
     trace: Mapping[str, Any], *, cuda: bool, tokens: int, weight_shapes: Collection[tuple[int, ...]]
 ) -> tuple[float, dict[str, Cost]]:
@@ -93,123 +76,112 @@ def account(
     Returns:
         Seconds of the window, and the costs by phase; their times add up to those seconds.
     """
-    window = next(e for e in trace["traceEvents"] if e.get("name") == WINDOW and e.get("cat") == "user_annotation")
+    events = [{"dur": 0.0, "args": {}, **e} for e in trace["traceEvents"] if e.get("ph") in ("X", "i")]
+    window = next(e for e in events if e["name"] == WINDOW and e["cat"] == "user_annotation")
     begin, end = window["ts"] - _TICK, window["ts"] + window["dur"] + _TICK
-    inside = [e for e in trace["traceEvents"] if e.get("ph") in ("X", "i") and begin <= e["ts"] < end]
-    threads: dict[Any, list[_Event]] = {}
-    for e in inside:
-        memory = e.get("name") == "[memory]"
-        if e.get("cat") in HOST or memory and e["args"].get("Device Type") == int(cuda):
-            threads.setdefault(e["tid"], []).append(_event(e))
+    threads: dict[Any, list[Event]] = {}
+    for e in events:
+        seen = e.get("cat") in ("cpu_op", "user_annotation", *RUNTIME)
+        if begin <= e["ts"] < end and (seen or _is_memory(e) and e["args"].get("Device Type") == int(cuda)):
+            threads.setdefault(e["tid"], []).append(e)
     costs = {phase: Cost() for phase in PHASES}
-    launched: dict[int, str] = {}
-    memory_events: list[tuple[float, int, str]] = []
-    for thread, events in threads.items():
-        main = thread == window["tid"]
-        _nest(events)
-        weights = _weight_gemms(events, tokens, weight_shapes)
-        for e in events:
-            _set_phase(e, weights, default="rest" if main else "backward dX")
-            cost = costs[e.phase]
-            if e.bytes is not None:
-                memory_events.append((e.begin, e.bytes, e.phase))
-                cost.allocated_bytes += max(0, e.bytes)
-                continue
-            if e.correlation is not None:
-                launched[e.correlation] = e.phase
-            if main and not cuda:
-                cost.time_s += e.self_us * 1e-6
-            cost.launches += _is_launch(e, cuda)
-            cost.host_reads += e.note not in NO_READS and _is_read(e, cuda)
-    _peaks(costs, memory_events)
+    for tid, own in threads.items():
+        _nest(own)
+        weights = _weight_gemms(own, tokens, weight_shapes)
+        for e in own:
+            _set_phase(e, weights, default="rest" if tid == window["tid"] else "backward dX")
+            if not _is_memory(e):
+                cost = costs[e["phase"]]
+                cost.launches += _is_launch(e, cuda)
+                cost.host_reads += not e["range"].endswith(NO_READS) and _is_read(e, cuda)
+    inside = [e for own in threads.values() for e in own]
+    _count_memory(costs, [e for e in inside if _is_memory(e)])
     seconds = window["dur"] * 1e-6
     if cuda:
         # kernels may end after the window only if the caller did not wait for them
-        for e in trace["traceEvents"]:
-            phase = launched.get(e.get("args", {}).get("correlation")) if e.get("cat") in DEVICE else None
-            if phase is not None:
-                costs[phase].time_s += e["dur"] * 1e-6
+        launched = {e["args"].get("correlation"): e["phase"] for e in inside if e["cat"] in RUNTIME}
+        for e in events:
+            if e.get("cat") in DEVICE and e["args"].get("correlation") in launched:
+                costs[launched[e["args"]["correlation"]]].time_s += e["dur"] * 1e-6
         costs["rest"].time_s = seconds - sum(cost.time_s for phase, cost in costs.items() if phase != "rest")
+    else:
+        for e in threads[window["tid"]]:
+            costs[e["phase"]].time_s += (e["dur"] - sum(child["dur"] for child in e["children"])) * 1e-6
     return seconds, costs
 
 
-def _event(e: Mapping[str, Any]) -> _Event:
-    args = e.get("args", {})
-    return _Event(
-        name=e["name"],
-        begin=e["ts"],
-        end=e["ts"] + e.get("dur", 0.0),
-        category=e["cat"],
-        shapes=args.get("Input Dims", ()),
-        sequence=args.get("Sequence number"),
-        correlation=args.get("correlation") if e["cat"] in ("cuda_runtime", "cuda_driver") else None,
-        bytes=args["Bytes"] if e["name"] == "[memory]" else None,
-    )
+def _is_memory(e: Event) -> bool:
+    return bool(e["name"] == "[memory]")
 
 
-def _nest(events: list[_Event]) -> None:
-    """Sort a thread's events by time and find each one's parent."""
-    events.sort(key=lambda e: (e.begin, -e.end))
-    stack: list[_Event] = []
+def _nest(events: list[Event]) -> None:
+    """Sort a thread's events by time and find each one's parent; an allocation is nobody's child."""
+    events.sort(key=lambda e: (e["ts"], -e["dur"]))
+    stack: list[Event] = []
     for e in events:
-        while stack and stack[-1].end <= e.begin + (_TICK if e.bytes is None else 0):
+        while stack and stack[-1]["ts"] + stack[-1]["dur"] <= e["ts"] + (0 if _is_memory(e) else _TICK):
             stack.pop()
-        if stack:
-            e.parent = stack[-1]
-            if e.bytes is None:
-                stack[-1].children.append(e)
-        if e.bytes is None:
+        e["parent"], e["children"] = stack[-1] if stack else None, []
+        if not _is_memory(e):
+            if stack:
+                stack[-1]["children"].append(e)
             stack.append(e)
 
 
-def _weight_gemms(events: Sequence[_Event], tokens: int, weight_shapes: Collection[tuple[int, ...]]) -> set[int]:
+def _weight_gemms(events: Sequence[Event], tokens: int, weight_shapes: Collection[tuple[int, ...]]) -> set[int]:
     """Ids of the GEMMs in autograd's nodes that make weight gradients."""
     found = set()
-    transposed = {node.sequence for node in events if node.name == "TBackward0"}
+    transposed = {node["args"].get("Sequence number") for node in events if node["name"] == "TBackward0"}
     for node in events:
-        if node.name not in ("MmBackward0", "AddmmBackward0"):
+        if node["name"] not in ("MmBackward0", "AddmmBackward0"):
             continue
-        gemms = [child for child in node.children if child.name == "aten::mm"]
+        gemms = [child for child in node["children"] if child["name"] == "aten::mm"]
         if len(gemms) == 2:
-            found.add(id(gemms[0 if node.name == "MmBackward0" else 1]))
+            found.add(id(gemms[0 if node["name"] == "MmBackward0" else 1]))
         elif len(gemms) == 1:
-            result = (gemms[0].shapes[0][0], gemms[0].shapes[1][1])
+            left, right, *_ = gemms[0]["args"]["Input Dims"]
+            result = (left[0], right[1])
             stored_plainly = tokens not in result and (result in weight_shapes or result[::-1] in weight_shapes)
             # F.linear of an input without gradient: nothing but t has a node before the GEMM's
-            if stored_plainly or (node.sequence is not None and node.sequence - 1 in transposed):
+            if stored_plainly or node["args"].get("Sequence number", 0) - 1 in transposed:
                 found.add(id(gemms[0]))
     return found
 
 
-def _set_phase(e: _Event, weights: set[int], default: str) -> None:
+def _set_phase(e: Event, weights: set[int], default: str) -> None:
     """The innermost mark decides; parents have been set before."""
-    e.phase, e.note = (e.parent.phase, e.parent.note) if e.parent is not None else (default, "")
-    if e.category == "user_annotation" and e.name.startswith(PREFIX) and e.name != WINDOW:
-        phase, _, note = e.name[len(PREFIX) :].partition(" (")
-        e.phase, e.note = STEP_PHASES.get(phase, phase), note.rstrip(")")
-    elif e.phase == "backward dX":
-        if e.name.startswith("autograd::engine::evaluate_function") and e.name.endswith("AccumulateGrad"):
-            e.phase = "hooks"
-        elif id(e) in weights or e.name == "aten::embedding_backward":
-            e.phase = "backward dW"
+    parent = e["parent"] or {"phase": default, "range": ""}
+    e["phase"], e["range"] = parent["phase"], parent["range"]
+    if e["cat"] == "user_annotation" and e["name"].startswith(PREFIX) and e["name"] != WINDOW:
+        e["range"] = e["name"]
+        phase = e["name"].removeprefix(PREFIX).partition(" (")[0]
+        e["phase"] = STEP_PHASES.get(phase, phase)
+    elif e["phase"] == "backward dX":
+        if e["name"].startswith("autograd::engine::evaluate_function") and e["name"].endswith("AccumulateGrad"):
+            e["phase"] = "hooks"
+        elif id(e) in weights or e["name"] == "aten::embedding_backward":
+            e["phase"] = "backward dW"
 
 
-def _is_launch(e: _Event, cuda: bool) -> bool:
+def _is_launch(e: Event, cuda: bool) -> bool:
     if cuda:
-        return e.category in ("cuda_runtime", "cuda_driver") and "Launch" in e.name
-    return e.name.startswith("aten::") and not (e.parent is not None and e.parent.name.startswith("aten::"))
+        return e["cat"] in RUNTIME and "Launch" in e["name"]
+    inner = e["parent"] is not None and e["parent"]["name"].startswith("aten::")
+    return e["name"].startswith("aten::") and not inner
 
 
-def _is_read(e: _Event, cuda: bool) -> bool:
+def _is_read(e: Event, cuda: bool) -> bool:
+    name = e["name"]
     if cuda:
-        runtime = e.category in ("cuda_runtime", "cuda_driver")
-        return runtime and ("Synchronize" in e.name or e.name in ("cudaMemcpy", "hipMemcpy", "hipMemcpyWithStream"))
+        return e["cat"] in RUNTIME and ("Synchronize" in name or name in BLOCKING_COPIES)
     # Tensor.tolist reads a CPU tensor without any operator, so the engine's one use of it is known by its range
-    return e.name == "aten::_local_scalar_dense" or e.name == f"{PREFIX}switch (host copy)"
+    return name in ("aten::_local_scalar_dense", f"{PREFIX}switch (host copy)")
 
 
-def _peaks(costs: dict[str, Cost], events: list[tuple[float, int, str]]) -> None:
+def _count_memory(costs: dict[str, Cost], events: Sequence[Event]) -> None:
     held = 0
-    for _, size, phase in sorted(events):
+    for e in sorted(events, key=lambda e: e["ts"]):
+        cost, size = costs[e["phase"]], e["args"]["Bytes"]
         held += size
-        costs[phase].peak_bytes = max(costs[phase].peak_bytes, held)
+        cost.allocated_bytes += max(0, size)
+        cost.peak_bytes = max(cost.peak_bytes, held)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from misa_engine.bench.measure import environment, synchronize
 from misa_engine.bench.method import Method, Settings, Unavailable
 from misa_engine.bench.phases import PHASES, WINDOW, Cost, account
 from misa_engine.bench.steps import StepCase
-from misa_engine.bench.tables import Table, origin
+from misa_engine.bench.tables import Column, Row, Table, origin
 from misa_engine.bench.timeline import record_timeline
 from misa_engine.bench.workload import fitting_delta
 from misa_engine.cli.parsing import MODEL_FLAGS, Parser, positive, truth
@@ -43,28 +43,29 @@ def run(words: list[str]) -> int:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output {output}: no such directory can be made ({error.strerror}).") from error
-    case = _case(options)
+    case = StepCase(
+        name="profile",
+        shape=options.model,
+        inner_steps=options.steps,  # so that any such stretch of steps holds one switch
+        # an update inside the backward pass knows no global norm to clip
+        max_grad_norm=None if options.method == "misa-backward" else options.max_grad_norm or None,
+        phases=options.ledger,
+        **{name: vars(options)[name] for name in SHARED},
+    )
     try:
         method = case.prepare(row := case.row("started"))
     except Unavailable as error:
         raise UserError(f"{options.method}: {error}") from error
-    batches = case.stream(method)
+    batches, snapshot = case.stream(method), output / "memory_snapshot.pickle" if device.type == "cuda" else None
     document: dict[str, Any] = {"environment": environment(device), "settings": vars(options)}
+    document |= profile_method(method, batches, options.steps, options.inner_steps, output / "trace.json.gz")
+    document["timeline"] = record_timeline(method, batches, device, row["weights_bytes"], snapshot)
     if options.ledger:
-        document["ledger"] = overhead(method, batches, options.steps)
-    else:
-        document |= profile_method(method, batches, options.steps, options.inner_steps, output / "trace.json.gz")
-        snapshot = output / "memory_snapshot.pickle" if device.type == "cuda" else None
-        document["timeline"] = record_timeline(method, batches, device, row["weights_bytes"], snapshot)
-    name = "ledger" if options.ledger else "profile"
-    (output / f"{name}.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
-    (output / f"{name}.md").write_text(markdown(document), encoding="utf-8")
-    _table(document).show()
-    print("\n".join([*_lines(document), *(str(path) for path in sorted(output.iterdir()))]))
+        document["ledger"] = overhead(method, batches, LEDGER_STEPS, options.inner_steps)
+    (output / "profile.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
+    (output / "profile.md").write_text(page := markdown(document), encoding="utf-8")
+    print("\n".join([page, *(str(path) for path in sorted(output.iterdir()))]))
     return DONE
-
-
-# ---- what runs ----
 
 
 def _checked(options: argparse.Namespace) -> torch.device:
@@ -73,7 +74,6 @@ def _checked(options: argparse.Namespace) -> torch.device:
     check_names([options.method], [options.model], options.device)
     if options.ledger and not options.method.startswith("misa"):
         raise UserError(f"--ledger compares MISA with its floor; {options.method} is not MISA. Leave --ledger out.")
-    options.steps = options.steps or (LEDGER_STEPS if options.ledger else 3)
     if options.length < 2:
         raise UserError(f"--length {options.length}: at least 2 tokens.")
     if options.delta is None:
@@ -81,19 +81,6 @@ def _checked(options: argparse.Namespace) -> torch.device:
     if not 0 < options.delta <= 1:
         raise UserError(f"--delta {options.delta}: a share of the model above 0 and at most 1.")
     return torch.device(options.device)
-
-
-def _case(options: argparse.Namespace) -> StepCase:
-    return StepCase(
-        name="profile",
-        shape=options.model,
-        # a profile's rounds are as long as the profile, so that any such stretch of steps holds one switch
-        inner_steps=options.inner_steps if options.ledger else options.steps,
-        # an update inside the backward pass knows no global norm to clip
-        max_grad_norm=None if options.method == "misa-backward" else options.max_grad_norm or None,
-        phases=options.ledger,
-        **{name: vars(options)[name] for name in SHARED},
-    )
 
 
 # ---- a profile ----
@@ -142,7 +129,7 @@ def profile_method(
     shapes = {tuple(p.shape) for p in method.model.parameters() if p.dim() == 2}
     seconds, costs = account(trace, cuda=cuda, tokens=first.numel(), weight_shapes=shapes)
     return {
-        "results": [{"phase": phase, **costs[phase].of_a_step(steps, seconds)} for phase in PHASES],
+        "results": [{"phase": name, **costs[name].of_a_step(steps, seconds)} for name in PHASES],
         "summary": summary(seconds, costs, steps, switches, inner_steps) | {"method": method.name, "cuda": cuda},
     }
 
@@ -157,16 +144,15 @@ def summary(
         1/T of a switch; launches and host reads of a whole step, of the optimizer inside a round and of a switch.
     """
     switch = costs["switch"]
-    own = [costs[phase] for phase in OWN if phase != "switch"]
+    own = [costs[name] for name in OWN if name != "switch"]
     switch_share_s = switch.time_s / switches / inner_steps if switches else 0.0
     own_s = sum(cost.time_s for cost in own) / steps + switch_share_s
-    step_s = (seconds - switch.time_s) / steps + switch_share_s
     return {
         "steps": steps,
         "switches": switches,
         "inner_steps": inner_steps,
         "step_s": seconds / steps,
-        "overhead": own_s / step_s,
+        "overhead": own_s / ((seconds - switch.time_s) / steps + switch_share_s),
         "launches_a_step": sum(cost.launches for cost in costs.values()) / steps,
         "own_launches_a_step": sum(cost.launches for cost in own) / steps,
         "host_reads_a_step": sum(cost.host_reads for cost in costs.values()) / steps,
@@ -178,60 +164,47 @@ def summary(
 
 # ---- what is shown ----
 
-
-def _table(document: Mapping[str, Any]) -> Table:
-    settings = document["settings"]
-    title = (
-        f"{settings['method']} on {settings['model']}, {settings['batch']} x {settings['length']} tokens, "
-        f"checkpointing {'on' if settings['checkpointing'] else 'off'}"
-    )
-    if "ledger" in document:
-        one = document["ledger"]
-        parts = [[part, f"{1e3 * s:.3f}", f"{s / one['floor_s']:.2%}"] for part, s in one["parts"].items()]
-        return Table(("part", "ms a step", "of the floor"), parts, title)
-    headings = ("phase", "ms a step", "share", "allocated MiB a step", "peak MiB", "launches a step", "reads a step")
-    rows = [
-        [
-            row["phase"],
-            f"{1e3 * row['time_s']:.3f}",
-            f"{row['share']:.1%}",
-            f"{row['allocated_bytes'] / MIB:.1f}",
-            f"{row['peak_bytes'] / MIB:.1f}",
-            f"{row['launches']:.0f}",
-            f"{row['host_reads']:.1f}",
-        ]
-        for row in document["results"]
-    ]
-    return Table(headings, rows, title)
+COLUMNS: tuple[Column, ...] = (
+    ("phase", lambda row: row["phase"], ""),
+    ("ms a step", lambda row: 1e3 * row["time_s"], ".3f"),
+    ("share", lambda row: row["share"], ".1%"),
+    ("allocated MiB a step", lambda row: row["allocated_bytes"] / MIB, ".1f"),
+    ("peak MiB", lambda row: row["peak_bytes"] / MIB, ".1f"),
+    ("launches a step", lambda row: row["launches"], ".0f"),
+    ("reads a step", lambda row: row["host_reads"], ".1f"),
+)
 
 
-def _lines(document: Mapping[str, Any]) -> Sequence[str]:
-    """The few numbers below the table."""
-    if "ledger" in document:
-        one = document["ledger"]
-        return [
-            f"floor {1e3 * one['floor_s']:.2f} ms, MISA {1e3 * one['misa_s']:.2f} ms: overhead {one['overhead']:+.2%}",
-            f"medians of {one['steps']} alternating steps each; a switch takes {1e3 * one['switch_s']:.2f} ms, "
-            f"1/{one['inner_steps']} of it counts",
-        ]
-    one = document["summary"]
+def markdown(document: Row) -> str:
+    """The page of a profile: its table, and below it the few numbers of a whole step."""
+    where, one = document["environment"], document["summary"]
     launches, reads = ("kernel launches", "synchronising calls") if one["cuda"] else ("operators", "host reads")
-    return [
-        f"{one['steps']} steps, {one['switches']} switch(es), {1e3 * one['step_s']:.2f} ms a step under the profiler "
+    lines = [
+        "# {method} on {model}, {batch} x {length} tokens, checkpointing {checkpointing}".format(
+            **document["settings"]
+        ),
+        "",
+        f"{origin(where)} `{where['command']}`",
+        "",
+        *Table.of(document["results"], COLUMNS).lines(),
+        "",
+        f"- {one['steps']} steps, {one['switches']} switch(es), {1e3 * one['step_s']:.2f} ms a step under the profiler "
         f"({'device' if one['cuda'] else 'CPU'} time by phase)",
-        f"the optimizer's own share of a step: {one['overhead']:.2%} (hooks, clip/norm, update and 1/"
+        f"- the optimizer's own share of a step: {one['overhead']:.2%} (hooks, clip/norm, update and 1/"
         f"{one['inner_steps']} of a switch)",
-        f"{launches} a step: {one['launches_a_step']:.0f}, of these the optimizer's {one['own_launches_a_step']:.0f}",
-        f"{reads} a step: {one['host_reads_a_step']:.1f}, of these the optimizer's {one['own_host_reads_a_step']:.1f}; "
-        f"a switch: {one['host_reads_a_switch']:.0f}",
+        f"- {launches} a step: {one['launches_a_step']:.0f}, of these the optimizer's {one['own_launches_a_step']:.0f}",
+        f"- {reads} a step: {one['host_reads_a_step']:.1f}, of these the optimizer's "
+        f"{one['own_host_reads_a_step']:.1f}; a switch: {one['host_reads_a_switch']:.0f}",
     ]
-
-
-def markdown(document: Mapping[str, Any]) -> str:
-    """The page of a profile or a ledger."""
-    table, where = _table(document), document["environment"]
-    lines = [f"# {table.title}", "", f"{origin(where)} `{where['command']}`", "", *table.lines(), ""]
-    return "\n".join([*lines, *(f"- {line}" for line in _lines(document)), ""])
+    if ledger := document.get("ledger"):
+        parts = [f"{part} {1e3 * s:.3f} ms ({s / ledger['floor_s']:.2%})" for part, s in ledger["parts"].items()]
+        lines += [
+            f"- floor {1e3 * ledger['floor_s']:.2f} ms, MISA {1e3 * ledger['misa_s']:.2f} ms: overhead "
+            f"{ledger['overhead']:+.2%}, medians of {ledger['steps']} alternating steps each",
+            f"- of the floor: {', '.join(parts)}; a switch takes {1e3 * ledger['switch_s']:.2f} ms, "
+            f"1/{ledger['inner_steps']} of it counts",
+        ]
+    return "\n".join([*lines, ""])
 
 
 def _parser() -> Parser:
@@ -240,11 +213,11 @@ def _parser() -> Parser:
     add(*MODEL_FLAGS, required=True, help="configuration with random weights, such as llama-3-8b or tiny")
     add("--output", required=True, metavar="DIR", help="where the trace, the JSON and the page go")
     add("--method", default="misa", help=f"one of {', '.join(BASELINES)} (default: misa)")
-    add("--ledger", action="store_true", help="MISA against the same passes without an optimizer, in turns")
+    add("--ledger", action="store_true", help="also MISA against the same passes without an optimizer, in turns")
     add("--length", type=positive, default=512, help="tokens of a sequence (default: 512)")
     add("--batch", type=positive, default=1, help="sequences of a micro-batch (default: 1)")
     add("--accumulation", type=positive, default=1, help="micro-batches of a profiled step (default: 1)")
-    add("--steps", type=positive, help=f"profiled steps (default: 3; with --ledger pairs of steps: {LEDGER_STEPS})")
+    add("--steps", type=positive, default=3, help="profiled steps, a switch among them (default: 3)")
     add("--inner_steps", type=positive, default=50, help="steps over which a switch is spread (default: 50)")
     add("--delta", type=float, help="share that trains at a time (default: 0.03, or what a small model needs)")
     add("--max_grad_norm", type=float, default=1.0, help="clip the global norm, 0 does not (default: 1)")

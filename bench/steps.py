@@ -6,7 +6,6 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -39,8 +38,6 @@ class StepCase(TrainingCase):
     """Time by phase, and for MISA the ledger of its own overhead."""
     timeline: bool = False
     """Record the allocator for two steps afterwards."""
-    snapshot: str | None = None
-    """Where the raw allocator snapshot goes; None keeps none."""
 
     @property
     def needs_floor(self) -> bool:
@@ -63,11 +60,10 @@ class StepCase(TrainingCase):
                 _, switched, phases = self._steps(method, stream, device, 0, self.inner_steps + 1, marked=True)
             row["phases_s"] = by_phase(phases, switched)
             if method.floor is not None:
-                row["overhead"] = overhead(method, stream, max(10, self.inner_steps))
+                row["overhead"] = overhead(method, stream, max(10, self.inner_steps), self.inner_steps)
             report(row)
         if self.timeline:
-            snapshot = Path(self.snapshot) if self.snapshot else None
-            row["timeline"] = record_timeline(method, stream, device, row["weights_bytes"], snapshot)
+            row["timeline"] = record_timeline(method, stream, device, row["weights_bytes"])
 
     def stream(self, method: Method) -> Iterator[Tensor]:
         """Endless micro-batches of token ids."""

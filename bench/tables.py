@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from misa_engine.bench.checks import check_text
 GIB = 1 << 30
 PHASES = ("forward", "backward", "clip", "step", "switch")
 Row = Mapping[str, Any]
+#: Heading, value of a row (None is shown as a dash), format of the value.
+Column = tuple[str, Callable[[Row], Any], str]
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,13 @@ class Table:
     rows: Sequence[Sequence[str]]
     title: str = ""
 
+    @classmethod
+    def of(cls, rows: Iterable[Row], columns: Sequence[Column], title: str = "") -> Table:
+        """A line for each row."""
+        values = ([(value(row), spec) for _, value, spec in columns] for row in rows)
+        cells = [["-" if value is None else format(value, spec) for value, spec in line] for line in values]
+        return cls([heading for heading, *_ in columns], cells, title)
+
     def lines(self) -> list[str]:
         """As Markdown; columns of numbers stand at the right."""
         cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in self.rows]
@@ -30,47 +39,43 @@ class Table:
         rules = ["--:" if right else "---" for right in number]
         return [f"| {' | '.join(row)} |" for row in (self.headings, rules, *cells)]
 
-    def show(self) -> None:
-        """In the terminal, columns aligned."""
-        cells = [list(self.headings), *map(list, self.rows)]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
-        print("\n".join([self.title, *(line.rstrip() for line in lines)]), end="\n\n")
-
     def without_empty(self, *also_if_equal: str) -> Table:
         """Without columns of dashes; those named are left out where all rows say the same, too."""
-        columns = list(zip(*self.rows, strict=True))
         kept = [
-            i
-            for i, column in enumerate(columns)
-            if set(column) != {"-"} and not (self.headings[i] in also_if_equal and len(set(column)) == 1)
+            (heading, *column)
+            for heading, *column in zip(self.headings, *self.rows, strict=True)
+            if set(column) != {"-"} and not (heading in also_if_equal and len(set(column)) == 1)
         ]
-        rows = [[row[i] for i in kept] for row in self.rows]
-        return Table([self.headings[i] for i in kept], rows, self.title)
+        headings, *rows = zip(*kept, strict=True)
+        return Table(headings, rows, self.title)
 
 
-# ---- cells ----
+# ---- values ----
 
 
-def gib(size: int | None) -> str:
-    """Bytes as GiB."""
-    return "-" if size is None else f"{size / GIB:.2f}"
+def field(*path: str, scale: float = 1.0) -> Callable[[Row], Any]:
+    """What a row has at ``path``, times ``scale``; None where something on the way is missing."""
+
+    def value(row: Row) -> Any:
+        found: Any = row
+        for name in path:
+            found = (found or {}).get(name)
+        return found if scale == 1.0 or found is None else found * scale
+
+    return value
 
 
-def short(count: int | None) -> str:
+def short(count: int | None) -> str | None:
     """1570000 -> 1.57M."""
-    if count is None:
-        return "-"
     for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
-        if count >= size:
+        if count is not None and count >= size:
             return f"{count / size:.3g}{unit}"
-    return str(count)
+    return None if count is None else str(count)
 
 
 def tokens(row: Row) -> str:
     """Sequences x tokens x micro-batches of a step."""
-    settings = row["settings"]
-    return "searched" if row["kind"] == "longest" else "{batch} x {length} x {accumulation}".format(**settings)
+    return "searched" if row["kind"] == "longest" else "{batch} x {length} x {accumulation}".format(**row["settings"])
 
 
 def status(row: Row) -> str:
@@ -89,28 +94,16 @@ def status(row: Row) -> str:
     return text
 
 
-def _seconds(row: Row) -> str:
+def _seconds(row: Row) -> str | None:
     one = row.get("step_time_s")
-    return "{median:.3f} ({p20:.3f}-{p80:.3f})".format(**one) if one else "-"
+    return "{median:.3f} ({p20:.3f}-{p80:.3f})".format(**one) if one else None
 
 
-def _loss(row: Row) -> str:
-    spread = row.get("heldout_loss_spread")
-    text = "-" if row.get("heldout_loss") is None else f"{row['heldout_loss']:.3f}"
-    return text + (f" ({spread[0]:.3f}-{spread[1]:.3f})" if spread and spread[0] != spread[1] else "")
-
-
-def _of(row: Row, reference: Row | None, value: Callable[[Row], float | None]) -> str:
-    one, other = value(row), value(reference) if reference else None
-    return f"{one / other:.2f}" if one and other else "-"
-
-
-def _step(row: Row) -> float | None:
-    return (row.get("step_time_s") or {}).get("median")
-
-
-def _peak(row: Row) -> float | None:
-    return row.get("peak_bytes")
+def _loss(row: Row) -> str | None:
+    if row.get("heldout_loss") is None:
+        return None
+    low, high = row.get("heldout_loss_spread") or (0, 0)
+    return f"{row['heldout_loss']:.3f}" + (f" ({low:.3f}-{high:.3f})" if low != high else "")
 
 
 # ---- comparisons and rounds ----
@@ -121,87 +114,81 @@ def results_table(document: Row) -> Table:
     limits = [row for row in document.get("cases", ()) if row["kind"] in ("longest", "switches")]
     rows = [*document["results"], *limits]
     reference = {(row["shape"], tokens(row)): row for row in rows if row["method"] == "adamw"}
-    cells = []
-    for row in rows:
-        adamw, on_gpu = reference.get((row["shape"], tokens(row))), row["note"] is None
-        cells.append(
-            (
-                row["shape"],
-                row["method"],
-                tokens(row),
-                short(row["trainable_parameters"]),
-                _seconds(row),
-                _of(row, adamw, _step),
-                f"{row['tokens_per_s']:,.0f}" if row["tokens_per_s"] else "-",
-                gib(row["peak_allocated_bytes"]),
-                gib(row["peak_bytes"]),
-                _of(row, adamw, _peak),
-                gib(row["process_bytes"]) if on_gpu else "-",
-                _loss(row),
-                f"{row['lr']:g}" if row.get("lr") else "-",
-                status(row),
-            )
-        )
-    headings = (
-        "shape", "method", "batch x length x accumulation", "trainable", "step s (p20-p80)", "of adamw", "tokens/s",
-        "allocated GiB", "peak GiB", "of adamw", "process GiB", "held-out loss", "lr", "status",
-    )  # fmt: skip
-    return Table(headings, cells).without_empty("shape", "batch x length x accumulation")
+
+    def of_adamw(value: Callable[[Row], Any]) -> Callable[[Row], float | None]:
+        def ratio(row: Row) -> float | None:
+            other = value(reference.get((row["shape"], tokens(row)), {}))
+            return value(row) / other if value(row) and other else None
+
+        return ratio
+
+    step, peak = field("step_time_s", "median"), field("peak_bytes", scale=1 / GIB)
+    columns: list[Column] = [
+        ("shape", field("shape"), ""),
+        ("method", field("method"), ""),
+        ("batch x length x accumulation", tokens, ""),
+        ("trainable", lambda row: short(row["trainable_parameters"]), ""),
+        ("step s (p20-p80)", _seconds, ""),
+        ("of adamw", of_adamw(step), ".2f"),
+        ("tokens/s", field("tokens_per_s"), ",.0f"),
+        ("allocated GiB", field("peak_allocated_bytes", scale=1 / GIB), ".2f"),
+        ("peak GiB", peak, ".2f"),
+        ("of adamw", of_adamw(peak), ".2f"),
+        (
+            "process GiB",
+            lambda row: row["process_bytes"] / GIB if not row["note"] and row["process_bytes"] else None,
+            ".2f",
+        ),
+        ("held-out loss", _loss, ""),
+        ("lr", field("lr"), "g"),
+        ("entropy", field("entropy_median"), ".2f"),
+        ("status", status, ""),
+    ]
+    return Table.of(rows, columns).without_empty("shape", "batch x length x accumulation")
 
 
 def phase_table(document: Row) -> Table:
     """Milliseconds by phase, and for MISA the time over the same step without any optimizer."""
-    cells = []
-    for row in document["results"]:
-        phases, ledger = row.get("phases_s"), row.get("overhead")
-        if phases:
-            times = [f"{1e3 * phases[name]:,.1f}" if name in phases else "-" for name in PHASES]
-            own = f"{sum(ledger['parts'].values()) / ledger['floor_s']:.1%}" if ledger else "-"
-            over = f"{ledger['overhead_of_pairs']:+.1%}" if ledger else "-"
-            cells.append([row["shape"], row["method"], *times, own, over])
-    headings = ["shape", "method", *(f"{name} ms" for name in PHASES), "own part", "over the floor"]
-    return Table(headings, cells, "time by phase").without_empty("shape")
 
+    def own_part(row: Row) -> float | None:
+        ledger = row.get("overhead")
+        return sum(ledger["parts"].values()) / ledger["floor_s"] if ledger else None
 
-def sampler_table(document: Row) -> Table:
-    """Held-out loss by setting of MISA's sampler or moments: median and spread of the seeds."""
-    settings: dict[str, list[Row]] = {}
-    for row in document["cases"]:
-        if row["kind"] == "loss" and not row["settings"]["start_from"]:
-            settings.setdefault(row["case"].rpartition(", seed")[0], []).append(row)
-    cells = []
-    for name, rows in settings.items():
-        ran = sorted((row for row in rows if row["status"] == "ok"), key=lambda row: row["heldout_loss"])
-        if not ran:
-            cells.append([name, "-", "-", "-", rows[0]["status"]])
-            continue
-        losses = [f"{row['heldout_loss']:.3f}" for row in ran]
-        middle = ran[len(ran) // 2]
-        spread = f"{losses[0]} to {losses[-1]}"
-        cells.append([name, losses[len(ran) // 2], spread, f"{middle.get('entropy_median', 0):.2f}", "ok"])
-    return Table(("setting", "held-out loss", "seeds", "entropy", "status"), cells, "settings of MISA")
-
-
-def check_table(document: Row) -> Table:
-    """What was promised and what came out."""
-    cells = [
-        [one["case"], one["check"], one["wanted"], check_text(one), one["verdict"]]
-        for one in document.get("checks", ())
+    columns: list[Column] = [
+        ("shape", field("shape"), ""),
+        ("method", field("method"), ""),
+        *((f"{name} ms", field("phases_s", name, scale=1e3), ",.1f") for name in PHASES),
+        ("own part", own_part, ".1%"),
+        ("over the floor", field("overhead", "overhead_of_pairs"), "+.1%"),
     ]
-    return Table(("case", "check", "wanted", "measured", "verdict"), cells, "checks")
+    rows = [row for row in document["results"] if row.get("phases_s")]
+    return Table.of(rows, columns, "time by phase").without_empty("shape") if rows else Table((), ())
 
 
-def command_table(document: Row) -> Table:
-    """The other commands of a round."""
-    rows = [row for row in document.get("cases", ()) if row["kind"] == "command"]
-    cells = [[row["case"], f"{row['case_s']:.0f}", row["status"], row.get("last_lines", ["-"])[-1]] for row in rows]
-    return Table(("command", "s", "status", "last line"), cells, "commands")
+#: What was promised and what came out.
+CHECK_COLUMNS: tuple[Column, ...] = (
+    *((name, field(name), "") for name in ("case", "check", "wanted")),
+    ("measured", check_text, ""),
+    ("verdict", field("verdict"), ""),
+)
+#: The other commands of a round.
+COMMAND_COLUMNS: tuple[Column, ...] = (
+    ("command", field("case"), ""),
+    ("s", field("case_s"), ".0f"),
+    ("status", field("status"), ""),
+    ("last line", lambda row: row.get("last_lines", ["-"])[-1], ""),
+)
 
 
 def tables(document: Row) -> list[Table]:
     """All that have a row."""
-    makers = (command_table, check_table, results_table, phase_table, sampler_table)
-    return [table for table in (make(document) for make in makers) if table.rows]
+    commands = [row for row in document.get("cases", ()) if row["kind"] == "command"]
+    every = (
+        Table.of(commands, COMMAND_COLUMNS, "commands"),
+        Table.of(document.get("checks", ()), CHECK_COLUMNS, "checks"),
+        *((results_table(document), phase_table(document)) if document["results"] else ()),
+    )
+    return [table for table in every if table.rows]
 
 
 def origin(where: Row) -> str:
@@ -297,8 +284,22 @@ def insert(document: Row, pictures: Sequence[Path], target: Path) -> None:
 
 # ---- kernels ----
 
-#: What every row has; all else in ``extra_info`` gets a column of its own.
-COMMON = {"bytes", "gb_per_s", "percent_of_copy", "timed_by", "seconds", "scheme"}
+#: What every row of the kernel benchmarks has; all else in ``extra_info`` gets a column of its own.
+KERNEL_COLUMNS: tuple[Column, ...] = (
+    ("", lambda row: f"`{row['extra_info']['scheme']}`", ""),
+    ("median ms", field("stats", "median", scale=1e3), ".3f"),
+    ("IQR ms", field("stats", "iqr", scale=1e3), ".3f"),
+    # GB/s belong to these times where there are any
+    ("device ms", lambda row: _device_ms(row["extra_info"]), ".3f"),
+    ("MB moved", field("extra_info", "bytes", scale=1e-6), ",.1f"),
+    ("GB/s", field("extra_info", "gb_per_s"), ",.2f"),
+    ("% of copy", field("extra_info", "percent_of_copy"), ".0f"),
+)
+COMMON = ("bytes", "gb_per_s", "percent_of_copy", "timed_by", "seconds", "scheme")
+
+
+def _device_ms(info: Row) -> float | None:
+    return 1e3 * info["seconds"] if info["timed_by"] == "events" else None
 
 
 def kernel_page(results: Row) -> str:
@@ -326,26 +327,14 @@ def kernel_page(results: Row) -> str:
 
 
 def _kernels(rows: Sequence[Row]) -> Table:
-    facts = sorted({name for row in rows for name in row["extra_info"]} - COMMON)
-    cells = []
-    for row in sorted(rows, key=lambda row: row["stats"]["median"]):
-        info, stats = row["extra_info"], row["stats"]
-        by_events = info["timed_by"] == "events"  # GB/s then belongs to these times
-        cells.append(
-            [
-                f"`{info['scheme']}`",
-                f"{1e3 * stats['median']:.3f}",
-                f"{1e3 * stats['iqr']:.3f}",
-                f"{1e3 * info['seconds']:.3f}" if by_events else "-",
-                f"{info['bytes'] / 1e6:,.1f}",
-                f"{info['gb_per_s']:,.2f}",
-                f"{info['percent_of_copy']:.0f}",
-                *(_number(info.get(name)) for name in facts),
-            ]
-        )
-    headings = ["", "median ms", "IQR ms", "device ms", "MB moved", "GB/s", "% of copy"]
-    return Table([*headings, *(name.replace("_", " ") for name in facts)], cells).without_empty()
+    facts = sorted({name for row in rows for name in row["extra_info"]} - set(COMMON))
+    columns = [*KERNEL_COLUMNS, *((name.replace("_", " "), _fact(name), "") for name in facts)]
+    return Table.of(sorted(rows, key=lambda row: row["stats"]["median"]), columns).without_empty()
 
 
-def _number(value: Any) -> str:
-    return "-" if value is None else f"{value:,.3g}" if isinstance(value, float) else f"{value:,}"
+def _fact(name: str) -> Callable[[Row], str | None]:
+    def value(row: Row) -> str | None:
+        one = row["extra_info"].get(name)
+        return None if one is None else f"{one:,.3g}" if isinstance(one, float) else f"{one:,}"
+
+    return value

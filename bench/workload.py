@@ -116,16 +116,6 @@ def token_batches(model: Any, batch: int, length: int, device: torch.device, see
 # ---- loss ----
 
 
-def load_weights(model: PreTrainedModel, file: str) -> None:
-    """Put the weights of a safetensors file, by parameter name, in place of the model's."""
-    from safetensors.torch import load_file
-
-    saved = load_file(file)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(saved[name])
-
-
 def make_loss(
     model: PreTrainedModel, device: torch.device, kind: str = "lean"
 ) -> tuple[str, Callable[[Tensor], Tensor]]:

@@ -25,7 +25,7 @@ from misa_engine.engine.marks import observed
 
 CPU = torch.device("cpu")
 GIB = 1 << 30
-SMALL = dict(name="tiny", shape="tiny", device="cpu", length=16, delta=0.1, inner_steps=2)
+SMALL = dict(name="tiny", shape="tiny", device="cpu", length=16, delta=0.1, inner_steps=2, accumulation=2)
 TINY = StepCase(steps=3, warm_up=1, **SMALL)
 SWITCHES = SwitchCase(switches=5, **{**SMALL, "inner_steps": 1, "accumulation": 1, "batch": 1})
 LONGEST = LongestCase(**{**SMALL, "batch": 1, "accumulation": 1}, length_step=16, longest=256, misa=WORST_SET)
@@ -60,7 +60,7 @@ def test_clipping_bounds_the_update_of_every_gradient():
     sgd = torch.optim.SGD(model.parameters(), lr=1.0)
     settings = Settings(max_grad_norm=1e-3, accumulation=2)
     before = torch.cat([p.detach().flatten() for p in model.parameters()])
-    method = Method("sgd", model, lambda ids: workload.chunked_loss(model, ids), sgd, settings, dict)
+    method = Method(model, lambda ids: workload.chunked_loss(model, ids), sgd, settings, dict)
     batches = workload.token_batches(model, 1, 8, CPU)
     phases = []
     with observed(lambda name: phases.append(name) or nullcontext()):
@@ -141,7 +141,7 @@ def test_a_training_row_has_every_field():
 
 
 def test_a_missing_package_is_a_row(monkeypatch):
-    needs = (("no_such_module", "no-such-package"),)
+    needs = ("no-such-package",)
     absent = replace(baselines.BASELINES["adamw"], summary="needs what is not here", needs=needs)
     monkeypatch.setitem(baselines.BASELINES, "absent", absent)
     monkeypatch.setattr(cases, "build_model", lambda *a, **k: pytest.fail("a model was built for nothing"))
@@ -249,7 +249,7 @@ def test_the_longest_length_is_found_through_out_of_memory_errors(monkeypatch, c
 def test_the_search_trains_the_worst_draw_of_the_plan(planned):
     case = replace(LONGEST, delta=0.3)
     plan = checks.ask_plan(case) if planned else {"status": "no plan"}
-    optimizer = baselines.build("misa", tiny_model(), lambda ids: ids, case.as_planned(plan).settings).optimizer
+    optimizer = baselines.build("misa", tiny_model(), lambda ids: ids, case.as_planned(plan)).optimizer
     first_layer = {unit.name for unit in optimizer.units if ".layers.0." in unit.name}
     assert set(plan["worst_draw"] if planned else first_layer) <= set(optimizer.active)
 
@@ -281,17 +281,6 @@ def test_thinning_keeps_the_peak():
     kept = timeline.thin(points, 50)
     assert len(kept) == 50 and max(kept, key=lambda p: p[1]) == max(points, key=lambda p: p[1])
     assert timeline.thin([], 50) == []
-
-
-def test_a_switch_is_cut_out_of_its_step():
-    spells = [("forward", 10.0, 11.0), ("backward", 11.0, 12.0), ("switch", 12.7, 12.9), ("step", 12.0, 13.0)]
-    cut = timeline.phases(spells, begin=10.0)
-    assert [(p["phase"], round(p["begin_s"], 3), round(p["end_s"], 3)) for p in cut] == [
-        ("forward", 0, 1),
-        ("backward", 1, 2),
-        ("step", 2, 2.7),
-        ("switch", 2.7, 3),
-    ]
 
 
 def test_the_allocators_history_becomes_the_timeline_on_cuda(monkeypatch, tmp_path):

@@ -12,7 +12,7 @@ from misa_engine.bench.corpus import documents, rows
 from misa_engine.bench.presets import PRESETS, QUESTIONS, Bench
 from misa_engine.bench.runner import best_loss, merge
 from misa_engine.bench.steps import by_phase
-from misa_engine.bench.suites import base_case, loss_cases
+from misa_engine.bench.suites import learning_cases
 from misa_engine.cli.main import main
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -83,7 +83,7 @@ def test_all_gives_one_complete_result_a_method_with_page_and_pictures(results, 
 
 
 def test_a_method_that_cannot_run_is_a_row_and_the_others_still_run(results, monkeypatch):
-    monkeypatch.setattr("misa_engine.bench.baselines.installed", lambda module: module != "badam")
+    monkeypatch.setattr("misa_engine.bench.baselines.installed", lambda package: package != "badam")
     code, document, printed = results("throughput", "--methods", "badam,misa")
     assert code == 0
     status = {row["method"]: row["status"] for row in document["results"]}
@@ -118,7 +118,7 @@ def test_every_method_sees_the_same_tokens_in_the_same_order(here, monkeypatch):
 
     monkeypatch.setattr(Method, "step", step)
     bench = Bench(**{**PRESETS["quick"], "methods": ("adamw", "misa"), "suite": "throughput", "steps": 3})
-    for case in suites.step_cases(bench):
+    for case in suites.step_cases(bench, bench.methods):
         Here("cpu").run(case, 60)
     n = min(map(len, seen.values()))
     assert n >= bench.warm_up + bench.steps
@@ -155,9 +155,9 @@ def test_each_method_counts_with_its_best_learning_rate():
 
 def test_loss_cases_cover_methods_rates_and_seeds(tmp_path):
     bench = Bench(methods=("adamw", "misa"), lrs=(1e-3, 1e-2), seeds=2)
-    cases = loss_cases(bench, base_case(bench, tmp_path / "base"))
+    base, *cases = learning_cases(bench, tmp_path)
     assert len({case.name for case in cases}) == len(cases) == 8
-    assert {case.start_from for case in cases} == {str(tmp_path / "base")}
+    assert {case.start_from for case in cases} == {base.save_to} and (base.method, base.data) == ("adamw", "stdlib")
     assert {(case.lr, case.seed, case.data_seed) for case in cases} == {(lr, s, s) for lr in bench.lrs for s in (0, 1)}
     assert {(case.data, case.steps, case.delta) for case in cases} == {("arithmetic", 80, 0.1)}
     assert merge([]) == []
@@ -169,7 +169,7 @@ def test_a_question_compares_settings_of_misa_from_random_weights(here, tmp_path
     document = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [row["settings"]["misa"] for row in document["cases"]] == list(QUESTIONS["moments"].values())
     for row in document["cases"]:
-        assert row["status"] == "ok" and 0 < row["heldout_loss"] < 7 and row["settings"]["start_from"] is None
+        assert row["status"] == "ok" and 0 < row["heldout_loss"] < 7 and not row["settings"]["start_from"]
         assert len(row["training_loss_every_20"]) == 1 and {"stale_rounds_max", "visits_least_most"} <= set(row)
     assert "| 8-bit moments |" in (tmp_path / "out" / "results.md").read_text()
 

@@ -92,8 +92,8 @@ def test_the_command_writes_environment_timeline_and_page(command_output):
 def test_the_ledger_of_the_command(tmp_path, capsys):
     words = ["profile", "--ledger", "--model", "tiny", "--length", "16", "--steps", "2"]  # delta by its default
     assert main([*words, "--device", "cpu", "--output", str(tmp_path)]) == 0
-    found = json.loads((tmp_path / "ledger.json").read_text())["ledger"]
-    assert found["steps"] == 2 and "floor" in (tmp_path / "ledger.md").read_text()
+    found = json.loads((tmp_path / "profile.json").read_text())["ledger"]
+    assert found["steps"] == profile_command.LEDGER_STEPS and "floor" in (tmp_path / "profile.md").read_text()
     assert "overhead" in capsys.readouterr().out
 
 
@@ -289,7 +289,7 @@ def test_floor_steps_in_between_do_not_change_training(misa):
 @pytest.mark.parametrize("inner_steps", [3, 50], ids=["switches", "no switch in the compared steps"])
 def test_the_ledger_has_floor_misa_overhead_and_parts(inner_steps):
     method = tiny_method(inner_steps=inner_steps)
-    found = ledger.overhead(method, batches_for(method), steps=3)
+    found = ledger.overhead(method, batches_for(method), 3, inner_steps)
     assert {"floor_s", "misa_s", "overhead", "parts"} <= set(found)
     assert found["floor_s"] > 0 and found["switch_s"] > 0
     assert found["overhead"] == pytest.approx(found["misa_s"] / found["floor_s"] - 1)
