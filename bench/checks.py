@@ -28,7 +28,7 @@ Row = Mapping[str, Any]
 def is_judged(case: Case) -> bool:
     """Whether promises are made about a case: MISA's memory, in float32 and in 8 bits."""
     judged = isinstance(case, TrainingCase) and case.method in ("misa", "misa-int8")
-    return judged and not case.name.startswith("speed ")
+    return judged and not case.name.startswith(("speed ", "profile "))
 
 
 def ask_plan(case: TrainingCase) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from misa_engine.bench.presets import PRESETS, SUITES, Bench
-from misa_engine.cli.parsing import Parser, names, positive, positive_size, truth
+from misa_engine.cli.parsing import MODEL_FLAGS, Parser, names, positive, positive_size, truth
 from misa_engine.errors import DONE, FAILED, UserError, did_you_mean
 
 USAGE = """misa bench [SUITE] --output DIR [--preset NAME] [options]
@@ -19,6 +19,8 @@ USAGE = """misa bench [SUITE] --output DIR [--preset NAME] [options]
 
 suites:
 """ + "\n".join(f"  {name:<11} {text}" for name, text in SUITES.items())
+#: Other names of options.
+FLAGS = {"model": MODEL_FLAGS, "methods": ("--methods", "--method")}
 #: What a round takes of the options; all else is fixed in its cases.
 ROUND_OPTIONS = {"suite", "device", "vram_gib", "delta", "sizes"}
 
@@ -57,6 +59,11 @@ def run(words: list[str]) -> int:
             pack(output, Path(options.archive))
     failed = [row for row in document["cases"] if row["kind"] == "command" and row["status"] != "ok"]
     return DONE if not failed and any(row["status"] == "ok" for row in document["cases"]) else FAILED
+
+
+def profile(words: list[str]) -> int:
+    """``misa profile``: the suite of this name."""
+    return run(["profile", *words])
 
 
 def known(word: str, all_known: Iterable[str], what: str) -> None:
@@ -119,12 +126,14 @@ def settings_of(options: argparse.Namespace) -> Bench:
     from misa_engine.bench.corpus import documents
     from misa_engine.bench.workload import fitting_delta
 
+    if bench.delta > 1:
+        raise UserError(f"--delta {bench.delta:g}: a share of the model above 0 and at most 1.")
     if bench.length < 2:
         raise UserError("--length must be at least 2")
     if "delta" not in given and (delta := fitting_delta(bench.model, bench.delta)) > bench.delta:
         print(f"{bench.model}: its largest matrix needs --delta {delta:g}")
         bench = replace(bench, delta=delta)
-    if bench.suite not in ("loss", "round") and bench.steps < 2 * bench.inner_steps:
+    if bench.suite not in ("loss", "round", "profile") and bench.steps < 2 * bench.inner_steps:
         if "inner_steps" not in given:
             bench = replace(bench, inner_steps=max(1, bench.steps // 2))
         print(f"{bench.steps} timed steps: a switch every {bench.inner_steps} of them")
@@ -204,5 +213,5 @@ def _parser() -> Parser:
             if entry.type == "bool":
                 add(f"--{entry.name}", nargs="?", const=True, type=truth, metavar="BOOL", help=text)
             else:
-                add(f"--{entry.name}", type=types[str(entry.type)], help=text)
+                add(*FLAGS.get(entry.name, (f"--{entry.name}",)), type=types[str(entry.type)], help=text)
     return parser

@@ -105,7 +105,7 @@ def _run(
     if isinstance(case, LongestCase) and case.name in plans:
         case = case.as_planned(plans[case.name])
     row = processes.run(case, min(case.timeout_s, left_s))
-    for name in ("start_from", "save_to", "log"):  # this machine's folders say nothing to a reader
+    for name in ("start_from", "save_to", "folder", "log"):  # this machine's folders say nothing to a reader
         if row["settings"].get(name):
             row["settings"][name] = Path(row["settings"][name]).name
     return row

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -16,6 +17,7 @@ from misa_engine.bench.corpus import batches, rows
 from misa_engine.bench.ledger import Stopwatch, overhead
 from misa_engine.bench.measure import memory_counters, spread, timed
 from misa_engine.bench.method import Method
+from misa_engine.bench.profiling import profile_method
 from misa_engine.bench.timeline import record_timeline
 from misa_engine.bench.workload import token_batches
 from misa_engine.engine.marks import observed
@@ -38,6 +40,8 @@ class StepCase(TrainingCase):
     """Time by phase, and for MISA the ledger of its own overhead."""
     timeline: bool = False
     """Record the allocator for two steps afterwards."""
+    folder: str = ""
+    """Where the trace and the memory snapshot of a profile go; empty profiles nothing."""
 
     @property
     def needs_floor(self) -> bool:
@@ -62,8 +66,12 @@ class StepCase(TrainingCase):
             if method.floor is not None:
                 row["overhead"] = overhead(method, stream, max(10, self.inner_steps), self.inner_steps)
             report(row)
+        folder = Path(self.folder) if self.folder else None
+        if folder:
+            row |= profile_method(method, stream, self.inner_steps, folder / f"trace_{self.method}.json.gz")
         if self.timeline:
-            row["timeline"] = record_timeline(method, stream, device, row["weights_bytes"])
+            snapshot = folder / f"memory_{self.method}.pickle" if folder else None
+            row["timeline"] = record_timeline(method, stream, device, row["weights_bytes"], snapshot)
 
     def stream(self, method: Method) -> Iterator[Tensor]:
         """Endless micro-batches of token ids."""

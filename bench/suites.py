@@ -13,6 +13,7 @@ from misa_engine.bench.loss import LossCase
 from misa_engine.bench.presets import GIB, QUESTIONS, Bench
 from misa_engine.bench.steps import StepCase
 
+PROFILED_STEPS = 3
 BASE_WEIGHTS = "base.safetensors"
 #: A search keeps one active set: the plan's worst draw, or without a plan layer 0, so that every layer's input is kept.
 WORST_SET = {"rule": "static", "static_weights": {"*.layers.0.*": 1e12}}
@@ -33,6 +34,8 @@ def cases_of(bench: Bench, output: Path) -> list[Case]:
     """All cases of a run whose results go to ``output``, in their order."""
     if bench.suite == "round":
         return round_cases(bench, output)
+    if bench.suite == "profile":
+        return profile_cases(bench, output)
     timed = step_cases(bench, bench.methods) if bench.suite in ("throughput", "memory", "all") else []
     return [*timed, *(learning_cases(bench, output) if bench.suite not in ("throughput", "memory") else [])]
 
@@ -41,6 +44,13 @@ def step_cases(bench: Bench, methods: Iterable[str], prefix: str = "") -> list[C
     """One case a method."""
     name = f"{prefix}{bench.model}"
     return [make(StepCase, bench, name=f"{name} {m}", shape=bench.model, method=m, phases=True) for m in methods]
+
+
+def profile_cases(bench: Bench, output: Path, prefix: str = "") -> list[Case]:
+    """One case a method, whose rounds are as long as the profile, so that it holds one switch."""
+    shared = {"shape": bench.model, "data": "random", "folder": str(output.resolve()), "timeline": True}
+    shared |= {"steps": PROFILED_STEPS, "warm_up": PROFILED_STEPS, "inner_steps": PROFILED_STEPS}
+    return [make(StepCase, bench, name=f"{prefix}{bench.model} {m}", method=m, **shared) for m in bench.methods]
 
 
 def learning_cases(bench: Bench, output: Path) -> list[Case]:
@@ -85,7 +95,8 @@ def round_cases(bench: Bench, output: Path) -> list[Case]:
     """
     on_gpu = bench.device != "cpu"
     first, second, small = ("llama-3-8b", "qwen2.5-7b", "tinyllama") if on_gpu else ("tiny", "tiny-qwen", "tiny")
-    tests, kernels, profile = command_cases(bench, output)
+    tests, kernels = command_cases(bench, output)
+    profile = profile_cases(replace(bench, model=small, methods=("misa",), batch=2, timeout_s=90), output, "profile ")
     peers = [memory_case(bench, first, method, steps=8, timeout_s=90) for method in MEMORY_PEERS]
     speed = replace(bench, batch=2, accumulation=1, inner_steps=10 if on_gpu else 4, timeout_s=60, data="random")
     cases = [
@@ -94,7 +105,7 @@ def round_cases(bench: Bench, output: Path) -> list[Case]:
         kernels,
         *peers[:3],
         *step_cases(replace(speed, model=first, steps=20 if on_gpu else 8), SPEED_8B, "speed "),
-        profile,
+        *profile,
         *(case for case in memory_cases(bench, second) if case.kind != "longest"),
         *step_cases(replace(speed, model=small, steps=30 if on_gpu else 8), SPEED_1B, "speed "),
         *peers[3:],
@@ -132,18 +143,16 @@ def memory_cases(bench: Bench, shape: str) -> list[Case]:
 
 
 def command_cases(bench: Bench, output: Path) -> list[CommandCase]:
-    """The GPU's tests (files that need neither TRL nor datasets), kernel benchmarks and a profile."""
+    """The GPU's tests (files that need neither TRL nor datasets) and kernel benchmarks."""
     out, on_gpu = output.resolve(), bench.device != "cpu"
     tests = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/test_*gpu.py"))
     sizes = [*(["--sizes", bench.sizes] if bench.sizes else []), *([] if on_gpu else ["--rounds", "2"])]
-    profiled = ["--model", "tinyllama" if on_gpu else "tiny", "--length", str(bench.length), "--batch", "2"]
     commands = {
         "GPU tests": (150, ["pytest", *tests, "-m", "gpu", "-q"]),
         "kernels": (
             150,
             ["pytest", "bench/", "--benchmark-only", *sizes, "-q", f"--benchmark-json={out}/kernels.json"],
         ),
-        "profile": (90, ["misa_engine", "profile", *profiled, "--device", bench.device, "--output", f"{out}/profile"]),
     }
     return [
         CommandCase(name=name, words=("-m", *words), log=str(out / f"{name.replace(' ', '_')}.txt"), timeout_s=limit)

@@ -165,6 +165,28 @@ def phase_table(document: Row) -> Table:
     return Table.of(rows, columns, "time by phase").without_empty("shape") if rows else Table((), ())
 
 
+MIB = 1 << 20
+#: A profile by phase, means of a step.
+PROFILE_COLUMNS: tuple[Column, ...] = (
+    ("phase", field("phase"), ""),
+    ("ms a step", field("time_s", scale=1e3), ".3f"),
+    ("share", field("share"), ".1%"),
+    ("allocated MiB a step", field("allocated_bytes", scale=1 / MIB), ".1f"),
+    ("peak MiB", field("peak_bytes", scale=1 / MIB), ".1f"),
+    ("launches a step", field("launches"), ".0f"),
+    ("reads a step", field("host_reads"), ".1f"),
+)
+
+
+def profile_tables(document: Row) -> list[Table]:
+    """For each profiled method its phases, then all methods' numbers of a whole step."""
+    rows = [row for row in document["results"] if row.get("profile")]
+    found = [Table.of(row["profile"], PROFILE_COLUMNS, f"profile of {row['method']}, {tokens(row)}") for row in rows]
+    names = rows[0]["profile_summary"] if rows else ()
+    numbers: list[Column] = [(name.replace("_", " "), field("profile_summary", name), ",.4g") for name in names]
+    return [*found, Table.of(rows, [("method", field("method"), ""), *numbers], "profiles, a whole step")]
+
+
 #: What was promised and what came out.
 CHECK_COLUMNS: tuple[Column, ...] = (
     *((name, field(name), "") for name in ("case", "check", "wanted")),
@@ -187,6 +209,7 @@ def tables(document: Row) -> list[Table]:
         Table.of(commands, COMMAND_COLUMNS, "commands"),
         Table.of(document.get("checks", ()), CHECK_COLUMNS, "checks"),
         *((results_table(document), phase_table(document)) if document["results"] else ()),
+        *profile_tables(document),
     )
     return [table for table in every if table.rows]
 

@@ -84,7 +84,6 @@ def record_timeline(
         torch.cuda.memory._record_memory_history(enabled=None)
         points = replay(history["device_traces"][device.index or 0], before)
         if snapshot is not None:
-            snapshot.parent.mkdir(parents=True, exist_ok=True)
             snapshot.write_bytes(pickle.dumps(history))
     return {
         "points": [[round(at - begin, 6), held] for at, held in thin(points, POINTS)],
