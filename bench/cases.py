@@ -1,7 +1,7 @@
 """One case of a benchmark: what a fresh process measures, and the row that it reports as it goes.
 
 CommandCase     another command: the GPU's tests, kernel benchmarks, a profile
-TrainingCase    a method on a model; its kinds are in steps.py, limits.py and loss.py
+TrainingCase    a method on a model; its kinds are in training.py
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ class Case(ABC):
     name: str
     """Of the row, unique in a run."""
     timeout_s: float = 120
+    device: str = "cpu"
 
     def row(self, status: str) -> Row:
         """A row without any result yet."""
@@ -53,10 +54,6 @@ class Case(ABC):
     @abstractmethod
     def run(self, row: Row, report: Report) -> None:
         """Measure, with what is known so far in ``row`` and reported."""
-
-    def failed(self, error: Exception) -> Row:
-        """What a row gets when the case ends in an error."""
-        return {"status": f"failed: {type(error).__name__}: {' '.join(str(error).split())[:400]}"}
 
 
 def run_case(case: Case, report: Report) -> None:
@@ -74,7 +71,10 @@ def run_case(case: Case, report: Report) -> None:
     except Unavailable as error:
         row["status"] = str(error)
     except Exception as error:
-        row |= case.failed(error)
+        if is_out_of_memory(error):  # a result, with the peaks
+            row |= {"status": "out of memory", "error": str(error), **memory_counters(torch.device(case.device))}
+        else:
+            row["status"] = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:400]}"
     report(row)
 
 
@@ -105,12 +105,13 @@ class TrainingCase(Case, Settings):
     shape: str
     """A configuration that ``workload.model_config`` knows."""
     method: str = "misa"
-    device: str = "cuda:0"
     batch: int = 2
     length: int = 2048
     checkpointing: bool = True
     loss: str = "lean"
     """lean: in chunks, or Liger's; plain: the model's own, as every method computes it in a small model."""
+    phases: bool = False
+    """Time by phase, and for MISA the ledger of its own overhead."""
     limit_bytes: int = 0
     """What the allocator may reserve; 0 is the whole card."""
     start_from: str = ""
@@ -148,24 +149,13 @@ class TrainingCase(Case, Settings):
         row["parameters"] = sum(p.numel() for p in model.parameters())
         row["weights_bytes"] = sum(p.nbytes for p in model.parameters())
         row["loss_kind"], loss = make_loss(model, device, self.loss)
-        floor = Floor(model, lambda twin: make_loss(twin, device, self.loss)[1]) if self.needs_floor else None
+        wants_floor = self.phases and self.method.startswith("misa")  # before the optimizer puts hooks on the model
+        floor = Floor(model, lambda twin: make_loss(twin, device, self.loss)[1]) if wants_floor else None
         method = build(self.method, model, loss, self)
         method.floor = floor
         row["trainable_parameters"] = method.trainable_parameters
         return method
 
-    @property
-    def needs_floor(self) -> bool:
-        """Whether the model without any optimizer is measured too."""
-        return False
-
     @abstractmethod
     def measure(self, method: Method, device: torch.device, row: Row, report: Report) -> None:
         """What this kind of case measures."""
-
-    def failed(self, error: Exception) -> Row:
-        """Running out of memory is a result, with the peaks."""
-        if not is_out_of_memory(error):
-            return super().failed(error)
-        counters = memory_counters(torch.device(self.device))
-        return {"status": "out of memory", "error": str(error), **counters}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -25,7 +25,7 @@ Row = Mapping[str, Any]
 # ---- the plan ----
 
 
-def is_judged(case: Case) -> bool:
+def is_judged(case: Case) -> TypeGuard[TrainingCase]:
     """Whether promises are made about a case: MISA's memory, in float32 and in 8 bits."""
     judged = isinstance(case, TrainingCase) and case.method in ("misa", "misa-int8")
     return judged and not case.name.startswith(("speed ", "profile "))
@@ -39,7 +39,7 @@ def ask_plan(case: TrainingCase) -> dict[str, Any]:
         batch=case.batch, length=case.length, checkpointing=case.checkpointing,
         loss="liger" if liger else "chunked", liger=liger,
     )  # fmt: skip
-    options = {"delta": case.delta, "state_dtype": "int8" if case.method == "misa-int8" else "float32"}
+    options: dict[str, Any] = {"delta": case.delta, "state_dtype": "int8" if case.method == "misa-int8" else "float32"}
     card = Card("imitated", case.limit_bytes) if case.limit_bytes else None
     try:
         predicted = plan(config, card=card, micro_batch=micro_batch, name=case.shape, **options)
@@ -60,8 +60,8 @@ def allocator_bytes(plan: Row) -> int:
 
 # ---- the checks ----
 
-#: Check, what is wanted, what came out (None where nothing did), whether that is fine.
-Check = tuple[str, str, float | None, bool]
+#: Check, what is wanted, what came out (None where nothing did), whether that is fine, how it is shown.
+Check = tuple[str, str, Any, bool, str]
 
 
 def judge(results: Sequence[Row], plans: Mapping[str, Row]) -> list[dict[str, Any]]:
@@ -73,32 +73,30 @@ def judge(results: Sequence[Row], plans: Mapping[str, Row]) -> list[dict[str, An
     """
     makers = {"steps": _of_steps, "longest": _of_longest, "switches": _of_switches}
     checks = []
-    for row in results:
-        for what, wanted, measured, fine in (
-            makers[row["kind"]](row, plans[row["case"]]) if row["case"] in plans else ()
-        ):
-            verdict = row["note"] or ("pass" if fine else "fail")
-            if measured is None and not row["note"]:
-                verdict = f"not measured ({row['status']})"
-            one = {"case": row["case"], "check": what, "wanted": wanted, "measured": measured, "verdict": verdict}
+    for row in (row for row in results if row["case"] in plans):
+        for what, wanted, measured, fine, shown in makers[row["kind"]](row, plans[row["case"]]):
+            one = {"case": row["case"], "check": what, "wanted": wanted, "measured": measured}
+            one["text"] = "-" if measured is None else shown.format(measured)
+            missing = f"not measured ({row['status']})" if measured is None else None
+            one["verdict"] = row["note"] or missing or ("pass" if fine else "fail")
             checks.append(one)
     return checks
 
 
 def _against_plan(name: str, what: str, ratio: float | None) -> Check:
     most = TOLERANCES[name]
-    return what, f"within {most:.0%}", ratio and ratio - 1, ratio is not None and abs(ratio - 1) <= most
+    return what, f"within {most:.0%}", ratio and ratio - 1, ratio is not None and abs(ratio - 1) <= most, "{:+.1%}"
 
 
 def _of_steps(row: Row, plan: Row) -> Iterator[Check]:
     ran = row["status"] == "ok"
-    yield "runs", "ok", 1 if ran else 0 if row["status"] == "out of memory" else None, ran
+    yield "runs", "ok", row["status"] if ran or row["status"] == "out of memory" else None, ran, "{}"
     if not ran:
         return
     if row["settings"]["batch"] * row["settings"]["length"] <= 4096:
-        reserved = row["peak_reserved_bytes"]
-        fine = bool(reserved) and reserved <= MOST_RESERVED_BYTES
-        yield "reserved", f"<= {MOST_RESERVED_BYTES / GIB:.1f} GiB", reserved, fine
+        reserved, most = row["peak_reserved_bytes"], MOST_RESERVED_BYTES
+        gib = reserved and reserved / GIB
+        yield "reserved", f"<= {most / GIB:.1f} GiB", gib, bool(reserved) and reserved <= most, "{:.2f} GiB"
     if plan["status"] == "ok":
         for name in ("allocated", "reserved"):
             peak = row[f"peak_{name}_bytes"]
@@ -114,18 +112,4 @@ def _of_longest(row: Row, plan: Row) -> Iterator[Check]:
 def _of_switches(row: Row, plan: Row) -> Iterator[Check]:
     for name in ("allocated", "reserved"):
         growth = row.get(f"growth_{name}_bytes")
-        yield f"growth of {name} over {row['settings']['switches']} switches", "0", growth, growth == 0
-
-
-def check_text(check: Row) -> str:
-    """What a check measured, in its unit."""
-    measured = check["measured"]
-    if measured is None:
-        return "-"
-    if check["check"] == "reserved":
-        return f"{measured / GIB:.2f} GiB"
-    if check["check"].endswith("- 1"):
-        return f"{measured:+.1%}"
-    if check["check"] == "runs":
-        return "yes" if measured else "no"
-    return f"{measured:,} B"
+        yield f"growth of {name} over {row['settings']['switches']} switches", "0", growth, growth == 0, "{:,} B"

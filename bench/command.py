@@ -78,25 +78,14 @@ def known(word: str, all_known: Iterable[str], what: str) -> None:
         raise UserError(f"unknown {what} {word!r}.{hint} Known: {', '.join(all_known)}.")
 
 
-def check_names(methods: Iterable[str], shapes: Iterable[str], device: str) -> None:
-    """Refuse methods, models and devices that are not known or not here.
+def check_device(device: str) -> None:
+    """Refuse a device that is not known or not here.
 
     Raises:
-        UserError: one of them.
+        UserError: what to give instead.
     """
     import torch
 
-    from misa_engine.bench.baselines import BASELINES
-    from misa_engine.bench.workload import SMALL_SHAPES, model_config
-    from misa_engine.planner.cards import MODELS
-
-    for method in methods:
-        known(method, BASELINES, "method")
-    for shape in shapes:
-        try:
-            model_config(shape)
-        except ValueError:
-            known(shape, [*SMALL_SHAPES, *MODELS], "model")
     try:
         kind = torch.device(device).type
     except RuntimeError:
@@ -109,23 +98,26 @@ def check_names(methods: Iterable[str], shapes: Iterable[str], device: str) -> N
 
 def settings_of(options: argparse.Namespace) -> Bench:
     """The preset with the options given beside it, checked before anything runs."""
-    if options.preset:
-        known(options.preset, PRESETS, "preset")
-    else:
-        import torch
+    import torch
 
-        on_gpu = torch.cuda.is_available() and options.device != "cpu"
-        options.preset = "gpu" if on_gpu else "quick" if options.suite == "round" else "cpu"
+    from misa_engine.bench.baselines import BASELINES
+    from misa_engine.bench.workload import SMALL_SHAPES, documents, fitting_delta
+    from misa_engine.planner.cards import MODELS
+
+    on_gpu = torch.cuda.is_available() and options.device != "cpu"
+    preset = options.preset or ("gpu" if on_gpu else "quick" if options.suite == "round" else "cpu")
+    known(preset, PRESETS, "preset")
     entries = {entry.name for entry in fields(Bench)}
     given = {name: value for name, value in vars(options).items() if name in entries and value is not None}
     ignored = sorted(set(given) - ROUND_OPTIONS)
     if options.suite == "round" and ignored:
         raise UserError(f"misa bench round has cases of its own; it takes no --{ignored[0]}. --cases WORD chooses.")
-    bench = Bench(**{**PRESETS[options.preset], **given})
-    check_names(bench.methods, (bench.model, bench.loss_model), bench.device)
-    from misa_engine.bench.corpus import documents
-    from misa_engine.bench.workload import fitting_delta
-
+    bench = Bench(**{**PRESETS[preset], **given})
+    for method in bench.methods:
+        known(method, BASELINES, "method")
+    for shape in (bench.model, bench.loss_model):
+        known(shape.strip().lower(), [*SMALL_SHAPES, *MODELS], "model")
+    check_device(bench.device)
     if bench.delta > 1:
         raise UserError(f"--delta {bench.delta:g}: a share of the model above 0 and at most 1.")
     if bench.length < 2:
@@ -133,7 +125,7 @@ def settings_of(options: argparse.Namespace) -> Bench:
     if "delta" not in given and (delta := fitting_delta(bench.model, bench.delta)) > bench.delta:
         print(f"{bench.model}: its largest matrix needs --delta {delta:g}")
         bench = replace(bench, delta=delta)
-    if bench.suite not in ("loss", "round", "profile") and bench.steps < 2 * bench.inner_steps:
+    if bench.suite in ("throughput", "all") and bench.steps < 2 * bench.inner_steps:
         if "inner_steps" not in given:
             bench = replace(bench, inner_steps=max(1, bench.steps // 2))
         print(f"{bench.steps} timed steps: a switch every {bench.inner_steps} of them")
@@ -175,7 +167,9 @@ def render(path: Path, into: Path | None = None) -> None:
             tables.insert(document, drawn, into)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"--into {into}: {error}") from error
-    print("\n".join([text, *(str(name) for name in (path, path.with_suffix(".md"), *drawn))]))
+    for table in [] if "benchmarks" in document else tables.tables(document):
+        table.show()
+    print("\n".join(str(name) for name in (path, path.with_suffix(".md"), *drawn)))
     kernels = path.with_name("kernels.json")
     if path.name == "results.json" and kernels.exists():
         render(kernels)

@@ -138,7 +138,7 @@ def measure(benchmark: Any, request: pytest.FixtureRequest):
 
     yield run
     # written after each benchmark, so that whatever ends the run leaves the rows
-    session = request.config._benchmarksession
+    session = request.config._benchmarksession  # type: ignore[attr-defined]
     if session.json and not session.disabled:
         level, session.logger.level = session.logger.level, session.logger.QUIET
         session.handle_saving()

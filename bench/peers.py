@@ -33,10 +33,10 @@ def require_cuda(model: nn.Module, why: str) -> None:
         raise Unavailable(f"needs CUDA: {why}")
 
 
-def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
+def optimizer_class(name: str) -> Callable[..., torch.optim.Optimizer]:
     """The class of a name with its module, as in "torch.optim.AdamW"."""
     module, _, own = name.rpartition(".")
-    found: type[torch.optim.Optimizer] = getattr(import_module(module), own)
+    found: Callable[..., torch.optim.Optimizer] = getattr(import_module(module), own)
     return found
 
 

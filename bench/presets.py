@@ -28,7 +28,6 @@ QUESTIONS: dict[str, dict[str, dict[str, Any]]] = {
 }
 SUITES = {
     "throughput": "step time, phases, peak memory and MISA's own overhead, one process a method",
-    "memory": "the same cases as throughput",
     "profile": "trace, memory snapshot, time and bytes by phase of a few steps; also: misa profile",
     "loss": "held-out loss from one trained base model: a smoke test of learning",
     "all": "throughput and loss",

@@ -1,10 +1,28 @@
-"""A profile: the trace of a few steps of a method, and its account by phase."""
+"""A profile: the trace of a few steps of a method, and its account by the phases marked in it (``engine.marks``).
+
+    data, forward    marked by the benchmark, as are backward, clip and step
+    recompute        the forward pass of checkpointed layers, run again inside the backward pass
+    backward dW      GEMMs that make weight gradients
+    backward dX      all else in the backward pass
+    hooks            gradients arriving: hooks of ours, and autograd's AccumulateGrad
+    clip/norm, update, switch
+    rest             Python between the phases; on CUDA also the time in which the device idles
+
+How dW is told from dX: a GEMM that the engine makes itself is marked. In autograd's own nodes the weight of a linear
+layer is ``mat2``, whose gradient ``MmBackward0`` computes first of two and ``AddmmBackward0`` second. A node with a
+single GEMM makes dW if the weight's transposition, made just before it in the forward pass, has a backward node; or,
+for weights stored without transposition, if the result has the shape of a weight and no side as long as the tokens are
+many. Gradients of norm weights and biases are sums that count for dX.
+
+The trace itself is read, not ``profiler.events()``, whose ranges know only what is left of the memory they took.
+"""
 
 from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,8 +33,171 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from misa_engine.bench.ledger import OWN
 from misa_engine.bench.measure import synchronize
 from misa_engine.bench.method import Method, Settings
-from misa_engine.bench.phases import PHASES, WINDOW, Cost, account
-from misa_engine.engine.marks import phase
+from misa_engine.engine.marks import PREFIX, phase
+
+PHASES = (
+    "data", "forward", "recompute", "backward dX", "backward dW", "hooks", "clip/norm", "update", "switch", "rest",
+)  # fmt: skip
+WINDOW = PREFIX + "profiled steps"
+#: Ranges of the host alone: the sampler reads its own host tensors, and the profiler waits for the device.
+NO_READS = ("(sampler)", "(wait)")
+#: What the phases of ``Method.step`` are in the account.
+STEP_PHASES = {"backward": "backward dX", "clip": "clip/norm", "step": "update"}
+RUNTIME = ("cuda_runtime", "cuda_driver")
+DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
+BLOCKING_COPIES = ("cudaMemcpy", "hipMemcpy", "hipMemcpyWithStream")
+_TICK = 0.002  # microseconds; double precision resolves 0.001 at the trace's clock values
+
+#: An event of a trace: what Chrome's format says, with ``parent``, ``children``, ``phase`` and ``range`` (of a mark).
+Event = dict[str, Any]
+
+
+@dataclass
+class Cost:
+    """What a phase took in all profiled steps together."""
+
+    time_s: float = 0.0
+    allocated_bytes: int = 0
+    """Sum of all allocations, whether or not they were freed again."""
+    peak_bytes: int = 0
+    """Most that was held at an allocation of the phase, above what was held when the first step began."""
+    launches: int = 0
+    """Kernel launches on CUDA; on a CPU operators that no other operator called."""
+    host_reads: int = 0
+    """Synchronising calls on CUDA; on a CPU reads of single values, each of which would wait on a GPU."""
+
+    def of_a_step(self, steps: int, seconds: float) -> dict[str, float]:
+        """The means of ``steps`` steps that took ``seconds`` together; the peak as it is."""
+        means = {name: value / steps for name, value in vars(self).items()}
+        return {**means, "share": self.time_s / seconds, "peak_bytes": self.peak_bytes}
+
+
+def account(
+    trace: Mapping[str, Any], *, cuda: bool, tokens: int, weight_shapes: Collection[tuple[int, ...]]
+) -> tuple[float, dict[str, Cost]]:
+    """Time, memory, launches and reads of each phase.
+
+    Args:
+        trace: a Chrome trace of torch.profiler, recorded with shapes and memory; one range named WINDOW in it.
+        cuda: count the device's time, and not the host's.
+        tokens: rows of a micro-batch.
+        weight_shapes: of the model's matrices.
+
+    Returns:
+        Seconds of the window, and the costs by phase; their times add up to those seconds.
+    """
+    events = [{"dur": 0.0, "args": {}, **e} for e in trace["traceEvents"] if e.get("ph") in ("X", "i")]
+    window = next(e for e in events if e["name"] == WINDOW and e["cat"] == "user_annotation")
+    begin, end = window["ts"] - _TICK, window["ts"] + window["dur"] + _TICK
+    threads: dict[Any, list[Event]] = {}
+    for e in events:
+        seen = e.get("cat") in ("cpu_op", "user_annotation", *RUNTIME)
+        if begin <= e["ts"] < end and (seen or _is_memory(e) and e["args"].get("Device Type") == int(cuda)):
+            threads.setdefault(e["tid"], []).append(e)
+    costs = {phase: Cost() for phase in PHASES}
+    for tid, own in threads.items():
+        _nest(own)
+        weights = _weight_gemms(own, tokens, weight_shapes)
+        for e in own:
+            _set_phase(e, weights, default="rest" if tid == window["tid"] else "backward dX")
+            if not _is_memory(e):
+                cost = costs[e["phase"]]
+                cost.launches += _is_launch(e, cuda)
+                cost.host_reads += not e["range"].endswith(NO_READS) and _is_read(e, cuda)
+    inside = [e for own in threads.values() for e in own]
+    _count_memory(costs, [e for e in inside if _is_memory(e)])
+    seconds = window["dur"] * 1e-6
+    if cuda:
+        # kernels may end after the window only if the caller did not wait for them
+        launched = {e["args"].get("correlation"): e["phase"] for e in inside if e["cat"] in RUNTIME}
+        for e in events:
+            if e.get("cat") in DEVICE and e["args"].get("correlation") in launched:
+                costs[launched[e["args"]["correlation"]]].time_s += e["dur"] * 1e-6
+        costs["rest"].time_s = seconds - sum(cost.time_s for phase, cost in costs.items() if phase != "rest")
+    else:
+        for e in threads[window["tid"]]:
+            costs[e["phase"]].time_s += (e["dur"] - sum(child["dur"] for child in e["children"])) * 1e-6
+    return seconds, costs
+
+
+def _is_memory(e: Event) -> bool:
+    return bool(e["name"] == "[memory]")
+
+
+def _nest(events: list[Event]) -> None:
+    """Sort a thread's events by time and find each one's parent; an allocation is nobody's child."""
+    events.sort(key=lambda e: (e["ts"], -e["dur"]))
+    stack: list[Event] = []
+    for e in events:
+        while stack and stack[-1]["ts"] + stack[-1]["dur"] <= e["ts"] + (0 if _is_memory(e) else _TICK):
+            stack.pop()
+        e["parent"], e["children"] = stack[-1] if stack else None, []
+        if not _is_memory(e):
+            if stack:
+                stack[-1]["children"].append(e)
+            stack.append(e)
+
+
+def _weight_gemms(events: Sequence[Event], tokens: int, weight_shapes: Collection[tuple[int, ...]]) -> set[int]:
+    """Ids of the GEMMs in autograd's nodes that make weight gradients."""
+    found = set()
+    transposed = {node["args"].get("Sequence number") for node in events if node["name"] == "TBackward0"}
+    for node in events:
+        if node["name"] not in ("MmBackward0", "AddmmBackward0"):
+            continue
+        gemms = [child for child in node["children"] if child["name"] == "aten::mm"]
+        if len(gemms) == 2:
+            found.add(id(gemms[0 if node["name"] == "MmBackward0" else 1]))
+        elif len(gemms) == 1:
+            left, right, *_ = gemms[0]["args"]["Input Dims"]
+            result = (left[0], right[1])
+            stored_plainly = tokens not in result and (result in weight_shapes or result[::-1] in weight_shapes)
+            # F.linear of an input without gradient: nothing but t has a node before the GEMM's
+            if stored_plainly or node["args"].get("Sequence number", 0) - 1 in transposed:
+                found.add(id(gemms[0]))
+    return found
+
+
+def _set_phase(e: Event, weights: set[int], default: str) -> None:
+    """The innermost mark decides; parents have been set before."""
+    parent = e["parent"] or {"phase": default, "range": ""}
+    e["phase"], e["range"] = parent["phase"], parent["range"]
+    if e["cat"] == "user_annotation" and e["name"].startswith(PREFIX) and e["name"] != WINDOW:
+        e["range"] = e["name"]
+        phase = e["name"].removeprefix(PREFIX).partition(" (")[0]
+        e["phase"] = STEP_PHASES.get(phase, phase)
+    elif e["phase"] == "backward dX":
+        if e["name"].startswith("autograd::engine::evaluate_function") and e["name"].endswith("AccumulateGrad"):
+            e["phase"] = "hooks"
+        elif id(e) in weights or e["name"] == "aten::embedding_backward":
+            e["phase"] = "backward dW"
+
+
+def _is_launch(e: Event, cuda: bool) -> bool:
+    if cuda:
+        return e["cat"] in RUNTIME and "Launch" in e["name"]
+    inner = e["parent"] is not None and e["parent"]["name"].startswith("aten::")
+    return e["name"].startswith("aten::") and not inner
+
+
+def _is_read(e: Event, cuda: bool) -> bool:
+    name = e["name"]
+    if cuda:
+        return e["cat"] in RUNTIME and ("Synchronize" in name or name in BLOCKING_COPIES)
+    # Tensor.tolist reads a CPU tensor without any operator, so the engine's one use of it is known by its range
+    return name in ("aten::_local_scalar_dense", f"{PREFIX}switch (host copy)")
+
+
+def _count_memory(costs: dict[str, Cost], events: Sequence[Event]) -> None:
+    held = 0
+    for e in sorted(events, key=lambda e: e["ts"]):
+        cost, size = costs[e["phase"]], e["args"]["Bytes"]
+        held += size
+        cost.allocated_bytes += max(0, size)
+        cost.peak_bytes = max(cost.peak_bytes, held)
+
+
+# ---- a profile ----
 
 
 def profile_method(method: Method, batches: Iterator[Tensor], steps: int, trace_file: Path) -> dict[str, Any]:

@@ -24,11 +24,11 @@ import torch
 from misa_engine.bench.baselines import BASELINES
 from misa_engine.bench.cases import Case, Row
 from misa_engine.bench.checks import ask_plan, is_judged, judge
-from misa_engine.bench.limits import LongestCase
 from misa_engine.bench.measure import environment
 from misa_engine.bench.presets import Bench
 from misa_engine.bench.processes import CaseProcesses
 from misa_engine.bench.suites import BASE_WEIGHTS
+from misa_engine.bench.training import LongestCase
 from misa_engine.errors import UserError
 
 #: Seconds below which no case is begun.
@@ -68,7 +68,8 @@ def run_bench(
     output.mkdir(parents=True, exist_ok=True)
     settings = json.loads(json.dumps(asdict(bench)))
     rows = earlier_rows(output, settings) if resume else []
-    document = {"environment": environment(torch.device(bench.device)), "settings": settings, "cases": rows}
+    where = environment(torch.device(bench.device))
+    document = {"environment": where, "settings": settings, "cases": rows, "results": merge(rows)}
     plans: dict[str, Any] = {}
     if bench.suite == "round":
         plans = document["plans"] = {case.name: ask_plan(case) for case in cases if is_judged(case)}
@@ -81,7 +82,7 @@ def run_bench(
             left = deadline_s - (began - started)
             row = case.row("interrupted")
             try:
-                row = _run(case, document, processes, plans, left)
+                row = _run(case, processes, plans, left)
             finally:
                 row["case_s"] = time.monotonic() - began
                 document["cases"].append(row)
@@ -96,9 +97,7 @@ def run_bench(
     return document
 
 
-def _run(
-    case: Case, document: dict[str, Any], processes: CaseProcesses, plans: dict[str, Any], left_s: float
-) -> dict[str, Any]:
+def _run(case: Case, processes: CaseProcesses, plans: dict[str, Any], left_s: float) -> Row:
     """The row of one case, or why it was not run."""
     if left_s < SHORTEST_S:
         return case.row("not run: the time of the whole run was over")

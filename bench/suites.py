@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from misa_engine.bench.cases import ROOT, Case, CommandCase, TrainingCase
-from misa_engine.bench.limits import LongestCase, SwitchCase
-from misa_engine.bench.loss import LossCase
 from misa_engine.bench.presets import GIB, QUESTIONS, Bench
-from misa_engine.bench.steps import StepCase
+from misa_engine.bench.training import LongestCase, LossCase, StepCase, SwitchCase
 
 PROFILED_STEPS = 3
 BASE_WEIGHTS = "base.safetensors"
@@ -36,8 +34,8 @@ def cases_of(bench: Bench, output: Path) -> list[Case]:
         return round_cases(bench, output)
     if bench.suite == "profile":
         return profile_cases(bench, output)
-    timed = step_cases(bench, bench.methods) if bench.suite in ("throughput", "memory", "all") else []
-    return [*timed, *(learning_cases(bench, output) if bench.suite not in ("throughput", "memory") else [])]
+    timed = step_cases(bench, bench.methods) if bench.suite in ("throughput", "all") else []
+    return [*timed, *(learning_cases(bench, output) if bench.suite != "throughput" else [])]
 
 
 def step_cases(bench: Bench, methods: Iterable[str], prefix: str = "") -> list[Case]:
@@ -63,7 +61,9 @@ def learning_cases(bench: Bench, output: Path) -> list[Case]:
         "loss": "plain", "limit_bytes": 0, "delta": bench.loss_delta,
     }  # fmt: skip
     cases: list[Case] = []
-    subjects = {label: {"misa": options} for label, options in QUESTIONS.get(bench.suite, {}).items()}
+    subjects: dict[str, dict[str, Any]] = {
+        label: {"misa": options} for label, options in QUESTIONS.get(bench.suite, {}).items()
+    }
     if not subjects:
         weights, steps = str(output / BASE_WEIGHTS), bench.base_steps
         base = {"method": "adamw", "lr": bench.base_lr, "steps": steps, "eval_every": steps, "save_to": weights}

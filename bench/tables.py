@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from misa_engine.bench.checks import check_text
-
 GIB = 1 << 30
 PHASES = ("forward", "backward", "clip", "step", "switch")
 Row = Mapping[str, Any]
@@ -38,6 +36,12 @@ class Table:
         number = [all(row[i][:1] in "0123456789+-" for row in cells) for i in range(len(self.headings))]
         rules = ["--:" if right else "---" for right in number]
         return [f"| {' | '.join(row)} |" for row in (self.headings, rules, *cells)]
+
+    def show(self) -> None:
+        """In the terminal, columns aligned."""
+        columns = zip(self.headings, *self.rows, strict=True)
+        padded = [[cell.ljust(max(map(len, column))) for cell in column] for column in columns]
+        print("\n".join([self.title, *("  ".join(line).rstrip() for line in zip(*padded, strict=True)), ""]))
 
     def without_empty(self, *also_if_equal: str) -> Table:
         """Without columns of dashes; those named are left out where all rows say the same, too."""
@@ -85,12 +89,6 @@ def status(row: Row) -> str:
         text += f"; loss: {row['loss_status']}"
     if row["kind"] == "steps" and row["settings"]["max_grad_norm"] is None:
         text += ", without clipping"
-    if row.get("longest") is not None:
-        text += f", {row['longest']} tokens"
-    if row.get("longest_with_reserve") is not None:
-        text += f", {row['longest_with_reserve']} with the plan's reserve"
-    if row.get("switches"):
-        text += f", {row['switches']} switches"
     return text
 
 
@@ -142,6 +140,9 @@ def results_table(document: Row) -> Table:
         ("held-out loss", _loss, ""),
         ("lr", field("lr"), "g"),
         ("entropy", field("entropy_median"), ".2f"),
+        ("longest", field("longest"), ","),
+        ("with the plan's reserve", field("longest_with_reserve"), ","),
+        ("switches", field("switches"), ""),
         ("status", status, ""),
     ]
     return Table.of(rows, columns).without_empty("shape", "batch x length x accumulation")
@@ -190,7 +191,7 @@ def profile_tables(document: Row) -> list[Table]:
 #: What was promised and what came out.
 CHECK_COLUMNS: tuple[Column, ...] = (
     *((name, field(name), "") for name in ("case", "check", "wanted")),
-    ("measured", check_text, ""),
+    ("measured", field("text"), ""),
     ("verdict", field("verdict"), ""),
 )
 #: The other commands of a round.
@@ -307,22 +308,24 @@ def insert(document: Row, pictures: Sequence[Path], target: Path) -> None:
 
 # ---- kernels ----
 
+
+def _device_ms(row: Row) -> float | None:
+    """What GB/s belong to, where it is not the time of the clock."""
+    info = row["extra_info"]
+    return 1e3 * info["seconds"] if info["timed_by"] == "events" else None
+
+
 #: What every row of the kernel benchmarks has; all else in ``extra_info`` gets a column of its own.
 KERNEL_COLUMNS: tuple[Column, ...] = (
     ("", lambda row: f"`{row['extra_info']['scheme']}`", ""),
     ("median ms", field("stats", "median", scale=1e3), ".3f"),
     ("IQR ms", field("stats", "iqr", scale=1e3), ".3f"),
-    # GB/s belong to these times where there are any
-    ("device ms", lambda row: _device_ms(row["extra_info"]), ".3f"),
+    ("device ms", _device_ms, ".3f"),
     ("MB moved", field("extra_info", "bytes", scale=1e-6), ",.1f"),
     ("GB/s", field("extra_info", "gb_per_s"), ",.2f"),
     ("% of copy", field("extra_info", "percent_of_copy"), ".0f"),
 )
 COMMON = ("bytes", "gb_per_s", "percent_of_copy", "timed_by", "seconds", "scheme")
-
-
-def _device_ms(info: Row) -> float | None:
-    return 1e3 * info["seconds"] if info["timed_by"] == "events" else None
 
 
 def kernel_page(results: Row) -> str:
@@ -351,13 +354,5 @@ def kernel_page(results: Row) -> str:
 
 def _kernels(rows: Sequence[Row]) -> Table:
     facts = sorted({name for row in rows for name in row["extra_info"]} - set(COMMON))
-    columns = [*KERNEL_COLUMNS, *((name.replace("_", " "), _fact(name), "") for name in facts)]
+    columns = [*KERNEL_COLUMNS, *((name.replace("_", " "), field("extra_info", name), ",.3g") for name in facts)]
     return Table.of(sorted(rows, key=lambda row: row["stats"]["median"]), columns).without_empty()
-
-
-def _fact(name: str) -> Callable[[Row], str | None]:
-    def value(row: Row) -> str | None:
-        one = row["extra_info"].get(name)
-        return None if one is None else f"{one:,.3g}" if isinstance(one, float) else f"{one:,}"
-
-    return value

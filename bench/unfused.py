@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from misa_engine.bench.method import Loss, Method, Settings, Unavailable
+from misa_engine.bench.method import Loss, Method, Settings, Unavailable, state_bytes
 from misa_engine.method.config import MisaConfig
 from misa_engine.method.partition import check_budget, partition
 from misa_engine.method.sampling import ImportanceTracker
@@ -108,15 +108,11 @@ class UnfusedMISA(torch.optim.Optimizer):
 
     def bytes_by_category(self) -> dict[str, int]:
         """What it holds between a backward pass and the end of the step: gradients twice, clones, moments."""
-        clones = sum(clone.nbytes for clone in self.clones.values())
-        gradients = sum(self._weights[name].nbytes for name in self.active)
-        return {
-            "gradients": gradients + clones,
-            "master_weights": clones,
-            "first_moment": clones,
-            "second_moment": clones,
-            "scales_and_tables": 4 * len(self.clones),  # AdamW's step counters
-        }
+        clones = nn.ParameterList(self.clones.values())
+        totals = state_bytes(clones, self.adamw.state)
+        totals["master_weights"] = totals["gradients"]
+        totals["gradients"] += sum(self._weights[name].nbytes for name in self.active)
+        return totals
 
 
 def misa_config(settings: Settings, **own: Any) -> MisaConfig:

@@ -14,13 +14,12 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from misa_engine.bench import baselines, cases, checks, limits, measure, processes, timeline, workload
+from misa_engine.bench import baselines, cases, checks, measure, processes, timeline, training, workload
 from misa_engine.bench.cases import Case, CommandCase, run_case
-from misa_engine.bench.limits import LongestCase, SwitchCase, largest
 from misa_engine.bench.method import Method, Settings, Unavailable
 from misa_engine.bench.presets import CARD_GIB
-from misa_engine.bench.steps import StepCase
 from misa_engine.bench.suites import WORST_SET
+from misa_engine.bench.training import LongestCase, StepCase, SwitchCase, largest
 from misa_engine.engine.marks import observed
 
 CPU = torch.device("cpu")
@@ -183,7 +182,7 @@ def test_switches_are_counted_and_their_memory_recorded():
 
 def test_growth_is_measured_from_the_second_switch(monkeypatch):
     held = iter([(9, 90), (10, 100), (10, 100), (13, 100), (11, 104)])
-    monkeypatch.setattr(limits, "held_bytes", lambda device: next(held))
+    monkeypatch.setattr(training, "held_bytes", lambda device: next(held))
     row = last_row(SWITCHES)
     assert (row["growth_allocated_bytes"], row["growth_reserved_bytes"]) == (3, 4)
 
@@ -293,7 +292,7 @@ def test_the_allocators_history_becomes_the_timeline_on_cuda(monkeypatch, tmp_pa
     monkeypatch.setattr(torch.cuda.memory, "_snapshot", lambda: history)
     monkeypatch.setattr(timeline, "held_bytes", lambda device: (500, 600))
     monkeypatch.setattr(timeline, "synchronize", lambda device: None)
-    batches, snapshot = workload.token_batches(model, 1, 8, CPU), tmp_path / "snapshots" / "a.pickle"
+    batches, snapshot = workload.token_batches(model, 1, 8, CPU), tmp_path / "a.pickle"
     record = timeline.record_timeline(method, batches, torch.device("cuda:0"), 7, snapshot)
     assert calls == ["all", None]
     assert [held for _, held in record["points"]] == [1500] and record["peak_bytes"] == 1500

@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from misa_engine.bench import loss, runner, suites
+from misa_engine.bench import runner, suites, training
 from misa_engine.bench.cases import run_case
-from misa_engine.bench.corpus import documents, rows
+from misa_engine.bench.ledger import StepTimes
 from misa_engine.bench.presets import PRESETS, QUESTIONS, Bench
 from misa_engine.bench.runner import best_loss, merge
-from misa_engine.bench.steps import by_phase
 from misa_engine.bench.suites import learning_cases
+from misa_engine.bench.training import by_phase
+from misa_engine.bench.workload import documents, rows
 from misa_engine.cli.main import main
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -35,7 +36,7 @@ class Here:
 @pytest.fixture
 def here(monkeypatch):
     monkeypatch.setattr(runner, "CaseProcesses", Here)
-    monkeypatch.setattr(loss, "EVALUATION_ROWS", 8)
+    monkeypatch.setattr(training, "EVALUATION_ROWS", 8)
 
 
 @pytest.fixture
@@ -130,7 +131,8 @@ def test_every_method_sees_the_same_tokens_in_the_same_order(here, monkeypatch):
 
 def test_a_switch_is_what_its_step_takes_longer_than_the_others():
     phases = [{"forward": 1.0, "step": 2.0}, {"forward": 1.2, "step": 2.2}, {"forward": 1.1, "step": 5.1}]
-    found = by_phase(phases, [False, False, True])
+    times = [StepTimes(0, switched, one) for one, switched in zip(phases, (False, False, True), strict=True)]
+    found = by_phase(times)
     assert found == {"forward": pytest.approx(1.1), "step": pytest.approx(2.1), "switch": pytest.approx(3.0)}
 
 

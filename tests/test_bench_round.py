@@ -12,10 +12,9 @@ import pytest
 
 from misa_engine.bench import checks, pictures, runner, tables
 from misa_engine.bench.cases import run_case
-from misa_engine.bench.limits import LongestCase, SwitchCase
 from misa_engine.bench.presets import CARD_GIB, PRESETS, Bench
-from misa_engine.bench.steps import StepCase
 from misa_engine.bench.suites import MEMORY_PEERS, cases_of
+from misa_engine.bench.training import LongestCase, StepCase, SwitchCase
 from misa_engine.errors import UserError
 
 GIB = 1 << 30

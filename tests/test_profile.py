@@ -13,7 +13,7 @@ from misa_engine.bench.baselines import BASELINES, build
 from misa_engine.bench.cases import run_case
 from misa_engine.bench.ledger import OWN, Floor
 from misa_engine.bench.method import Settings
-from misa_engine.bench.phases import PHASES, WINDOW, account
+from misa_engine.bench.profiling import PHASES, WINDOW, account
 from misa_engine.cli.main import main
 from misa_engine.engine.marks import PREFIX
 
@@ -251,7 +251,7 @@ def test_a_floor_step_changes_no_weight_and_no_state(misa):
     method.step([next(batches)])
     state, clocks = contents(method)
     for _ in range(2):
-        method.floor(ledger._active(method.optimizer), next(batches))
+        method.floor(set(method.optimizer.arena.names), next(batches))
     after, clocks_after = contents(method)
     assert clocks_after == clocks
     assert [name for name in state if not torch.equal(state[name], after[name])] == []
@@ -261,7 +261,7 @@ def test_a_floor_step_changes_no_weight_and_no_state(misa):
 def test_the_floor_computes_the_same_gradients_with_the_same_weights():
     method = tiny_method()
     (ids,) = (next(batches_for(method)),)
-    active = ledger._active(method.optimizer)
+    active = set(method.optimizer.arena.names)
     twin, seen = method.floor.model, {}
     assert all(a.data_ptr() == b.data_ptr() for a, b in zip(method.model.parameters(), twin.parameters(), strict=True))
 
@@ -288,7 +288,7 @@ def test_floor_steps_in_between_do_not_change_training(misa):
     batches = batches_for(plain)
     for _ in range(2 * STEPS):
         ids = next(batches)
-        mixed.floor(ledger._active(mixed.optimizer), ids)
+        mixed.floor(set(mixed.optimizer.arena.names), ids)
         for method in (plain, mixed):
             method.step([ids])
     assert plain.optimizer.active == mixed.optimizer.active
