@@ -76,7 +76,7 @@ def learning_cases(bench: Bench, output: Path) -> list[Case]:
         for lr in bench.lrs:
             for seed in range(bench.seeds):
                 name = f"{bench.loss_model} {label} lr {lr:g} seed {seed}"
-                varied = {"label": label, "lr": lr, "seed": seed, "data_seed": seed}
+                varied = {"label": label, "lr": lr, "seed": seed}
                 cases.append(make(LossCase, bench, name=name, **varied, **own, **shared))
     return cases
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -235,7 +236,11 @@ def page(document: Row, pictures: Sequence[Path] = ()) -> str:
         "from results.json.",
     ]
     lines += [f"\n{len(unfinished)} cases were not run to their end: --resume runs them."] if unfinished else []
-    lines += [text for text in (_steps_text(document, settings), _loss_text(document, settings)) if text]
+    shown = (f"{name} {','.join(map(str, v)) if isinstance(v, list) else v}" for name, v in settings.items())
+    lines += ["", f"Settings: {'; '.join(shown)}. Weights are random but where a base model was trained."]
+    if any(row.get("step_time_s") for row in document["results"]):
+        lines += ["", PEAK_TEXT[settings["device"].partition(":")[0]]]
+    lines += ["", LOSS_TEXT] if any(row.get("curve") for row in document["results"]) else []
     for table in tables(document):
         if table.title:
             lines += ["", f"**{table.title.capitalize()}**{PHASE_TEXT if table.title == 'time by phase' else ''}"]
@@ -246,44 +251,20 @@ def page(document: Row, pictures: Sequence[Path] = ()) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+PEAK_TEXT = {
+    "cpu": "Peak is the largest resident memory of the process.",
+    "cuda": "Peak is what PyTorch's allocator reserved; attention is pinned to torch's flash kernel.",
+}
+LOSS_TEXT = (
+    "Held-out loss is a smoke test of learning, at the best of the learning rates: a small model's says nothing about "
+    "an 8B model's."
+)
 PHASE_TEXT = (
     ". *Own part*: the time inside MISA (arrival of gradients, norm, update, a step's share of a switch) as a share of "
     "the floor, which is the same forward and backward with the same active matrices and no optimizer. *Over the "
     "floor*: a whole MISA step against it, in turns, median of the pairs: on a machine whose steps differ by 10% it is "
     "good to some percent only."
 )
-
-
-def _steps_text(document: Row, settings: Row) -> str:
-    if not any(row.get("step_time_s") for row in document["results"]):
-        return ""
-    on_gpu = settings["device"] != "cpu"
-    peak = (
-        "reserved by PyTorch's allocator; attention is pinned to torch's flash kernel"
-        if on_gpu
-        else "largest resident memory of the process"
-    )
-    limit = f", allocator limited to {settings['vram_gib']:.2f} GiB" if settings["vram_gib"] else ""
-    if settings["suite"] == "round":
-        return f"\nTime and memory: random weights, checkpointing, δ {settings['delta']:g}{limit}. Peak is the {peak}."
-    return (
-        f"\nTime and memory: {settings['model']} (random weights), {settings['batch']} x {settings['length']} tokens x "
-        f"{settings['accumulation']}, checkpointing {'on' if settings['checkpointing'] else 'off'}, δ "
-        f"{settings['delta']:g}, a switch every {settings['inner_steps']} steps, {settings['steps']} timed "
-        f"steps{limit}. Peak is the {peak}."
-    )
-
-
-def _loss_text(document: Row, settings: Row) -> str:
-    if not any(row.get("curve") for row in document["results"]):
-        return ""
-    return (
-        f"\nHeld-out loss, a smoke test of learning: {settings['loss_model']}, trained for {settings['base_steps']} "
-        f"steps on {settings['data']}, then {settings['loss_steps']} steps on {settings['loss_data']} by each method "
-        f"(δ {settings['loss_delta']:g}), at the best of the learning rates "
-        f"{', '.join(f'{lr:g}' for lr in settings['lrs'])}; {settings['seeds']} seed(s). A small model's loss says "
-        "nothing about an 8B model's."
-    )
 
 
 #: Between these lines of a Markdown file ``insert`` puts the page.
@@ -297,13 +278,12 @@ def insert(document: Row, pictures: Sequence[Path], target: Path) -> None:
         ValueError: the file has no markers; nothing is written then.
     """
     text = target.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{target} has no lines {BEGIN} and {END}, between which the page goes")
     links = [Path(os.path.relpath(path, target.parent)) for path in pictures]
     body = page(document, links).partition("\n")[2].strip()
-    target.write_text(f"{before}{BEGIN}\n\n{body}\n\n{END}{after}", encoding="utf-8")
+    text, found = re.subn(f"{BEGIN}.*?{END}", lambda old: f"{BEGIN}\n\n{body}\n\n{END}", text, flags=re.DOTALL)
+    if not found:
+        raise ValueError(f"{target} has no lines {BEGIN} and {END}, between which the page goes")
+    target.write_text(text, encoding="utf-8")
 
 
 # ---- kernels ----

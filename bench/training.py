@@ -236,7 +236,6 @@ class LossCase(TrainingCase):
     kind: ClassVar[str] = "loss"
     data: str = "stdlib"
     """What is trained on (see ``workload``)."""
-    data_seed: int = 0
     steps: int = 80
     eval_every: int = 20
     """Steps between two points of the curve."""
@@ -245,7 +244,7 @@ class LossCase(TrainingCase):
 
     def measure(self, method: Method, device: torch.device, row: Row, report: Report) -> None:
         """Train, and evaluate in between; of MISA also what its sampler did."""
-        train, held_out = rows(self.data, self.length, self.data_seed)
+        train, held_out = rows(self.data, self.length, self.seed)
         stream = batches(train, self.batch, device)
         spent, losses, curve = 0.0, [], []
         for step in range(self.steps + 1):

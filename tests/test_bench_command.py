@@ -160,7 +160,7 @@ def test_loss_cases_cover_methods_rates_and_seeds(tmp_path):
     base, *cases = learning_cases(bench, tmp_path)
     assert len({case.name for case in cases}) == len(cases) == 8
     assert {case.start_from for case in cases} == {base.save_to} and (base.method, base.data) == ("adamw", "stdlib")
-    assert {(case.lr, case.seed, case.data_seed) for case in cases} == {(lr, s, s) for lr in bench.lrs for s in (0, 1)}
+    assert {(case.lr, case.seed) for case in cases} == {(lr, s) for lr in bench.lrs for s in (0, 1)}
     assert {(case.data, case.steps, case.delta) for case in cases} == {("arithmetic", 80, 0.1)}
     assert merge([]) == []
 

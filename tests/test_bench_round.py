@@ -67,6 +67,8 @@ def test_the_gpu_round_runs_what_is_promised_in_order(tmp_path):
     searching = next(case for case in training if case.kind == "longest")
     assert (searching.batch, searching.length, searching.longest, searching.inner_steps) == (1, 8192, 32768, 10**6)
     assert next(case for case in training if case.kind == "switches").switches == 200
+    profiled = [case for case in training if case.kind == "steps" and case.folder]
+    assert [(case.name, case.timeline) for case in profiled] == [("profile tinyllama misa", True)]
 
 
 def test_the_round_on_a_cpu_takes_the_same_way(tmp_path):
