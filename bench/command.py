@@ -40,23 +40,22 @@ def run(words: list[str]) -> int:
     if results.exists() and not (options.overwrite or options.resume):
         raise UserError(f"{results} exists: choose another --output, or say --overwrite or --resume.")
     bench = settings_of(options)
-    from misa_engine.bench.runner import run_bench
+    from misa_engine.bench.runner import pack, run_bench
     from misa_engine.bench.suites import cases_of
 
     cases = [case for case in cases_of(bench, output) if options.cases in case.name]
     if options.list or not cases:
         print("\n".join(case.name for case in cases) or f"no case has {options.cases!r} in its name")
         return DONE if cases else FAILED
-    limits = {"deadline_s": options.deadline_s, "resume": options.resume}
+    archive = Path(options.archive) if options.archive else None
+    limits: dict[str, Any] = {"deadline_s": options.deadline_s, "resume": options.resume, "archive": archive}
     try:
         document = run_bench(bench, cases, output, **limits, say=lambda line: print(line, flush=True))
     finally:
         if results.exists():
             render(results, into)
-        if options.archive:
-            from misa_engine.bench.runner import pack
-
-            pack(output, Path(options.archive))
+        if archive is not None:  # with page and pictures
+            pack(output, archive)
     failed = [row for row in document["cases"] if row["kind"] == "command" and row["status"] != "ok"]
     return DONE if not failed and any(row["status"] == "ok" for row in document["cases"]) else FAILED
 

@@ -10,9 +10,8 @@
 
 How dW is told from dX: a GEMM that the engine makes itself is marked. In autograd's own nodes the weight of a linear
 layer is ``mat2``, whose gradient ``MmBackward0`` computes first of two and ``AddmmBackward0`` second. A node with a
-single GEMM makes dW if the weight's transposition, made just before it in the forward pass, has a backward node; or,
-for weights stored without transposition, if the result has the shape of a weight and no side as long as the tokens are
-many. Gradients of norm weights and biases are sums that count for dX.
+single GEMM makes dW if the weight's transposition, made just before it in the forward pass, has a backward node (all
+shapes here are of torch's Linear). Gradients of norm weights and biases are sums that count for dX.
 
 The trace itself is read, not ``profiler.events()``, whose ranges know only what is left of the memory they took.
 """
@@ -21,7 +20,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -72,16 +71,12 @@ class Cost:
         return {**means, "share": self.time_s / seconds, "peak_bytes": self.peak_bytes}
 
 
-def account(
-    trace: Mapping[str, Any], *, cuda: bool, tokens: int, weight_shapes: Collection[tuple[int, ...]]
-) -> tuple[float, dict[str, Cost]]:
+def account(trace: Mapping[str, Any], *, cuda: bool) -> tuple[float, dict[str, Cost]]:
     """Time, memory, launches and reads of each phase.
 
     Args:
-        trace: a Chrome trace of torch.profiler, recorded with shapes and memory; one range named WINDOW in it.
+        trace: a Chrome trace of torch.profiler, recorded with memory; one range named WINDOW in it.
         cuda: count the device's time, and not the host's.
-        tokens: rows of a micro-batch.
-        weight_shapes: of the model's matrices.
 
     Returns:
         Seconds of the window, and the costs by phase; their times add up to those seconds.
@@ -97,7 +92,7 @@ def account(
     costs = {phase: Cost() for phase in PHASES}
     for tid, own in threads.items():
         _nest(own)
-        weights = _weight_gemms(own, tokens, weight_shapes)
+        weights = _weight_gemms(own)
         for e in own:
             _set_phase(e, weights, default="rest" if tid == window["tid"] else "backward dX")
             if not _is_memory(e):
@@ -138,7 +133,7 @@ def _nest(events: list[Event]) -> None:
             stack.append(e)
 
 
-def _weight_gemms(events: Sequence[Event], tokens: int, weight_shapes: Collection[tuple[int, ...]]) -> set[int]:
+def _weight_gemms(events: Sequence[Event]) -> set[int]:
     """Ids of the GEMMs in autograd's nodes that make weight gradients."""
     found = set()
     transposed = {node["args"].get("Sequence number") for node in events if node["name"] == "TBackward0"}
@@ -148,13 +143,9 @@ def _weight_gemms(events: Sequence[Event], tokens: int, weight_shapes: Collectio
         gemms = [child for child in node["children"] if child["name"] == "aten::mm"]
         if len(gemms) == 2:
             found.add(id(gemms[0 if node["name"] == "MmBackward0" else 1]))
-        elif len(gemms) == 1:
-            left, right, *_ = gemms[0]["args"]["Input Dims"]
-            result = (left[0], right[1])
-            stored_plainly = tokens not in result and (result in weight_shapes or result[::-1] in weight_shapes)
+        elif gemms and node["args"].get("Sequence number", 0) - 1 in transposed:
             # F.linear of an input without gradient: nothing but t has a node before the GEMM's
-            if stored_plainly or node["args"].get("Sequence number", 0) - 1 in transposed:
-                found.add(id(gemms[0]))
+            found.add(id(gemms[0]))
     return found
 
 
@@ -234,8 +225,7 @@ def profile_method(method: Method, batches: Iterator[Tensor], steps: int, trace_
     profiler.export_chrome_trace(str(trace_file))
     with gzip.open(trace_file, "rt", encoding="utf-8") as file:
         trace = json.load(file)
-    shapes = {tuple(p.shape) for p in method.model.parameters() if p.dim() == 2}
-    seconds, costs = account(trace, cuda=cuda, tokens=first.numel(), weight_shapes=shapes)
+    seconds, costs = account(trace, cuda=cuda)
     rows = [{"phase": name, **costs[name].of_a_step(steps, seconds)} for name in PHASES]
     return {"profile": rows, "profile_summary": summary(seconds, costs, steps, switches)}
 

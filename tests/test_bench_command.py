@@ -255,6 +255,14 @@ def test_bad_input_gets_one_line_before_anything_runs(here, capsys, words, text)
     assert text in error and error.count("\n") == 1
 
 
+def test_the_archive_is_the_runs_own_so_that_it_is_whole_after_each_case(monkeypatch, tmp_path):
+    given = {}
+    monkeypatch.setattr(runner, "run_bench", lambda *words, **options: given.update(options) or {"cases": []})
+    words = ["bench", "throughput", "--preset", "quick", "--output", str(tmp_path / "out")]
+    assert main([*words, "--archive", str(tmp_path / "a.tar.gz")]) == 1  # nothing ran
+    assert given["archive"] == tmp_path / "a.tar.gz" and (tmp_path / "a.tar.gz").exists()
+
+
 def test_older_results_are_not_overwritten_in_silence(tmp_path, capsys):
     (tmp_path / "results.json").write_text("{}")
     assert main(["bench", "--preset", "quick", "--output", str(tmp_path)]) == 2
