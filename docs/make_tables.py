@@ -29,14 +29,14 @@ def table(headings: list[str], rows: list[list[str]]) -> str:
 
 
 def what_fits(models: tuple[str, ...] = MODELS) -> str:
-    """Tokens of the largest micro-batch by model and card, with float32 and with 8-bit moments."""
+    """Tokens of the largest micro-batch by model and card, in whole hundreds, with float32 and with 8-bit moments."""
     rows = []
     for model in models:
         config = published_config(model)
         cells = []
         for card in SIZES:
             plans = [plan(config, card=card, name=model, state_dtype=dtype) for dtype in ("float32", "int8")]
-            tokens = [found.max_tokens_per_micro_batch or 0 for found in plans]
+            tokens = [(found.max_tokens_per_micro_batch or 0) // 100 * 100 for found in plans]
             cells.append(" / ".join(f"{count:,}" if count else "–" for count in tokens))
         rows.append([model, *cells])
     return table(["model", *(f"{card} ({CARDS[card] / 1024:.0f} GiB)" for card in SIZES)], rows)

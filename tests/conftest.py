@@ -33,5 +33,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, none is visible"))
         for marker, length in (("exhaustive", "minutes"), ("soak", "minutes to hours")):
-            if marker in item.keywords and marker not in chosen:
+            # by marker: keywords also hold the names of folders, and tests/soak is one
+            if item.get_closest_marker(marker) and marker not in chosen:
                 item.add_marker(pytest.mark.skip(reason=f"takes {length}; run with -m {marker}"))

@@ -6,6 +6,7 @@ import ast
 import contextlib
 import importlib
 import io
+import json
 import re
 import shlex
 import sys
@@ -120,7 +121,7 @@ def test_flags_exist(page):
     used |= {
         flag for code in re.findall(r"`([^`\n]+)`", prose) for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", code)
     }
-    others = set(re.findall(r"`(?:pytest|mkdocs|ruff|pip|bash|mypy)[^`]*`", prose))
+    others = set(re.findall(r"`(?:pytest|mkdocs|ruff|pip|bash|mypy|python tests/soak)[^`]*`", prose))
     foreign = {flag for code in others for flag in re.findall(r"--[a-z][\w-]*", code)}
     assert used - foreign - flags_of_misa() - {"--help"} == set()
 
@@ -173,6 +174,16 @@ def test_generated_tables_are_current(make_tables):
     *_, row = make_tables.what_fits(("llama-3-8b",)).splitlines()
     assert row in written.splitlines(), "run: python docs/make_tables.py"
     assert [line.split("|")[1].strip() for line in written.splitlines()[2:]] == list(make_tables.MODELS)
+
+
+def test_the_benchmark_page_is_made_from_the_stored_results(make_tables):
+    """misa bench --render bench/results/cpu/results.json --into docs/benchmarks.md."""
+    from misa_engine.bench import tables
+
+    document = json.loads(text_of(make_tables.RESULTS))
+    pictures = [Path("../bench/results/cpu", f"{name}.png") for name in ("time_and_memory", "phases", "loss")]
+    made = tables.page(document, pictures).partition("\n")[2].strip()
+    assert make_tables.between(text_of(ROOT / "docs/benchmarks.md"), "misa bench")[1] == made
 
 
 @pytest.mark.exhaustive

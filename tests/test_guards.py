@@ -67,13 +67,6 @@ def test_a_frozen_model_is_refused():
         MISA(model, delta=0.3)
 
 
-def test_a_second_optimizer_on_the_same_model_is_refused():
-    model = tiny()
-    MISA(model, delta=0.3)
-    with pytest.raises(ValueError, match="already frozen"):
-        MISA(model, delta=0.3)
-
-
 def test_data_parallel_models_are_refused(tmp_path):
     with pytest.raises(ValueError, match="DataParallel"):
         MISA(nn.DataParallel(tiny()), delta=0.3)

@@ -44,3 +44,9 @@ def test_values_are_read_as_people_write_them():
     found = parser().parse_args(["--packing", "--methods", "misa, adamw,"])
     assert found.packing is True and found.methods == ("misa", "adamw")
     assert [truth(word) for word in ("Yes", "0", "off", "TRUE")] == [True, False, False, True]
+
+
+def test_a_percent_sign_in_a_help_text_is_a_percent_sign():
+    made = Parser("misa try")
+    made.add_argument("--share", help="5% of it, or 10%%", default=3)
+    assert "5% of it, or 10%" in made.format_help()

@@ -89,6 +89,13 @@ def test_a_run_killed_before_its_model_was_saved_saves_it_without_another_step(g
     ]
 
 
+def test_a_run_whose_model_could_not_be_saved_has_one_end_in_its_log(go_on, run, whole):
+    (run / "model.safetensors").unlink()  # trained to the end and logged, then the disk was full
+    assert go_on() == 0
+    assert same_model(run, whole)
+    assert [entry["type"] for entry in RunLog.read(run)].count("end") == 1
+
+
 def test_a_damaged_checkpoint_is_passed_over_with_a_line_and_refused_by_name(go_on, run, whole, capsys):
     unfinish(run)
     damaged = run / "checkpoint-6" / "optimizer.pt"

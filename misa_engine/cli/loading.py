@@ -161,10 +161,10 @@ def check_finite(model: PreTrainedModel, name: str) -> None:
     import torch
 
     named = list(model.named_parameters())
-    # the sum of a tensor is not finite if one of its numbers is not, and needs no copy; bfloat16 alone would overflow
-    sums = torch.stack([parameter.detach().sum(dtype=torch.float32) for _, parameter in named])
-    for (tensor, parameter), fine in zip(named, sums.isfinite().tolist(), strict=True):
-        if not fine and not bool(parameter.detach().isfinite().all()):
+    # a tensor's least and largest number are NaN or infinite if any is, and finding them needs no copy of it
+    ends = torch.stack([torch.stack(torch.aminmax(parameter.detach())).float() for _, parameter in named])
+    for (tensor, _), fine in zip(named, ends.isfinite().all(dim=1).tolist(), strict=True):
+        if not fine:
             raise UserError(
                 f"model {name} cannot be trained: {tensor} holds NaN or infinite numbers. Restore the file, or start "
                 "from an earlier checkpoint."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from typing import Any, NoReturn
 
 from misa_engine.errors import UserError, did_you_mean
@@ -30,6 +31,8 @@ class Parser(argparse.ArgumentParser):
 
     def add_argument(self, *names: str, **kwargs: Any) -> argparse.Action:
         """As in argparse; ``--max-length`` is understood where ``--max_length`` is added."""
+        if kwargs.get("help"):  # argparse formats help with %, and fails on "5% of it" when help is asked for
+            kwargs["help"] = re.sub(r"(?<!%)%(?![(%])", "%%", kwargs["help"])
         action = super().add_argument(*names, **kwargs)
         for name in names:
             if name.startswith("--") and "_" in name:  # not in option_strings: help shows each option once

@@ -48,6 +48,31 @@ class ActiveSet:
         """Names of the parameters that are bound, by slot."""
         return tuple(self._arena.names)
 
+    def numel(self, name: str) -> int:
+        """Elements of a parameter; KeyError for one that can never be bound."""
+        return self._parameters[name].numel()
+
+    def drop_stale_bits(self) -> None:
+        """Clear the residual bits of weights that somebody else wrote in place: they extend values that are gone.
+
+        To be called before bits are read or saved, and followed by ``know_weights`` once weights were written.
+        """
+        for name in self._intake.places.edited((*self.names, *self._host.names)):
+            if name in self._host.names:
+                self._host.drop_residual(name)
+            elif self._arena.residual is not None:
+                slot = self._arena.slots[self._arena.names.index(name)]
+                self._arena.residual[slot.start : slot.start + slot.numel].zero_()
+        self.know_weights()
+
+    def forget_weights(self) -> None:
+        """Take the weights that are found at the next step for those that the residual bits extend."""
+        self._intake.places.forget()
+
+    def know_weights(self) -> None:
+        """Take the weights as they are for those that the residual bits extend."""
+        self._intake.places.know((*self.names, *self._host.names))
+
     def change(self, wanted: Sequence[str], steps: Mapping[str, int], round: int, fresh: Collection[str] = ()) -> int:
         """Bind ``wanted`` instead of what is bound now.
 
@@ -60,10 +85,13 @@ class ActiveSet:
         Returns:
             Bytes moved between the arena and the host.
         """
+        self.drop_stale_bits()
         staying = set(wanted)
         moved = sum(self._leave(name, steps[name], round) for name in self.names if name not in staying)
         self.bind(wanted, {name: steps[name] for name in self.names if name in staying and name not in fresh})
-        return moved + sum(self._host.enter(name, index) for index, name in enumerate(self.names))
+        moved += sum(self._host.enter(name, index) for index, name in enumerate(self.names))
+        self.know_weights()
+        return moved
 
     def bind(self, names: Sequence[str], steps: Mapping[str, int], starts: Sequence[int] | None = None) -> None:
         """Give ``names`` their slots, make them trainable, freeze the others and forget all gradients.

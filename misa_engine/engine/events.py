@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from misa_engine.method.partition import Unit
+from misa_engine.method.sampling import ImportanceTracker
 
 
 @dataclass(frozen=True)
@@ -41,9 +44,48 @@ class SwitchEvent:
     starved: tuple[str, ...]
     """Units that have waited longer than ten times what they would under a uniform draw."""
 
+    empty_steps: int = 0
+    """Steps in which no active parameter received a gradient (all their layers were skipped), since the beginning."""
+    without_gradient: dict[str, int] = field(default_factory=dict)
+    """Parameter -> steps of the round that ended in which it received no gradient; others are left out."""
+
     def to_dict(self) -> dict[str, Any]:
         """A dictionary that JSON can hold."""
         return asdict(self)
+
+
+def describe_switch(
+    units: Sequence[Unit], tracker: ImportanceTracker, total: int, before: Sequence[str], **counted: Any
+) -> SwitchEvent:
+    """Describe the draw that has just been made.
+
+    Args:
+        units: all of them.
+        tracker: after the draw.
+        total: parameters of the model.
+        before: names of the units that were active until now.
+        counted: the fields that the optimizer itself counts.
+    """
+    names = [unit.name for unit in units]
+    after = tuple(names[index] for index in tracker.active)
+    numel = sum(units[index].numel for index in tracker.active)
+    return SwitchEvent(
+        round=tracker.round,
+        left=tuple(name for name in before if name not in after),
+        came=tuple(name for name in after if name not in before),
+        kept=tuple(name for name in after if name in before),
+        active=after,
+        active_share=numel / total,
+        budget_share=numel / tracker.budget,
+        scores=dict(zip(names, tracker.scores, strict=True)),
+        probabilities=dict(zip(names, tracker.probabilities, strict=True)),
+        visits=dict(zip(names, map(int, tracker.visits), strict=True)),
+        entropy=tracker.entropy,
+        coverage=tracker.coverage,
+        stale_rounds_max=max(tracker.stale_rounds),
+        starved=tuple(names[index] for index in tracker.starved()),
+        **counted,
+    )
 
 
 class CallbackHandle:

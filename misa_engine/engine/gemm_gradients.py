@@ -66,12 +66,7 @@ class GemmGradients:
             if isinstance(module.__dict__.get("forward"), _ForwardIntoSlot):
                 del module.forward
         self._replaced = []
-        compiled = {
-            inner
-            for module in self._model.modules()
-            if getattr(module, "_compiled_call_impl", None) is not None
-            for inner in module.modules()
-        }
+        compiled = compiled_modules(self._model)
         for name in names:
             for module in self._modules.get(name, ()):
                 # someone else's forward (accelerate's offloading) stays
@@ -110,6 +105,16 @@ class GemmGradients:
             with phase("hooks"):
                 self._written(name)
         return True
+
+
+def compiled_modules(model: nn.Module) -> set[nn.Module]:
+    """Modules that ``compile()`` was called on, with all that lies inside them."""
+    return {
+        inner
+        for module in model.modules()
+        if getattr(module, "_compiled_call_impl", None) is not None
+        for inner in module.modules()
+    }
 
 
 def plain_autograd(x: object) -> bool:

@@ -47,7 +47,6 @@ class GradientSlots(GradientIntake):
         gemm: bool,
     ):
         super().__init__(model, parameters, arena, kernels, groups)
-        self.measure_on_arrival = max_norm is None
         self._max_norm = max_norm
         self._clip_next: float | None = None
         self._views: list[Tensor] = []  # p.grad of each slot
@@ -184,6 +183,7 @@ class GradientSlots(GradientIntake):
 
     def _written_by_gemm(self, name: str) -> None:
         index = self.slot_of[name]
+        self.on_arrival(name)
         self._parameters[name].grad = self._views[index]
         self._measure(index)
 

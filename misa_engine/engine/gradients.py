@@ -30,9 +30,16 @@ class Scaler:
     scale: Tensor | None
     """What they are still multiplied by; None when the caller has unscaled them."""
 
+    @classmethod
+    def of(cls, optimizer: torch.optim.Optimizer) -> Scaler | None:
+        """What it has set on ``optimizer`` for the time of its ``step``; None when no scaler makes the step."""
+        return cls(getattr(optimizer, "grad_scale", None)) if hasattr(optimizer, "found_inf") else None
+
 
 class GradientIntake(ABC):
     """Takes the gradients of all active parameters, and makes the step that uses them.
+
+    ``on_arrival`` is called with the parameter's name for each gradient that arrives, used or not.
 
     Args:
         model: the model, for the modules whose forward passes can help.
@@ -57,6 +64,7 @@ class GradientIntake(ABC):
         self._measure_on_arrival = self._last_micro_batch = True
         self.places = Places(model, parameters)
         self.slot_of: dict[str, int] = {}
+        self.on_arrival: Callable[[str], None] = lambda name: None
         self._present: list[bool] = []
         self._handles = [
             parameter.register_post_accumulate_grad_hook(self._hook(name)) for name, parameter in parameters.items()
@@ -119,6 +127,11 @@ class GradientIntake(ABC):
         for handle in self._handles:
             handle.remove()
 
+    @property
+    def present(self) -> list[bool]:
+        """Which slots had a gradient in the last step."""
+        return self._present
+
     def _tell_present(self, present: list[bool]) -> None:
         if present != self._present:
             upload(present, self._arena.table.slot_present)
@@ -135,6 +148,7 @@ class GradientIntake(ABC):
                     "after building the optimizer, and call backward() before the step() that ends the round."
                 )
             if parameter.grad is not None:  # torch 2.13 calls the hook for a gradient of None too
+                self.on_arrival(name)
                 with phase("hooks"):
                     self._arrived(name, index, parameter)
 

@@ -5,6 +5,10 @@ All of them raise ValueError (what is wrong, what was found, what to do) before 
 
 from __future__ import annotations
 
+import math
+import weakref
+from collections.abc import Collection, Iterable, Mapping
+
 import torch
 from torch import nn
 
@@ -13,9 +17,16 @@ def check_model(model: nn.Module) -> None:
     """Refuse models that the engine would train wrongly.
 
     Raises:
+        TypeError: it is no model.
         ValueError: the model is wrapped for data parallelism, sharded, frozen, without memory (meta device), spread
-            over several devices, or checkpoints with ``use_reentrant=True``.
+            over several devices, checkpoints with ``use_reentrant=True``, trains under another MISA, or holds weights
+            that are not finite.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"MISA takes the model itself, MISA(model, lr=...), because it has to know names and layers; got "
+            f"{type(model).__name__}. Learning rates by parameter: parameter_groups=[{{'pattern': ..., 'lr': ...}}]."
+        )
     if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         raise ValueError(
             f"the model is wrapped in {type(model).__name__}, which keeps the set of synchronised gradients that it "
@@ -40,6 +51,12 @@ def check_model(model: nn.Module) -> None:
             )
         if type(parameter.data).__name__ == "DTensor":
             raise ValueError(f"{name} is a sharded DTensor; MISA works on unsharded models in one process.")
+    taken = [name for name, parameter in parameters.items() if _claimed.get(id(parameter)) is parameter]
+    if taken:
+        raise ValueError(
+            f"{len(taken)} parameters already train under another MISA, {taken[0]} first. Call its remove() before "
+            "building a new one; to keep its progress, pass its state_dict() on."
+        )
     frozen = [name for name, parameter in parameters.items() if not parameter.requires_grad]
     if frozen:
         raise ValueError(
@@ -54,6 +71,69 @@ def check_model(model: nn.Module) -> None:
             "without device_map, or with device_map={'': 0}."
         )
     stop_reentrant_checkpointing(model)
+    check_finite(parameters)
+
+
+#: id -> parameter, of everything that trains under a MISA which was not removed.
+_claimed: weakref.WeakValueDictionary[int, nn.Parameter] = weakref.WeakValueDictionary()
+
+
+def claim(parameters: Iterable[nn.Parameter]) -> None:
+    """Let no other MISA train these parameters, until ``release``."""
+    for parameter in parameters:
+        _claimed[id(parameter)] = parameter
+
+
+def release(parameters: Iterable[nn.Parameter]) -> None:
+    """Undo ``claim``."""
+    for parameter in parameters:
+        _claimed.pop(id(parameter), None)
+
+
+@torch.no_grad()
+def check_finite(parameters: Mapping[str, torch.Tensor]) -> None:
+    """Refuse weights that are NaN or infinite. One read of all weights and one wait for the device.
+
+    Raises:
+        ValueError: with the first such parameter's name.
+    """
+    floating = {name: parameter for name, parameter in parameters.items() if parameter.is_floating_point()}
+    sums = torch.stack([parameter.sum(dtype=torch.float32) for parameter in floating.values()]).tolist()
+    suspects = [name for name, value in zip(floating, sums, strict=True) if not math.isfinite(value)]
+    bad = [name for name in suspects if not bool(floating[name].isfinite().all())]  # a sum alone may overflow
+    if bad:
+        broken = int((~floating[bad[0]].isfinite()).sum())
+        raise ValueError(
+            f"{len(bad)} of {len(parameters)} parameters hold NaN or infinite weights: {bad[0]} has {broken}. The "
+            "model is damaged or was not loaded whole; nothing can be trained from it."
+        )
+
+
+def check_sparse(model: nn.Module, trained: Collection[str]) -> None:
+    """Refuse embeddings whose gradients are sparse, if they are to be trained.
+
+    Raises:
+        ValueError: with the module's name.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse and f"{name}.weight" in trained:
+            raise ValueError(
+                f"{name} is an embedding with sparse=True, whose gradients are sparse; MISA takes dense ones. Set "
+                f"model.get_submodule({name!r}).sparse = False, or leave it frozen."
+            )
+
+
+def common_dtype(parameters: Mapping[str, torch.Tensor]) -> torch.dtype:
+    """Check all parameters that will be trained; returns their dtype.
+
+    Raises:
+        ValueError: as ``check_trainable``.
+    """
+    dtype: torch.dtype | None = None
+    for name, parameter in parameters.items():
+        dtype = check_trainable(name, parameter, dtype)
+    assert dtype is not None
+    return dtype
 
 
 def check_trainable(name: str, parameter: torch.Tensor, expected: torch.dtype | None) -> torch.dtype:

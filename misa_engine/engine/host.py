@@ -11,7 +11,7 @@ slots among it, runs after them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -103,6 +103,34 @@ class HostStore:
             torch.cuda.synchronize(self._arena.exp_avg.device)
         return {name: [self._steps[name], dict(buffers)] for name, buffers in self._held.items()}
 
+    @property
+    def names(self) -> Collection[str]:
+        """Parameters of which something is kept."""
+        return self._held.keys()
+
+    def drop_residual(self, name: str) -> None:
+        """Clear the residual bits that are kept of a parameter, whose weights are no longer those they extend."""
+        if self._residual:
+            if self._arena.exp_avg.is_cuda:
+                torch.cuda.synchronize(self._arena.exp_avg.device)  # the copy that brings them may be under way
+            self._held[name]["residual_bits"].zero_()
+
+    def damage(self, saved: Mapping[str, Sequence[Any]], numel: Callable[[str], int]) -> str | None:
+        """What is wrong with a state that ``load_state_dict`` is to hold; None when nothing is.
+
+        Args:
+            saved: the state.
+            numel: elements of a parameter, KeyError for an unknown one.
+        """
+        try:
+            for name, (step, buffers) in saved.items():
+                found = {category: (tensor.numel(), tensor.dtype) for category, tensor in buffers.items()}
+                if int(step) < 0 or found != self._sizes(padded(numel(name))):
+                    return f"what the host keeps of {name} does not fit it"
+        except (TypeError, ValueError, AttributeError, KeyError) as error:
+            return f"what the host keeps cannot be read ({error!r})"
+        return None
+
     def load_state_dict(self, saved: Mapping[str, Sequence[Any]]) -> None:
         """Hold copies of what ``state_dict`` gave, and nothing else."""
         self._held, self._steps, self._idle = {}, {}, {}
@@ -121,11 +149,15 @@ class HostStore:
         return plain
 
     def _allocate(self, length: int) -> dict[str, Tensor]:
+        return {name: self._pinned(numel, dtype) for name, (numel, dtype) in self._sizes(length).items()}
+
+    def _sizes(self, length: int) -> dict[str, tuple[int, torch.dtype]]:
+        """Elements and dtype of each buffer that a parameter of ``length`` elements, padded, needs."""
         ratio = self._arena.capacity
         sizes = {name: (length * buffer.numel() // ratio, buffer.dtype) for name, buffer in self._plain().items()}
         if self._pack:
             sizes |= {name: (length // share, dtype) for name, (dtype, share) in PACKED.items()}
-        return {name: self._pinned(numel, dtype) for name, (numel, dtype) in sizes.items()}
+        return sizes
 
     def _pinned(self, numel: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(numel, dtype=dtype, pin_memory=self._arena.exp_avg.is_cuda)

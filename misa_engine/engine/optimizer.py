@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from misa_engine.engine import state
 from misa_engine.engine.active_set import ActiveSet
 from misa_engine.engine.arena import Arena, capacity_for
-from misa_engine.engine.events import CallbackHandle, SwitchEvent
+from misa_engine.engine.attendance import Attendance, GraphAnchor
+from misa_engine.engine.events import CallbackHandle, SwitchEvent, describe_switch
 from misa_engine.engine.gradient_slots import GradientSlots
 from misa_engine.engine.gradients import GradientIntake, Scaler
 from misa_engine.engine.groups import build_groups
-from misa_engine.engine.guards import CheckpointingGuard, check_model, check_trainable
+from misa_engine.engine.guards import CheckpointingGuard, check_model, check_sparse, claim, common_dtype, release
 from misa_engine.engine.host import HostStore
 from misa_engine.engine.marks import phase
 from misa_engine.engine.update import ArenaUpdate
@@ -64,6 +65,7 @@ class MISA(torch.optim.Optimizer):
         backend: "triton" or "reference", whichever updates the weights.
         events: the last 200 switches, as ``SwitchEvent``; ``on_switch`` sees all.
         skipped_steps: steps skipped because of a non-finite gradient, as of the last switch.
+        empty_steps: steps in which no active parameter received a gradient, because their layers were skipped.
 
     Raises:
         ValueError: a bad option, a model that cannot be trained this way (see ``misa_engine.engine.guards``), or a
@@ -74,6 +76,8 @@ class MISA(torch.optim.Optimizer):
     _step_supports_amp_scaling = True
 
     def __init__(self, model: nn.Module, config: MisaConfig | None = None, **options: Any):
+        if config is not None and not isinstance(config, MisaConfig):
+            raise TypeError(f"the second argument is a MisaConfig, options go by name (lr=...); got {config!r}")
         if config is not None and options:
             raise ValueError(f"give either config or single options, not both; got config and {', '.join(options)}")
         self.config = config = config if config is not None else MisaConfig.from_dict(options)
@@ -92,15 +96,12 @@ class MISA(torch.optim.Optimizer):
         sampled = [name for unit in self.units for name in unit.params]
         self._always = self.partition.always
         self._parameters = {name: named[name] for name in (*self._always, *sampled)}
-        dtype: torch.dtype | None = None
-        for name, parameter in self._parameters.items():
-            dtype = check_trainable(name, parameter, dtype)
-        assert dtype is not None
+        dtype = common_dtype(self._parameters)
+        check_sparse(model, self._parameters)
         device = next(iter(self._parameters.values())).device
         self.backend = choose_backend(config.backend, device)
         groups, group_of = build_groups(model, self._parameters, config)
-        defaults = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
-        super().__init__(groups, defaults)
+        super().__init__(groups, {name: getattr(config, name) for name in ("lr", "betas", "eps", "weight_decay")})
 
         sizes = {name: parameter.numel() for name, parameter in self._parameters.items()}
         capacity, slots = capacity_for(self.budget, [sizes[n] for n in sampled], [sizes[n] for n in self._always])
@@ -131,36 +132,48 @@ class MISA(torch.optim.Optimizer):
         self.inner_step = 0
         self.total_steps = 0
         self.skipped_steps = 0
+        self.empty_steps = 0
         self.events: deque[SwitchEvent] = deque(maxlen=200)  # 67 KB each for an 8B model's 224 units
         self._callbacks: list[Callable[[SwitchEvent], None]] = []
         self._model_bytes = sum(parameter.nbytes for parameter in named.values())  # tied ones are listed once
 
         # Hooks first: a frozen parameter takes none, and hooks survive requires_grad being toggled.
         self._model = model
-        self._guard = CheckpointingGuard(model)
+        self._guard, self._anchor = CheckpointingGuard(model), GraphAnchor(model)
         intake = (model, self._parameters, self.arena, kernels, lambda: self.param_groups)
         self._intake: GradientIntake
         if config.update_in == "backward":
             self._intake = UpdateOnArrival(*intake)
         else:
             self._intake = GradientSlots(*intake, max_norm=config.max_grad_norm, gemm=config.gemm_gradients)
-        self._active_set = ActiveSet(
-            self._parameters,
-            group_of,
-            self.arena,
-            self.host,
-            self._intake,
-            rounding_seed=config.seed if config.leave_rounding == "stochastic" else None,
-            backend=self.backend,
-        )
+        self._attendance = Attendance(model, self._intake.places)
+        self._intake.on_arrival = self._attendance.arrived
+        rounding_seed = config.seed if config.leave_rounding == "stochastic" else None
+        bound = (self._parameters, group_of, self.arena, self.host, self._intake)
+        self._active_set = ActiveSet(*bound, rounding_seed=rounding_seed, backend=self.backend)
         self._parts = state.Parts(
             config, self.partition, dtype, self.tracker, self.arena, kernels, self.host, self._active_set
         )
         model.requires_grad_(False)
         model.zero_grad(set_to_none=True)
+        claim(self._parameters.values())
         self._open_round({}, started=time.perf_counter())
 
-    # ------------------------------------------------------------------------------------------------ what is seen
+    def __repr__(self) -> str:
+        """Budget, clocks and active units."""
+        shown = ("delta", "inner_steps", "preset", "rule")
+        return (
+            f"MISA({', '.join(f'{name}={getattr(self.config, name)!r}' for name in shown)}, backend={self.backend!r}: "
+            f"budget of {self.budget:,} parameters for {len(self.units)} units; round {self.round}, step "
+            f"{self.inner_step} of {self.tracker.round_length}, active: {', '.join(self.active)})"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Refuse to be pickled or copied: the hooks that feed it belong to one model."""
+        raise TypeError(
+            "a MISA cannot be pickled or copied, because its hooks sit on one model. Save optimizer.state_dict(), "
+            "build MISA(model, ...) on the other model and load it there."
+        )
 
     @property
     def active(self) -> tuple[str, ...]:
@@ -191,7 +204,7 @@ class MISA(torch.optim.Optimizer):
     def measure_on_arrival(self) -> bool:
         """Take each gradient's norm as it arrives, so that clipping by the caller cannot distort the scores.
 
-        On unless ``max_grad_norm`` is given. Switch it off to save that pass when you clip with ``clip_grad_norm_``.
+        On from the start. Switch it off to save that pass when only MISA clips: ``max_grad_norm``, ``clip_grad_norm_``.
         Always on with ``update_in="backward"``, which needs the norm to know a gradient that is not finite.
         """
         return self._intake.measure_on_arrival
@@ -222,8 +235,6 @@ class MISA(torch.optim.Optimizer):
         self._callbacks.append(callback)
         return CallbackHandle(self._callbacks, callback)
 
-    # ---------------------------------------------------------------------------------------------------- one step
-
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Clip the global gradient norm inside the next ``step()``, without touching the gradients.
 
@@ -252,7 +263,8 @@ class MISA(torch.optim.Optimizer):
             closure: re-evaluates the model and returns the loss, as in every torch optimizer.
 
         Raises:
-            ValueError: a parameter was moved, replaced or reshaped since construction.
+            ValueError: a parameter was moved, replaced or reshaped since construction; or a round is over in which an
+                active parameter ran and never received a gradient.
         """
         loss = None
         if closure is not None:
@@ -262,16 +274,17 @@ class MISA(torch.optim.Optimizer):
             ends_round = self.inner_step + 1 >= self.tracker.round_length
             if ends_round:  # any unit may come next, so all have to be in their places before anything is written
                 self._intake.places.check_all()
-            self._intake.step(self._scaler())
+            self._active_set.drop_stale_bits()
+            self._intake.step(Scaler.of(self))
+            self._active_set.know_weights()
+            self._attendance.count(self._intake.present)
+            self.empty_steps += not any(self._intake.present)
             self.total_steps += 1
             self.inner_step += 1
             if ends_round:
+                self._attendance.check()
                 self._switch()
         return loss
-
-    def _scaler(self) -> Scaler | None:
-        """What torch.amp.GradScaler has set on this optimizer for the time of its ``step``."""
-        return Scaler(getattr(self, "grad_scale", None)) if hasattr(self, "found_inf") else None
 
     @torch.no_grad()
     def end_round(self) -> None:
@@ -286,8 +299,6 @@ class MISA(torch.optim.Optimizer):
         self._intake.places.check_all()
         self._switch()
 
-    # ---------------------------------------------------------------------------------------------------- a switch
-
     def _switch(self) -> None:
         """Close the round (line 16, scores), draw the next one and move its units in."""
         with phase("switch"):
@@ -297,7 +308,9 @@ class MISA(torch.optim.Optimizer):
     def _close_round(self) -> dict[str, int]:
         """Account for the round that ends. Returns each bound parameter's number of Adam steps."""
         if self.config.closing_momentum:  # line 16 is for what is about to be cleared
+            self._active_set.drop_stale_bits()
             self._kernels.closing_step(spared=len(self._always))
+            self._active_set.know_weights()
         report = self._kernels.report()
         self.skipped_steps = report.skipped
         slots = [[self._intake.slot_of[name] for name in self.units[index].params] for index in self.tracker.active]
@@ -318,37 +331,27 @@ class MISA(torch.optim.Optimizer):
         before = self.active
         with phase("switch (sampler)"):
             self.tracker.draw()
-        after = self.active
         wanted = [*self._always, *(name for index in self.tracker.active for name in self.units[index].params)]
         fresh = wanted[len(self._always) :] if self.config.revisit == "clear" else []
         moved = self._active_set.change(wanted, steps, self.round, fresh)
+        missed = self._attendance.without_gradient
+        self._attendance.bind(self.arena.names)
         self.inner_step = 0
-        numel = sum(self.units[index].numel for index in self.tracker.active)
-        event = SwitchEvent(
-            round=self.round,
+        event = describe_switch(
+            self.units,
+            self.tracker,
+            self.partition.total,
+            before,
             step=self.total_steps,
-            left=tuple(name for name in before if name not in after),
-            came=tuple(name for name in after if name not in before),
-            kept=tuple(name for name in after if name in before),
-            active=after,
-            active_share=numel / self.partition.total,
-            budget_share=numel / self.budget,
             milliseconds=1e3 * (time.perf_counter() - started),
             moved_bytes=moved,
-            scores=self.scores,
-            probabilities=self.probabilities,
-            visits=dict(zip((unit.name for unit in self.units), map(int, self.tracker.visits), strict=True)),
-            entropy=self.tracker.entropy,
-            coverage=self.tracker.coverage,
             skipped_steps=self.skipped_steps,
-            stale_rounds_max=max(self.tracker.stale_rounds),
-            starved=tuple(self.units[index].name for index in self.tracker.starved()),
+            empty_steps=self.empty_steps,
+            without_gradient=missed,
         )
         self.events.append(event)
         for callback in list(self._callbacks):
             callback(event)
-
-    # ------------------------------------------------------------------------------------------ saving and the end
 
     def state_dict(self) -> dict[str, Any]:
         """Everything an exact continuation needs: torch's own part plus moments, residual bits, scores and clocks.
@@ -356,6 +359,7 @@ class MISA(torch.optim.Optimizer):
         Tensors are references to the live buffers, as in every torch optimizer; ``torch.save`` or a deep copy makes
         them a snapshot. Loads with ``torch.load(weights_only=True)``.
         """
+        self._active_set.drop_stale_bits()
         return {**super().state_dict(), "misa": state.pack(self._parts, self._clocks())}
 
     @torch.no_grad()
@@ -366,13 +370,14 @@ class MISA(torch.optim.Optimizer):
             ValueError: the state is another optimizer's, or of another model, δ, granularity, preset or option of the
                 sampler; the message lists what differs. Nothing has been changed then.
         """
-        state.check(self._parts, len(self.param_groups), state_dict)
+        state.check(self._parts, self.param_groups, state_dict)
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "misa"})
         clocks = state.unpack(self._parts, self._clocks(), state_dict["misa"])
-        self.inner_step, self.total_steps, self.skipped_steps = clocks
+        self.inner_step, self.total_steps, self.skipped_steps, self.empty_steps = clocks
+        self._attendance.bind(self.arena.names)
 
     def _clocks(self) -> state.Clocks:
-        return state.Clocks(self.inner_step, self.total_steps, self.skipped_steps)
+        return state.Clocks(self.inner_step, self.total_steps, self.skipped_steps, self.empty_steps)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Only for torch's own use during construction; groups come from ``parameter_groups=[{"pattern": ...}]``."""
@@ -385,7 +390,8 @@ class MISA(torch.optim.Optimizer):
 
     def remove(self) -> None:
         """Take all hooks off the model and make every parameter trainable again, as before construction."""
-        self._guard.remove()
-        self._intake.remove()
+        for hooks in (self._guard, self._anchor, self._attendance, self._intake):
+            hooks.remove()
         self._active_set.release()
+        release(self._parameters.values())
         self._model.requires_grad_(True)

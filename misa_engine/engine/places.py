@@ -1,8 +1,8 @@
-"""Places: the model's parameters are still the tensors, and still where they were, when the optimizer was built."""
+"""Places: are the model's parameters still the tensors, in place and with the values that the optimizer left?"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ class Places:
     def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]):
         self._parameters = parameters
         self._places = {name: _place(parameter) for name, parameter in parameters.items()}
+        self._versions: dict[str, int] = {}  # version counter when the optimizer last knew the value
         self._owners = {
             f"{prefix}.{attribute}" if prefix else attribute: (module, attribute)
             for prefix, module in model.named_modules()
@@ -49,6 +50,19 @@ class Places:
                 f"{tuple(parameter.shape)}, {parameter.dtype} on {parameter.device} or elsewhere in memory. Move or "
                 "convert the model first and build the optimizer afterwards."
             )
+
+    def know(self, names: Iterable[str]) -> None:
+        """Take the present values of these parameters for those that the optimizer left."""
+        self._versions.update((name, self._parameters[name]._version) for name in names)
+
+    def forget(self) -> None:
+        """Take the values that are found next for those that belong to a state just loaded, in whatever order."""
+        self._versions.clear()
+
+    def edited(self, names: Iterable[str]) -> list[str]:
+        """Those of ``names`` that somebody else wrote in place since ``know`` (all writes but through ``.data``)."""
+        versions = ((name, self._versions.get(name)) for name in names)
+        return [name for name, version in versions if version not in (None, self._parameters[name]._version)]
 
     def check_all(self) -> None:
         """``check`` every parameter."""

@@ -4,7 +4,7 @@ Layout of ``state_dict()["misa"]``, plain Python values and tensors only:
 
     version, config, units [[name, numel]], total      identify the run; compared before anything is loaded
     tracker                                            scores, visits, generator, active set, round
-    inner_step, total_steps, skipped_steps             clocks
+    inner_step, total_steps, skipped_steps, empty_steps    clocks
     slots [[parameter name, first element]]            who lies where in the arena
     buffers {gradients excluded}                       moments and residual bits, up to the last slot
     rounds {slot_step, slot_measured, tile_sumsq, norm_sums}   what the round has accumulated so far
@@ -13,6 +13,8 @@ Layout of ``state_dict()["misa"]``, plain Python values and tensors only:
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,14 +22,18 @@ import torch
 from torch import Tensor
 
 from misa_engine.engine.active_set import ActiveSet
-from misa_engine.engine.arena import Arena
+from misa_engine.engine.arena import Arena, padded
 from misa_engine.engine.host import HostStore
 from misa_engine.engine.update import ArenaUpdate
+from misa_engine.kernels.tiles import BLOCK
 from misa_engine.method.config import FREE_ON_LOAD, RETIRED, MisaConfig
 from misa_engine.method.partition import Partition
 from misa_engine.method.sampling import ImportanceTracker
 
 VERSION = 2
+#: Entries of a state beyond what identifies its run.
+CLOCKS = ("inner_step", "total_steps", "skipped_steps")
+PROGRESS = frozenset({"tracker", "slots", "buffers", "round", "host", *CLOCKS})
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,7 @@ class Clocks(NamedTuple):
     inner_step: int
     total_steps: int
     skipped_steps: int
+    empty_steps: int
 
 
 def pack(parts: Parts, clocks: Clocks) -> dict[str, Any]:
@@ -82,12 +89,12 @@ def _progress(parts: Parts, clocks: Clocks) -> dict[str, Any]:
     }
 
 
-def check(parts: Parts, groups: int, state_dict: dict[str, Any]) -> None:
+def check(parts: Parts, groups: Sequence[Mapping[str, Any]], state_dict: dict[str, Any]) -> None:
     """Refuse a state that does not belong to this optimizer.
 
     Args:
         parts: of the optimizer.
-        groups: how many parameter groups it has.
+        groups: its parameter groups.
         state_dict: what is to be loaded.
 
     Raises:
@@ -100,9 +107,14 @@ def check(parts: Parts, groups: int, state_dict: dict[str, Any]) -> None:
             f"(found {', '.join(map(repr, state_dict)) or 'nothing'}). Resume with the optimizer that wrote it, or "
             "start from the model weights alone."
         )
-    if saved["version"] != VERSION:
-        raise ValueError(f"MISA state of version {saved['version']}; this release reads version {VERSION}")
+    if not isinstance(saved, Mapping) or saved.get("version") != VERSION:
+        found = saved.get("version") if isinstance(saved, Mapping) else type(saved).__name__
+        raise ValueError(f"MISA state of version {found}; this release reads version {VERSION}")
     here = _identity(parts)
+    if lacking := sorted((PROGRESS | here.keys()) - saved.keys()):
+        raise ValueError(
+            f"the optimizer state is damaged: it lacks {', '.join(lacking)}. Resume from another checkpoint."
+        )
     differences = [
         f"{option}: {saved['config'].get(option)!r} in the checkpoint, {value!r} here"
         for option, value in here["config"].items()
@@ -128,14 +140,65 @@ def check(parts: Parts, groups: int, state_dict: dict[str, Any]) -> None:
         )
     if saved["always"] != here["always"]:
         differences.append(f"always trained: {saved['always']} in the checkpoint, {here['always']} here")
-    if len(state_dict["param_groups"]) != groups:
-        differences.append(f"parameter groups: {len(state_dict['param_groups'])} in the checkpoint, {groups} here")
+    there_groups = state_dict.get("param_groups") or []
+    if len(there_groups) != len(groups):
+        differences.append(f"parameter groups: {len(there_groups)} in the checkpoint, {len(groups)} here")
     if differences:
         raise ValueError(
             "the checkpoint belongs to another run, so continuing would not be the same training:\n  - "
             + "\n  - ".join(differences)
             + "\nUse the options of the checkpoint, or start anew from its model weights."
         )
+    if (damage := _group_damage(there_groups, groups) or _damage(parts, saved)) is not None:
+        raise ValueError(
+            f"the optimizer state is damaged: {damage}. Resume from another checkpoint, or start anew from the weights."
+        )
+
+
+def _group_damage(saved: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]) -> str | None:
+    for index, (there, here) in enumerate(zip(saved, groups, strict=True)):
+        if lacking := sorted(here.keys() - there.keys()):
+            return f"parameter group {index} lacks {', '.join(lacking)}"
+        if len(there["params"]) != len(here["params"]):
+            return f"parameter group {index} has {len(there['params'])} parameters, {len(here['params'])} here"
+        numbers = (there["lr"], there["eps"], there["weight_decay"], *there["betas"])
+        if not all(isinstance(value, (int, float, Tensor)) and math.isfinite(value) for value in numbers):
+            return f"parameter group {index} has settings that are no finite numbers: {numbers}"
+    return None
+
+
+def _damage(parts: Parts, saved: Mapping[str, Any]) -> str | None:
+    """What is wrong with the progress that a state holds, although its run is this one; None when nothing is."""
+    try:
+        parts.tracker.check(saved["tracker"])
+        clocks = [int(saved[name]) for name in CLOCKS]
+        names, starts = [name for name, _ in saved["slots"]], [int(start) for _, start in saved["slots"]]
+    except (TypeError, ValueError) as error:
+        return str(error)
+    if min(clocks) < 0 or not clocks[0] < int(saved["tracker"]["round_length"]):
+        return f"the clocks say step {clocks[0]} of a round of {saved['tracker']['round_length']}"
+    units = parts.partition.units
+    active = {name for index in saved["tracker"]["active"] for name in units[index].params}
+    if len(names) != len(set(names)) or set(names) != active | set(parts.partition.always):
+        return "its slots are not those of its active units"
+    end = 0
+    for name, start in zip(names, starts, strict=True):
+        if start < end or start % BLOCK:
+            return f"the slot of {name} begins at element {start}, before the end of the last one or inside a block"
+        end = start + padded(parts.active_set.numel(name))
+    if end > parts.arena.capacity:
+        return f"its slots end at element {end:,} of {parts.arena.capacity:,}"
+    expected = {name: parts.arena.stretch(buffer, 0, end) for name, buffer in _buffers(parts.arena).items()}
+    held = {f"buffers[{name!r}]": (saved["buffers"].get(name), like) for name, like in expected.items()}
+    held |= {f"round[{name!r}]": (saved["round"].get(name), like) for name, like in _round_tensors(parts).items()}
+    for what, (tensor, like) in held.items():
+        if not isinstance(tensor, Tensor) or tensor.shape != like.shape or tensor.dtype != like.dtype:
+            return f"{what} is {_kind(tensor)}, expected {_kind(like)}"
+    return parts.host.damage(saved["host"], parts.active_set.numel)
+
+
+def _kind(value: object) -> str:
+    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def unpack(parts: Parts, clocks: Clocks, saved: dict[str, Any]) -> Clocks:
@@ -159,7 +222,8 @@ def unpack(parts: Parts, clocks: Clocks, saved: dict[str, Any]) -> Clocks:
     for name, tensor in _round_tensors(parts).items():
         tensor.copy_(saved["round"][name])
     parts.host.load_state_dict(saved["host"])
-    return Clocks(*(int(saved[name]) for name in Clocks._fields))
+    parts.active_set.forget_weights()
+    return Clocks(*(int(saved.get(name, 0)) for name in Clocks._fields))  # empty_steps is younger than version 2
 
 
 def _is_live(parts: Parts, saved: dict[str, Any]) -> bool:

@@ -72,6 +72,9 @@ class UpdateOnArrival(GradientIntake):
     @torch.no_grad()
     def _use(self, name: str, index: int, parameter: nn.Parameter) -> None:
         self.places.check(name)
+        if self._arena.residual is not None and self.places.edited([name]):
+            slot = self._arena.slots[index]
+            self._arena.residual[slot.start : slot.start + slot.numel].zero_()
         gradient, parameter.grad = parameter.grad, None
         assert gradient is not None
         if self._updated[index]:
@@ -82,4 +85,5 @@ class UpdateOnArrival(GradientIntake):
         self._kernels.set_hyperparameters(self._groups(), None)
         check_dense(name, gradient)
         self._kernels.step_slot(index, gradient)
+        self.places.know([name])
         self._updated[index] = True

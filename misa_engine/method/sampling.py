@@ -36,6 +36,8 @@ SAVED = (
     *("round", "round_length", "active", "visits", "last_visit", "refused_sums"),
     *("_ema", "_updates", "_missed", "_carried", "_left"),
 )
+#: Of these, what has one entry a unit.
+PER_UNIT = ("visits", "last_visit", "_ema", "_updates", "_missed")
 
 
 def fill_budget(
@@ -301,16 +303,40 @@ class ImportanceTracker:
             ValueError: ``state`` is incomplete or belongs to other units, another budget or another rule; nothing is
                 changed then.
         """
+        values, generator = self._checked(state)
+        self._generator.set_state(generator)
+        for name, value in values.items():
+            setattr(self, name, value)
+
+    def check(self, state: Mapping[str, Any]) -> None:
+        """Raise the ValueError that ``load_state_dict`` would; change nothing."""
+        self._checked(state)
+
+    def _checked(self, state: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
         if missing := sorted(self.state_dict().keys() - state.keys()):
             raise ValueError(f"the sampler's state lacks {', '.join(missing)}: it was not written by this version")
         for name, own in self._identity().items():
             if state[name] != own:
                 raise ValueError(f"the sampler's state is for {name} = {state[name]}; this run has {own}")
-        # A checkpoint read with map_location="cuda" brings the generator's state on the GPU.
-        self._generator.set_state(state["generator"].to("cpu"))
-        for name in SAVED:
-            kind = type(getattr(self, name))  # int, list or tuple: converts, and copies the caller's lists
-            setattr(self, name, kind(state[name.strip("_")]))
+        try:
+            # int, list or tuple: converts, and copies the caller's lists
+            values = {name: type(getattr(self, name))(state[name.strip("_")]) for name in SAVED}
+            # A checkpoint read with map_location="cuda" brings the generator's state on the GPU.
+            generator = state["generator"].to("cpu")
+            torch.Generator(CPU).set_state(generator)
+        except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise ValueError(f"the sampler's state is damaged: {error}") from error
+        count = len(self.sizes)
+        short = [name for name in PER_UNIT if len(values[name]) != count]
+        odd = [
+            name
+            for name in ("active", "_carried", "_left")
+            if not all(type(unit) is int and 0 <= unit < count for unit in values[name])
+        ]
+        if short or odd or values["round_length"] not in (0, 1, self.config.inner_steps):
+            found = ", ".join(name.strip("_") for name in (*short, *odd)) or "round_length"
+            raise ValueError(f"the sampler's state is damaged: {found} cannot be of this run's {count} units")
+        return values, generator
 
     def _identity(self) -> dict[str, Any]:
         """What a state must share with the tracker that loads it; what is short to print comes first."""

@@ -127,19 +127,15 @@ def plan(
         **options: single fields of MisaConfig, instead of ``misa``.
 
     Returns:
-        The plan for the draw that needs the most of those that ``worst_case.draws`` looks at: a search over
-        orders in which the budget is filled, not over all draws. On small models, where all can be tried, it is
-        within 2% of the true one (tests/test_worst_case.py).
+        The plan for the worst of the draws that ``worst_case.draws`` looks at: a search over orders of filling the
+        budget, not over all draws. Where all can be tried, it is within 2% (tests/test_worst_case.py).
 
     Raises:
         ValueError: an option is invalid, δ is smaller than the largest unit (the message says which δ works), or
             ``misa`` and single options are both given.
     """
     if misa is not None and options:
-        raise ValueError(
-            f"plan() got a MisaConfig and also {', '.join(options)}. Put all options into the config, or pass all by "
-            "keyword."
-        )
+        raise ValueError(f"plan() got a MisaConfig and also {', '.join(options)}: give either, not both")
     meta = model if isinstance(model, MetaModel) else MetaModel(model, dtype, name)
     misa = misa or MisaConfig.from_dict(options)
     micro_batch = micro_batch or MicroBatch()
@@ -147,25 +143,11 @@ def plan(
     card = Card.of(card) if isinstance(card, str) else card
     parts = meta.partition(misa)
     budget = check_budget(parts, misa.delta)
-    arena = optimizer_bytes(parts, misa, meta.dtype)
     worst = WorstCase(meta, misa, micro_batch)
     peak, draw = worst.peak(micro_batch)
-    fixed = {"weights": meta.weight_bytes, **arena}
-    fixed |= {"cuda_context": activations.CONTEXT_BYTES, "slack": activations.SLACK_BYTES}
-    found = {
-        **fixed,
-        "activations": peak.activations,
-        "cross_entropy": peak.cross_entropy,
-        "temporaries": peak.temporaries,
-    }
-    notes = []
-    other = other_versions()
-    if other is not None and meta.shape is not None:
-        notes.append(other)
-    if meta.shape is None:
-        notes.append("no formulas for this family: activations were measured on two shallow models with fake tensors")
-    if getattr(meta.model.config, "_attn_implementation", None) == "eager":
-        notes.append("eager attention: memory grows with the square of the sequence length")
+    reserve = {"cuda_context": activations.CONTEXT_BYTES, "slack": activations.SLACK_BYTES}
+    fixed = {"weights": meta.weight_bytes, **optimizer_bytes(parts, misa, meta.dtype), **reserve}
+    found = fixed | {name: getattr(peak, name) for name in ("activations", "cross_entropy", "temporaries")}
     result = Plan(
         model=meta.name,
         parameters=parts.total,
@@ -176,12 +158,27 @@ def plan(
         moment=peak.moment,
         worst_draw=draw,
         method="closed form" if meta.shape is not None else "fake tensors",
-        notes=tuple(notes),
+        notes=_notes(meta),
         card=card,
     )
-    if card is None:
-        return result
-    room = card.total_bytes - sum(fixed.values())
+    return result if card is None else _with_room(result, meta, worst, card.total_bytes - sum(fixed.values()))
+
+
+def _notes(meta: MetaModel) -> tuple[str, ...]:
+    """What the reader of a plan should know of how it was made."""
+    notes = []
+    if meta.shape is None:
+        notes.append("no formulas for this family: activations were measured on two shallow models with fake tensors")
+    elif (other := other_versions()) is not None:
+        notes.append(other)
+    if getattr(meta.model.config, "_attn_implementation", None) == "eager":
+        notes.append("eager attention: memory grows with the square of the sequence length")
+    return tuple(notes)
+
+
+def _with_room(result: Plan, meta: MetaModel, worst: WorstCase, room: int) -> Plan:
+    """The plan with what fits into ``room`` bytes beside weights, arena, context and slack."""
+    micro_batch = result.micro_batch
     limit = getattr(meta.config, "max_position_embeddings", None) or LONGEST
     longest = most_that_fits(worst, micro_batch, room, "length", LONGEST)
     batch = most_that_fits(worst, micro_batch, room, "batch", max(1, LONGEST // micro_batch.length))

@@ -87,11 +87,11 @@ class RunLogWriter:
             self._early.append((step, numbers))
 
     def end(self, step: int, model: nn.Module, misa: MISA | None) -> None:
-        """Write the last line: visits, scores, what changed, memory and time."""
+        """Write the last line, unless the log has it: visits, scores, what changed, memory and time."""
         if self._switches is not None:
             self._switches.remove()
             self._switches = None
-        if self._log is None or self._start is None:
+        if self._log is None or self._start is None or not self._began:  # not begun: it had ended before this process
             return
         peak = peak_memory_bytes(self._device)  # before the comparison below adds to it
         changes = self._start.compare(model)
