@@ -10,7 +10,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from misa_engine.bench.presets import PRESETS, SUITES, Bench
+from misa_engine.bench.presets import PRESETS, PROFILED_STEPS, SUITES, Bench
 from misa_engine.cli.parsing import MODEL_FLAGS, Parser, names, positive, positive_size, truth
 from misa_engine.errors import DONE, FAILED, UserError, did_you_mean
 
@@ -124,6 +124,8 @@ def settings_of(options: argparse.Namespace) -> Bench:
     if "delta" not in given and (delta := fitting_delta(bench.model, bench.delta)) > bench.delta:
         print(f"{bench.model}: its largest matrix needs --delta {delta:g}")
         bench = replace(bench, delta=delta)
+    if bench.suite == "profile" and "steps" not in given:
+        bench = replace(bench, steps=PROFILED_STEPS)
     if bench.suite in ("throughput", "all") and bench.steps < 2 * bench.inner_steps:
         if "inner_steps" not in given:
             bench = replace(bench, inner_steps=max(1, bench.steps // 2))

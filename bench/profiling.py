@@ -89,7 +89,7 @@ def account(trace: Mapping[str, Any], *, cuda: bool) -> tuple[float, dict[str, C
         seen = e.get("cat") in ("cpu_op", "user_annotation", *RUNTIME)
         if begin <= e["ts"] < end and (seen or _is_memory(e) and e["args"].get("Device Type") == int(cuda)):
             threads.setdefault(e["tid"], []).append(e)
-    costs = {phase: Cost() for phase in PHASES}
+    costs = {name: Cost() for name in PHASES}
     for tid, own in threads.items():
         _nest(own)
         weights = _weight_gemms(own)
@@ -104,11 +104,12 @@ def account(trace: Mapping[str, Any], *, cuda: bool) -> tuple[float, dict[str, C
     seconds = window["dur"] * 1e-6
     if cuda:
         # kernels may end after the window only if the caller did not wait for them
-        launched = {e["args"].get("correlation"): e["phase"] for e in inside if e["cat"] in RUNTIME}
+        calls = (e for e in inside if e["cat"] in RUNTIME and "correlation" in e["args"])
+        launched = {e["args"]["correlation"]: e["phase"] for e in calls}
         for e in events:
             if e.get("cat") in DEVICE and e["args"].get("correlation") in launched:
                 costs[launched[e["args"]["correlation"]]].time_s += e["dur"] * 1e-6
-        costs["rest"].time_s = seconds - sum(cost.time_s for phase, cost in costs.items() if phase != "rest")
+        costs["rest"].time_s = seconds - sum(cost.time_s for name, cost in costs.items() if name != "rest")
     else:
         for e in threads[window["tid"]]:
             costs[e["phase"]].time_s += (e["dur"] - sum(child["dur"] for child in e["children"])) * 1e-6
@@ -155,8 +156,8 @@ def _set_phase(e: Event, weights: set[int], default: str) -> None:
     e["phase"], e["range"] = parent["phase"], parent["range"]
     if e["cat"] == "user_annotation" and e["name"].startswith(PREFIX) and e["name"] != WINDOW:
         e["range"] = e["name"]
-        phase = e["name"].removeprefix(PREFIX).partition(" (")[0]
-        e["phase"] = STEP_PHASES.get(phase, phase)
+        name = e["name"].removeprefix(PREFIX).partition(" (")[0]
+        e["phase"] = STEP_PHASES.get(name, name)
     elif e["phase"] == "backward dX":
         if e["name"].startswith("autograd::engine::evaluate_function") and e["name"].endswith("AccumulateGrad"):
             e["phase"] = "hooks"

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from misa_engine.bench.cases import ROOT, Case, CommandCase, TrainingCase
-from misa_engine.bench.presets import GIB, QUESTIONS, Bench
+from misa_engine.bench.presets import GIB, PROFILED_STEPS, QUESTIONS, Bench
 from misa_engine.bench.training import LongestCase, LossCase, StepCase, SwitchCase
 
-PROFILED_STEPS = 3
 BASE_WEIGHTS = "base.safetensors"
 #: A search keeps one active set: the plan's worst draw, or without a plan layer 0, so that every layer's input is kept.
 WORST_SET = {"rule": "static", "static_weights": {"*.layers.0.*": 1e12}}
@@ -45,9 +44,9 @@ def step_cases(bench: Bench, methods: Iterable[str], prefix: str = "") -> list[C
 
 
 def profile_cases(bench: Bench, output: Path, prefix: str = "") -> list[Case]:
-    """One case a method, whose rounds are as long as the profile, so that it holds one switch."""
+    """One case a method, whose rounds are as long as the profile of ``bench.steps``, so that it holds one switch."""
     shared = {"shape": bench.model, "data": "random", "folder": str(output.resolve()), "timeline": True}
-    shared |= {"steps": PROFILED_STEPS, "warm_up": PROFILED_STEPS, "inner_steps": PROFILED_STEPS}
+    shared |= {"warm_up": bench.steps, "inner_steps": bench.steps}
     return [make(StepCase, bench, name=f"{prefix}{bench.model} {m}", method=m, **shared) for m in bench.methods]
 
 
@@ -96,7 +95,7 @@ def round_cases(bench: Bench, output: Path) -> list[Case]:
     on_gpu = bench.device != "cpu"
     first, second, small = ("llama-3-8b", "qwen2.5-7b", "tinyllama") if on_gpu else ("tiny", "tiny-qwen", "tiny")
     tests, kernels = command_cases(bench, output)
-    profile = profile_cases(replace(bench, model=small, methods=("misa",), batch=2, timeout_s=90), output, "profile ")
+    profiled = replace(bench, model=small, methods=("misa",), batch=2, steps=PROFILED_STEPS, timeout_s=90)
     peers = [memory_case(bench, first, method, steps=8, timeout_s=90) for method in MEMORY_PEERS]
     speed = replace(bench, batch=2, accumulation=1, inner_steps=10 if on_gpu else 4, timeout_s=60, data="random")
     cases = [
@@ -105,7 +104,7 @@ def round_cases(bench: Bench, output: Path) -> list[Case]:
         kernels,
         *peers[:3],
         *step_cases(replace(speed, model=first, steps=20 if on_gpu else 8), SPEED_8B, "speed "),
-        *profile,
+        *profile_cases(profiled, output, "profile "),
         *(case for case in memory_cases(bench, second) if case.kind != "longest"),
         *step_cases(replace(speed, model=small, steps=30 if on_gpu else 8), SPEED_1B, "speed "),
         *peers[3:],
@@ -147,14 +146,10 @@ def command_cases(bench: Bench, output: Path) -> list[CommandCase]:
     out, on_gpu = output.resolve(), bench.device != "cpu"
     tests = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/test_*gpu.py"))
     sizes = [*(["--sizes", bench.sizes] if bench.sizes else []), *([] if on_gpu else ["--rounds", "2"])]
-    commands = {
-        "GPU tests": (150, ["pytest", *tests, "-m", "gpu", "-q"]),
-        "kernels": (
-            150,
-            ["pytest", "bench/", "--benchmark-only", *sizes, "-q", f"--benchmark-json={out}/kernels.json"],
-        ),
-    }
-    return [
-        CommandCase(name=name, words=("-m", *words), log=str(out / f"{name.replace(' ', '_')}.txt"), timeout_s=limit)
-        for name, (limit, words) in commands.items()
-    ]
+
+    def pytest(name: str, *words: str) -> CommandCase:
+        log = str(out / f"{name.replace(' ', '_')}.txt")
+        return CommandCase(name=name, words=("-m", "pytest", *words, "-q"), log=log, timeout_s=150)
+
+    benchmarks = ("bench/", "--benchmark-only", *sizes, f"--benchmark-json={out}/kernels.json")
+    return [pytest("GPU tests", *tests, "-m", "gpu"), pytest("kernels", *benchmarks)]

@@ -28,7 +28,7 @@ from misa_engine.bench.measure import (
     spread,
     synchronize,
     timed,
-)  # fmt: skip
+)
 from misa_engine.bench.method import Method
 from misa_engine.bench.profiling import profile_method
 from misa_engine.bench.timeline import record_timeline
