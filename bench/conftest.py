@@ -151,10 +151,17 @@ def measure(benchmark: Any, request: pytest.FixtureRequest):
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
-    """Remember what was skipped: an absent package is part of the result. Too little memory skips one benchmark."""
-    if call.excinfo is not None and call.excinfo.errisinstance(torch.OutOfMemoryError):
-        call.excinfo = pytest.ExceptionInfo.from_exception(pytest.skip.Exception("out of memory"))
+def pytest_runtest_call(item: pytest.Item):
+    """Make too little memory a result: the other benchmarks still run."""
+    try:
+        return (yield)
+    except torch.OutOfMemoryError:
+        pytest.skip("out of memory")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item):
+    """Remember what was skipped: an absent package is part of the result."""
     report = yield
     if report.skipped and isinstance(report.longrepr, tuple):
         reason = report.longrepr[2].removeprefix("Skipped: ")

@@ -17,7 +17,7 @@ import operator
 import random
 import re
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -102,15 +102,12 @@ def build_model(
     return model
 
 
-class _Recomputation(AbstractContextManager[None]):
+class _Recomputation(ExitStack):
     """The phase "recompute", which begins anew whenever the context is entered: LOMO runs two backward passes."""
 
-    def __enter__(self) -> None:
-        self._phase = phase("recompute")
-        self._phase.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self._phase.__exit__(*error)
+    def __enter__(self) -> _Recomputation:
+        self.enter_context(phase("recompute"))
+        return super().__enter__()
 
 
 def _recomputation() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:

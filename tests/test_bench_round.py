@@ -282,7 +282,7 @@ def test_curves_that_coincide_are_told_apart_and_named():
     curve = [{"tokens": n, "seconds": n / 10, "heldout_loss": 5.0 / n} for n in (1, 2, 3)]
     rows = [{"method": name, "curve": curve} for name in ("misa", "unfused-misa")]
     rows.append({"method": "adamw", "curve": [{**point, "heldout_loss": 1.0} for point in curve]})
-    figure = pictures._curves({"results": rows, "settings": {"loss_model": "m", "loss_data": "d"}})
+    figure = pictures._curves({"results": rows, "settings": {"loss_model": "m"}})
     first, second, third = figure.axes[0].get_lines()
     assert first.get_linestyle() != second.get_linestyle() and first.get_color() != second.get_color()
     assert "(as unfused-misa)" in first.get_label() and "(as" not in third.get_label()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from misa_engine.bench import traffic, updates
-from misa_engine.bench.conftest import sizes_asked_for
+from misa_engine.bench.conftest import pytest_runtest_call, sizes_asked_for
 from misa_engine.bench.traffic import BF16, F32, I16, MOMENTS
 from misa_engine.cli.main import main
 from misa_engine.engine.arena import Arena
@@ -157,6 +157,13 @@ def test_results_are_written_after_each_benchmark(tmp_path):
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, timeout=120)
     assert done.returncode == 9
     assert len(json.loads(path.read_text())["benchmarks"]) == 1
+
+
+def test_too_little_memory_skips_one_benchmark():
+    hook = pytest_runtest_call(None)
+    next(hook)
+    with pytest.raises(pytest.skip.Exception, match="out of memory"):
+        hook.throw(torch.OutOfMemoryError("CUDA out of memory."))
 
 
 def test_ordinary_pytest_leaves_bench_alone(pytestconfig):
