@@ -38,6 +38,8 @@ def record_timeline(
 ) -> dict[str, Any]:
     """Train two steps around a switch and return the memory over their time.
 
+    One piece, because samples, phases and the allocator's history share one clock.
+
     Args:
         method: what trains; steps are made until the next one ends with a switch.
         batches: endless token ids.
