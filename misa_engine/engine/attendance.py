@@ -8,6 +8,7 @@ those that ran and never received one all the same, which would train nothing fo
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -38,7 +39,8 @@ class Attendance:
         self._missed: list[int] = []
         self._heard: set[str] = set()  # received a gradient, whether or not a step used it
         self._latest: set[str] = set()  # ran in the latest forward pass of the model
-        self._ran: set[str] = set()  # ran in a pass that was differentiated
+        self._ran: set[str] = set()  # ran in a pass that was differentiated, in the present step
+        self._ran_steps: Counter[str] = Counter()
         self._round = 0
         self._ran_alone: set[str] = set()  # was called by the user, who may have wanted something else of it
         self._inside = False
@@ -51,7 +53,7 @@ class Attendance:
         self.remove()
         self._round += 1
         self._names, self._steps, self._missed = tuple(names), 0, [0] * len(names)
-        for seen in (self._heard, self._latest, self._ran, self._ran_alone):
+        for seen in (self._heard, self._latest, self._ran, self._ran_steps, self._ran_alone):
             seen.clear()
         self._handles += [
             self._model.register_forward_pre_hook(_Hook(self._enter)),
@@ -83,6 +85,8 @@ class Attendance:
         """Account for a step: which slots had a gradient."""
         self._steps += 1
         self._latest.clear()
+        self._ran_steps.update(self._ran)
+        self._ran.clear()
         for index, here in enumerate(present):
             self._missed[index] += not here
 
@@ -94,16 +98,16 @@ class Attendance:
     def check(self) -> None:
         """At the end of a round: refuse to go on when an active parameter ran and never received a gradient.
 
-        Only forward passes of the model count that were differentiated for the sake of parameters: others were made for
-        something else. It is a warning after a round of one step, as in the cold start, and for modules that ran only
-        when the caller called them by themselves.
+        Only forward passes of the model count that were differentiated for the sake of parameters: others were made
+        for something else. It is a warning after a round of one step, as in the cold start, and for modules that ran
+        in some of the steps (a model that skips layers) or when the caller called them by themselves.
 
         Raises:
             ValueError: with the parameters' names.
         """
         missed = [name for name in self._names if name not in self._heard]
-        failed = [name for name in missed if name in self._ran or self._failed_unseen(name)]
-        silent = failed or [name for name in missed if name in self._ran_alone]
+        failed = [name for name in missed if self._ran_steps[name] == self._steps or self._failed_unseen(name)]
+        silent = failed or [name for name in missed if self._ran_steps[name] or name in self._ran_alone]
         if not silent:
             return
         text = (
