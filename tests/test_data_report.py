@@ -75,6 +75,16 @@ def test_evaluation_data_has_a_report_of_its_own(place, tmp_path, capsys):
     assert "evaluation data: 6 records in, 6 evaluated on" in shown
 
 
+@pytest.mark.parametrize("max_length", [128, 24])  # whole, and cut
+def test_completion_only_loss_false_trains_on_prompts_too(place, tmp_path, capsys, max_length):
+    more = {"completion_only_loss": "false", "max_length": max_length}
+    assert main(words(place, tmp_path / "out", **more)) == 0
+    shown = capsys.readouterr().out
+    assert "24 records in, 24 trained on" in shown
+    predicted = shown.split("tokens in the loss: ")[1].split(" (")[0].replace(",", "").split(" of ")
+    assert int(predicted[0]) == int(predicted[1]) - 24  # all but the first of each
+
+
 def test_packed_records_are_not_cut(place, tmp_path, capsys):
     data = write(tmp_path, {"text": "the quick brown fox jumps over a dog " * 3}, {"text": "and back again"})
     assert main(words(place, tmp_path / "out", "--dry_run", dataset=data, packing="true", max_length=16)) == 0
