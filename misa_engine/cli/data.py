@@ -42,6 +42,8 @@ SPLIT_WORDS = {
     "validation": {"validation", "valid", "val", "dev"},
     "test": {"test", "testing", "eval", "evaluation"},
 }
+#: Files (without ending) that lie beside data and are about it.
+ABOUT = frozenset(("readme", "license", "licence", "changelog", "citation", "dataset_info", "dataset_infos", "state"))
 #: About 2,000 tokens: long enough for the end-of-text token after each record to be rare, short enough to hold out 1%.
 TEXT_RECORD = 8192
 
@@ -104,6 +106,8 @@ def _data_files(path: Path, split: str) -> list[Path]:
         return [path]
     files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
     files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+    data = [file for file in files if file.stem.lower() not in ABOUT]
+    files = data or files  # what describes a data set is none of it, unless nothing else is there
     if not files:
         raise UserError(f"data directory {path} holds no file ending in {', '.join(SUFFIXES)}.")
     kinds = {"text" if file.suffix in TEXT_SUFFIXES else file.suffix.replace(".jsonl", ".json") for file in files}
