@@ -320,3 +320,12 @@ def test_a_readme_beside_the_data_is_no_data(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("about the data")
     write(tmp_path / "train.jsonl", {"text": "a"})
     assert rows(load_data(str(tmp_path))) == [{"text": "a"}]
+
+
+def test_csv_is_read_and_an_empty_cell_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "data.csv"
+    file.write_text('question,answer\n"a, b",c\nd,e\n')
+    expected = [{"prompt": "a, b", "completion": "c"}, {"prompt": "d", "completion": "e"}]
+    assert rows(load_data(str(file))) == expected
+    file.write_text("question,answer\na,b\nc,\n")
+    assert "record 2: column 'answer' is null" in error(str(file))

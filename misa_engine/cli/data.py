@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 
 JSON_SUFFIXES = (".jsonl", ".json")
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
-SUFFIXES = (*JSON_SUFFIXES, ".parquet", *TEXT_SUFFIXES)
+TABLE_SUFFIXES = (".parquet", ".csv")
+SUFFIXES = (*JSON_SUFFIXES, *TABLE_SUFFIXES, *TEXT_SUFFIXES)
 #: Words in a file's path that say which split it belongs to, as on the Hub.
 SPLIT_WORDS = {
     "train": {"train", "training"},
@@ -175,17 +176,18 @@ def _pieces(paragraph: str) -> Iterator[str]:
 
 
 def _load_records(files: list[Path], text_field: str) -> tuple[Dataset, RecordFormat]:
-    """JSON and parquet. JSON is read twice: for errors with line numbers first, then into Arrow by ``datasets``."""
+    """JSON, parquet and CSV. JSON is read twice: for errors with line numbers, then into Arrow by ``datasets``."""
     from datasets import concatenate_datasets, load_dataset
 
     format: RecordFormat | None = None
     parts = []
     for file in files:
-        if file.suffix == ".parquet":
+        if file.suffix in TABLE_SUFFIXES:
+            kind = file.suffix.removeprefix(".")
             try:
-                parts.append(load_dataset("parquet", data_files=str(file), split="train"))
+                parts.append(load_dataset(kind, data_files=str(file), split="train"))
             except Exception as error:  # pyarrow and datasets raise a dozen types here; all mean the file is bad
-                raise UserError(f"{file} cannot be read as parquet: {_root_cause(error)}") from error
+                raise UserError(f"{file} cannot be read as {kind}: {_root_cause(error)}") from error
             format = check_dataset(parts[-1], str(file), text_field, format)
             continue
         reader = JsonReader(file)
