@@ -6,181 +6,148 @@ row shows; the others still run.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
 from misa_engine.bench import peers
 from misa_engine.bench.measure import installed
-from misa_engine.bench.method import Build, Loss, Method, Settings, Unavailable
-from misa_engine.bench.unfused import misa_options, unfused_misa
+from misa_engine.bench.method import Loss, Method, Settings, Unavailable
+from misa_engine.bench.unfused import misa_config, unfused_misa
+from misa_engine.method.partition import partition
 
-# ---- our own ----
 
-
-def _misa(name: str, **own: Any) -> Build:
+def _misa(model: nn.Module, loss: Loss, settings: Settings, **own: Any) -> Method:
     """MISA, or one of our rules that stands for another method: MisaConfig with ``own`` options."""
+    from misa_engine import MISA
 
-    def build_misa(model: nn.Module, loss: Loss, settings: Settings) -> Method:
-        from misa_engine import MISA, MisaConfig
+    config = misa_config(settings, max_grad_norm=settings.max_grad_norm, **own)
+    if config.update_in == "backward" and settings.accumulation > 1:
+        raise Unavailable("unsupported: update_in='backward' updates at each micro-batch; use accumulation 1")
+    optimizer = MISA(model, config)
 
-        try:
-            config = MisaConfig.from_dict(misa_options(settings, max_grad_norm=settings.max_grad_norm, **own))
-        except ValueError as error:
-            raise Unavailable(f"unsupported: {error}") from error
-        if config.update_in == "backward" and settings.accumulation > 1:
-            raise Unavailable("unsupported: update_in='backward' updates at each micro-batch; use accumulation 1")
-        optimizer = MISA(model, config)
+    def account() -> dict[str, int]:
+        return {key: value for key, value in optimizer.memory().items() if key != "weights"}
 
-        def account() -> dict[str, int]:
-            return {key: value for key, value in optimizer.memory().items() if key != "weights"}
-
-        return Method(
-            name, model, loss, optimizer, settings, account,
-            clips_inside=True, switches=lambda: optimizer.round,
-        )  # fmt: skip
-
-    return build_misa
+    return Method(model, loss, optimizer, settings, account, clips_inside=True, switches=lambda: optimizer.round)
 
 
-def _outer_weights(model: nn.Module) -> tuple[str, ...]:
-    """Names of the embeddings and the head."""
-    outer = [getattr(model, f"get_{place}_embeddings")() for place in ("input", "output")]
-    weights = {id(module.weight) for module in outer if module is not None}
-    return tuple(name for name, parameter in model.named_parameters() if id(parameter) in weights)
-
-
-def _by_layers(name: str, layers: int, *, with_outer: bool = False, **own: Any) -> Build:
+def _by_layers(
+    model: nn.Module, loss: Loss, settings: Settings, *, layers: int, with_outer: bool = False, **own: Any
+) -> Method:
     """Our engine with whole layers as units and a budget of the ``layers`` largest, whatever the settings' delta."""
-
-    def build_by_layers(model: nn.Module, loss: Loss, settings: Settings) -> Method:
-        from misa_engine.method.partition import partition
-
-        always = _outer_weights(model) if with_outer else ()
-        parts = partition(model, "layer", always_train=always)
-        largest = sum(sorted(unit.numel for unit in parts.units)[-layers:])
-        delta = min(1.0, (largest + 1) / parts.total)
-        options = {"granularity": "layer", "always_train": always, **own}
-        return _misa(name, **options)(model, loss, replace(settings, delta=delta))
-
-    return build_by_layers
-
-
-# ---- registry ----
+    outer = [getattr(model, f"get_{place}_embeddings")() for place in ("input", "output")] if with_outer else []
+    weights = {id(module.weight) for module in outer if module is not None}
+    always = tuple(name for name, parameter in model.named_parameters() if id(parameter) in weights)
+    parts = partition(model, "layer", always_train=always)
+    largest = sum(sorted(unit.numel for unit in parts.units)[-layers:])
+    settings = replace(settings, delta=min(1.0, (largest + 1) / parts.total))
+    return _misa(model, loss, settings, granularity="layer", always_train=always, **own)
 
 
 @dataclass(frozen=True)
 class Baseline:
     """A row of BASELINES."""
 
-    build: Build
+    build: Callable[..., Method]
+    """Called with model, loss, settings and ``options``."""
+    options: Mapping[str, Any]
     summary: str
-    needs: tuple[tuple[str, str], ...] = ()
-    """(module, what pip installs) of each package that it needs."""
+    needs: tuple[str, ...] = ()
+    """Packages as pip names them."""
     notes: str = ""
     """What a reader of its row must know."""
-    opt_in: str = ""
+    opt_in: str = field(default="", kw_only=True)
     """Why it runs only when it is named; the status of its row otherwise."""
 
     def missing(self) -> str | None:
         """The status of a row whose packages are not here; None when all are."""
-        absent = [package for module, package in self.needs if not installed(module)]
+        absent = [package for package in self.needs if not installed(package)]
         licence = f" ({self.opt_in})" if self.opt_in else ""
         return f"missing: pip install {' '.join(absent)}{licence}" if absent else None
 
 
-_ROUNDING_NOTE = "bf16 weights are rounded to nearest at each step"
-_LOMO_NOTE = "clipping takes a second backward pass; no accumulation"
+_ROUNDED = "bf16 weights are rounded to nearest at each step"
+_LOMO = "clipping takes a second backward pass; no accumulation"
+_NO_CPU = "flashoptim's FlashAdamW has no other kernels"
 
 BASELINES: dict[str, Baseline] = {
-    "misa": Baseline(_misa("misa"), "MISA, fp32 moments"),
-    "misa-int8": Baseline(_misa("misa-int8", state_dtype="int8"), "MISA, 8-bit moments"),
-    "misa-backward": Baseline(_misa("misa-backward", update_in="backward"), "MISA, update inside the backward pass"),
+    # ours
+    "misa": Baseline(_misa, {}, "MISA, fp32 moments"),
+    "misa-int8": Baseline(_misa, {"state_dtype": "int8"}, "MISA, 8-bit moments"),
+    "misa-backward": Baseline(_misa, {"update_in": "backward"}, "MISA, update inside the backward pass"),
     "unfused-misa": Baseline(
-        unfused_misa,
-        "MISA as the published code works: fp32 clones, eager AdamW, norms read on the host",
-        notes="same sampler as misa; scores are read after clipping, moments begin anew at each switch",
+        unfused_misa, {}, "MISA as the published code works: fp32 clones, eager AdamW, norms read on the host",
+        (), "same sampler as misa; scores are read after clipping, moments begin anew at each switch",
     ),
-    "uniform": Baseline(_misa("uniform", rule="uniform"), "MISA's engine, uniform draws"),
+    # other methods by our engine
+    "uniform": Baseline(_misa, {"rule": "uniform"}, "MISA's engine, uniform draws"),
     "lisa": Baseline(
-        _by_layers("lisa", 2, with_outer=True, rule="uniform"), "LISA: two layers, embeddings and head (our engine)"
+        _by_layers, {"layers": 2, "with_outer": True, "rule": "uniform"},
+        "LISA: two layers, embeddings and head (our engine)",
     ),
     "lisa-layers": Baseline(
-        _by_layers("lisa-layers", 2, rule="uniform"), "LISA without embeddings and head: two layers (our engine)"
+        _by_layers, {"layers": 2, "rule": "uniform"}, "LISA without embeddings and head: two layers (our engine)",
     ),
     "badam-like": Baseline(
-        _by_layers("badam-like", 1, rule="cyclic", revisit="clear"),
+        _by_layers, {"layers": 1, "rule": "cyclic", "revisit": "clear"},
         "BAdam's rule: one layer after the other, fresh moments (our engine)",
     ),
+    # all parameters
     "adamw": Baseline(
-        peers.adamw, "AdamW, all parameters, torch fused, states in the weights' dtype", notes=_ROUNDING_NOTE
+        peers.packaged, {"optimizer": "torch.optim.AdamW", "fused": True},
+        "AdamW, all parameters, torch fused, states in the weights' dtype", (), _ROUNDED,
     ),
     "adamw-fp32": Baseline(
-        peers.adamw_fp32,
-        "AdamW, all parameters, torch fused, fp32 states and master weights",
-        notes="on an fp32 model the same as adamw",
+        peers.adamw_fp32, {}, "AdamW, all parameters, torch fused, fp32 states and master weights",
+        (), "on an fp32 model the same as adamw",
     ),
     "adamw8bit": Baseline(
-        peers.packaged("adamw8bit", "bitsandbytes.optim", "AdamW8bit"),
-        "AdamW, all parameters, 8-bit states (bitsandbytes)",
-        (("bitsandbytes", "bitsandbytes"),),
-        _ROUNDING_NOTE,
+        peers.packaged, {"optimizer": "bitsandbytes.optim.AdamW8bit"},
+        "AdamW, all parameters, 8-bit states (bitsandbytes)", ("bitsandbytes",), _ROUNDED,
     ),
     "adamw8bit-ao": Baseline(
-        peers.packaged("adamw8bit-ao", "torchao.optim", "AdamW8bit"),
-        "AdamW, all parameters, 8-bit states (torchao)",
-        (("torchao", "torchao"),),
-        f"{_ROUNDING_NOTE}; compiled at its first step, on a CPU by a C++ compiler (a minute)",
+        peers.packaged, {"optimizer": "torchao.optim.AdamW8bit"}, "AdamW, all parameters, 8-bit states (torchao)",
+        ("torchao",), f"{_ROUNDED}; compiled at its first step, on a CPU by a C++ compiler (a minute)",
     ),
     "flashadamw": Baseline(
-        peers.packaged(
-            "flashadamw", "flashoptim", "FlashAdamW", cuda_only="flashoptim's FlashAdamW has no other kernels"
-        ),
-        "FlashAdamW: 8-bit states, 24-bit master weights (flashoptim, CUDA)",
-        (("flashoptim", "flashoptim"),),
+        peers.packaged, {"optimizer": "flashoptim.FlashAdamW", "cuda_only": _NO_CPU},
+        "FlashAdamW: 8-bit states, 24-bit master weights (flashoptim, CUDA)", ("flashoptim",),
     ),
     "kahan": Baseline(
-        peers.packaged("kahan", "optimi", "AdamW", kahan_sum=True),
+        peers.packaged, {"optimizer": "optimi.AdamW", "kahan_sum": True},
         "AdamW with Kahan summation, states in the weights' dtype (torch-optimi)",
-        (("optimi", "torch-optimi"),),
-        "the compensation is for bf16 weights; fp32 weights have none",
+        ("torch-optimi",), "the compensation is for bf16 weights; fp32 weights have none",
     ),
-    "lora": Baseline(peers.adapters("lora"), "LoRA on all linear layers (peft), AdamW", (("peft", "peft"),)),
-    "dora": Baseline(
-        peers.adapters("dora", use_dora=True), "DoRA on all linear layers (peft), AdamW", (("peft", "peft"),)
-    ),
+    # low ranks
+    "lora": Baseline(peers.adapters, {}, "LoRA on all linear layers (peft), AdamW", ("peft",)),
+    "dora": Baseline(peers.adapters, {"use_dora": True}, "DoRA on all linear layers (peft), AdamW", ("peft",)),
     "galore": Baseline(
-        peers.galore,
+        peers.packaged,
+        {"optimizer": "galore_torch.GaLoreAdamW", "groups": peers.galore_groups, "no_deprecation_warning": True},
         "GaLore AdamW: gradients of the layers' matrices at a low rank (galore-torch)",
-        (("galore_torch", "galore-torch"), ("bitsandbytes", "bitsandbytes")),
+        ("galore-torch", "bitsandbytes"),
         "one SVD a matrix at the first and each 200th step, outside the timed steps of a short run",
     ),
     "apollo": Baseline(
-        peers.apollo,
-        "APOLLO-Mini: one learning rate a matrix from a rank-1 projection (apollo-torch)",
-        (("apollo_torch", "apollo-torch"),),
+        peers.packaged, {"optimizer": "apollo_torch.APOLLOAdamW", "groups": peers.apollo_groups},
+        "APOLLO-Mini: one learning rate a matrix from a rank-1 projection (apollo-torch)", ("apollo-torch",),
         opt_in="opt-in: its licence is mostly CC-BY-NC, no commercial use; name it, --methods apollo",
     ),
-    "badam": Baseline(peers.badam, "BAdam: one layer at a time, fp32 copies (badam)", (("badam", "badam"),)),
+    # blocks of layers, update inside the backward pass
+    "badam": Baseline(peers.badam, {}, "BAdam: one layer at a time, fp32 copies (badam)", ("badam",)),
     "lomo": Baseline(
-        peers.in_backward("lomo", "Lomo"),
-        "LOMO: SGD inside the backward pass (lomo-optim)",
-        (("lomo_optim", "lomo-optim"),),
-        f"no moments, so the same learning rate means smaller steps than Adam's; {_LOMO_NOTE}",
+        peers.in_backward, {"kind": "Lomo"}, "LOMO: SGD inside the backward pass (lomo-optim)", ("lomo-optim",),
+        f"no moments, so the same learning rate means smaller steps than Adam's; {_LOMO}",
     ),
     "adalomo": Baseline(
-        peers.in_backward("adalomo", "AdaLomo"),
+        peers.in_backward, {"kind": "AdaLomo"},
         "AdaLomo: factored second moment, inside the backward pass (lomo-optim, CUDA)",
-        (("lomo_optim", "lomo-optim"),),
-        f"the learning rate is relative to a weight's rms; {_LOMO_NOTE}",
+        ("lomo-optim",), f"the learning rate is relative to a weight's rms; {_LOMO}",
     ),
-}
-
-
-def default_methods() -> list[str]:
-    """All methods but those that must be named."""
-    return [name for name, baseline in BASELINES.items() if not baseline.opt_in]
+}  # fmt: skip
 
 
 def build(name: str, model: nn.Module, loss: Loss, settings: Settings) -> Method:
@@ -198,12 +165,12 @@ def build(name: str, model: nn.Module, loss: Loss, settings: Settings) -> Method
     """
     if name not in BASELINES:
         raise ValueError(f"unknown method {name!r}: choose among {', '.join(BASELINES)}")
-    status = BASELINES[name].missing()
-    if status is not None:
+    baseline = BASELINES[name]
+    if status := baseline.missing():
         raise Unavailable(status)
     try:
-        method = BASELINES[name].build(model, loss, settings)
+        method = baseline.build(model, loss, settings, **baseline.options)
     except ImportError as error:  # installed, for another torch, CUDA or platform
         raise Unavailable(f"cannot be imported: {error}") from error
-    method.notes = BASELINES[name].notes
+    method.name = name
     return method

@@ -1,7 +1,7 @@
 """One case of a benchmark: what a fresh process measures, and the row that it reports as it goes.
 
 CommandCase     another command: the GPU's tests, kernel benchmarks, a profile
-TrainingCase    a method on a model; its kinds are in steps.py, limits.py and loss.py
+TrainingCase    a method on a model; its kinds are in training.py
 """
 
 from __future__ import annotations
@@ -10,19 +10,22 @@ import subprocess
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from safetensors.torch import load_model
 
 from misa_engine.bench.baselines import BASELINES, build
 from misa_engine.bench.ledger import Floor
 from misa_engine.bench.measure import is_out_of_memory, limit_memory, memory_counters, timed
 from misa_engine.bench.method import Method, Settings, Unavailable
-from misa_engine.bench.workload import build_model, load_weights, make_loss
+from misa_engine.bench.workload import build_model, make_loss
 
+#: Of the checkout.
+ROOT = Path(__file__).resolve().parents[1]
 CPU_NOTE = "cpu: no memory claim"
 #: What every row of a training case has, measured or not.
 MEASURED = (
@@ -42,6 +45,7 @@ class Case(ABC):
     name: str
     """Of the row, unique in a run."""
     timeout_s: float = 120
+    device: str = "cpu"
 
     def row(self, status: str) -> Row:
         """A row without any result yet."""
@@ -50,10 +54,6 @@ class Case(ABC):
     @abstractmethod
     def run(self, row: Row, report: Report) -> None:
         """Measure, with what is known so far in ``row`` and reported."""
-
-    def failed(self, error: Exception) -> Row:
-        """What a row gets when the case ends in an error."""
-        return {"status": f"failed: {type(error).__name__}: {' '.join(str(error).split())[:400]}"}
 
 
 def run_case(case: Case, report: Report) -> None:
@@ -71,7 +71,10 @@ def run_case(case: Case, report: Report) -> None:
     except Unavailable as error:
         row["status"] = str(error)
     except Exception as error:
-        row |= case.failed(error)
+        if is_out_of_memory(error):  # a result, with the peaks
+            row |= {"status": "out of memory", "error": str(error), **memory_counters(torch.device(case.device))}
+        else:
+            row["status"] = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:400]}"
     report(row)
 
 
@@ -87,9 +90,8 @@ class CommandCase(Case):
 
     def run(self, row: Row, report: Report) -> None:
         """Run it to its end; it is killed with the case's process."""
-        root = Path(__file__).resolve().parents[1]
         with open(self.log, "w", encoding="utf-8") as log:
-            done = subprocess.run([sys.executable, *self.words], cwd=root, stdout=log, stderr=subprocess.STDOUT)
+            done = subprocess.run([sys.executable, *self.words], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
         lines = Path(self.log).read_text(encoding="utf-8", errors="replace").split("\n")
         row["last_lines"] = [line for line in lines if line.strip()][-5:]
         if done.returncode:
@@ -97,42 +99,30 @@ class CommandCase(Case):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingCase(Case):
-    """A method that trains a model: what all such cases share."""
+class TrainingCase(Case, Settings):
+    """A method that trains a model: what all such cases share, the method's settings among it."""
 
     shape: str
     """A configuration that ``workload.model_config`` knows."""
     method: str = "misa"
-    device: str = "cuda:0"
     batch: int = 2
     length: int = 2048
-    accumulation: int = 2
-    delta: float = 0.03
-    inner_steps: int = 5
-    max_grad_norm: float | None = 1.0
     checkpointing: bool = True
     loss: str = "lean"
     """lean: in chunks, or Liger's; plain: the model's own, as every method computes it in a small model."""
-    lr: float = Settings.lr
-    seed: int = 0
-    """Of the weights and of the method's own choices."""
-    misa: dict[str, Any] = field(default_factory=dict)
-    """Further options of MisaConfig."""
+    phases: bool = False
+    """Time by phase, and for MISA the ledger of its own overhead."""
     limit_bytes: int = 0
     """What the allocator may reserve; 0 is the whole card."""
-    start_from: str | None = None
+    start_from: str = ""
     """A safetensors file with the weights to begin with."""
-
-    @property
-    def settings(self) -> Settings:
-        """What the method gets of it."""
-        shared = ("lr", "seed", "delta", "inner_steps", "max_grad_norm", "accumulation", "misa")
-        return Settings(**{name: getattr(self, name) for name in shared})
+    label: str = ""
+    """What the row says instead of the method's name."""
 
     def row(self, status: str) -> Row:
         """A row with every field that a result has, and no result yet."""
         note = CPU_NOTE if self.device == "cpu" else None
-        own = {"shape": self.shape, "method": self.method, "note": note}
+        own = {"shape": self.shape, "method": self.label or self.method, "note": note}
         return {**super().row(status), **own, **dict.fromkeys(MEASURED)}
 
     def run(self, row: Row, report: Report) -> None:
@@ -149,35 +139,23 @@ class TrainingCase(Case):
             Unavailable: it cannot run here.
         """
         device = torch.device(self.device)
-        status = BASELINES[self.method].missing()  # before seconds go into a model
-        if status is not None:
+        if status := BASELINES[self.method].missing():  # before seconds go into a model
             raise Unavailable(status)
         limit_memory(device, self.limit_bytes)
         build_all = partial(build_model, self.shape, device, checkpointing=self.checkpointing, seed=self.seed)
         row["build_s"], model = timed(device, build_all)
         if self.start_from:
-            load_weights(model, self.start_from)
+            load_model(model, self.start_from)
         row["parameters"] = sum(p.numel() for p in model.parameters())
         row["weights_bytes"] = sum(p.nbytes for p in model.parameters())
         row["loss_kind"], loss = make_loss(model, device, self.loss)
-        floor = Floor(model, lambda twin: make_loss(twin, device, self.loss)[1]) if self.needs_floor else None
-        method = build(self.method, model, loss, self.settings)
+        wants_floor = self.phases and self.method.startswith("misa")  # before the optimizer puts hooks on the model
+        floor = Floor(model, lambda twin: make_loss(twin, device, self.loss)[1]) if wants_floor else None
+        method = build(self.method, model, loss, self)
         method.floor = floor
         row["trainable_parameters"] = method.trainable_parameters
         return method
 
-    @property
-    def needs_floor(self) -> bool:
-        """Whether the model without any optimizer is measured too."""
-        return False
-
     @abstractmethod
     def measure(self, method: Method, device: torch.device, row: Row, report: Report) -> None:
         """What this kind of case measures."""
-
-    def failed(self, error: Exception) -> Row:
-        """Running out of memory is a result, with the peaks."""
-        if not is_out_of_memory(error):
-            return super().failed(error)
-        counters = memory_counters(torch.device(self.device))
-        return {"status": "out of memory", "error": str(error), **counters}

@@ -10,8 +10,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from misa_engine.bench.presets import PRESETS, SUITES, Bench
-from misa_engine.cli.parsing import Parser, names, positive, positive_size, truth
+from misa_engine.bench.presets import PRESETS, PROFILED_STEPS, SUITES, Bench
+from misa_engine.cli.parsing import MODEL_FLAGS, Parser, names, positive, positive_size, truth
 from misa_engine.errors import DONE, FAILED, UserError, did_you_mean
 
 USAGE = """misa bench [SUITE] --output DIR [--preset NAME] [options]
@@ -19,6 +19,8 @@ USAGE = """misa bench [SUITE] --output DIR [--preset NAME] [options]
 
 suites:
 """ + "\n".join(f"  {name:<11} {text}" for name, text in SUITES.items())
+#: Other names of options.
+FLAGS = {"model": MODEL_FLAGS, "methods": ("--methods", "--method")}
 #: What a round takes of the options; all else is fixed in its cases.
 ROUND_OPTIONS = {"suite", "device", "vram_gib", "delta", "sizes"}
 
@@ -38,25 +40,29 @@ def run(words: list[str]) -> int:
     if results.exists() and not (options.overwrite or options.resume):
         raise UserError(f"{results} exists: choose another --output, or say --overwrite or --resume.")
     bench = settings_of(options)
-    from misa_engine.bench.runner import run_bench
+    from misa_engine.bench.runner import pack, run_bench
     from misa_engine.bench.suites import cases_of
 
     cases = [case for case in cases_of(bench, output) if options.cases in case.name]
     if options.list or not cases:
         print("\n".join(case.name for case in cases) or f"no case has {options.cases!r} in its name")
         return DONE if cases else FAILED
-    limits = {"deadline_s": options.deadline_s, "resume": options.resume}
+    archive = Path(options.archive) if options.archive else None
+    limits: dict[str, Any] = {"deadline_s": options.deadline_s, "resume": options.resume, "archive": archive}
     try:
         document = run_bench(bench, cases, output, **limits, say=lambda line: print(line, flush=True))
     finally:
         if results.exists():
             render(results, into)
-        if options.archive:
-            from misa_engine.bench.runner import pack
-
-            pack(output, Path(options.archive))
+        if archive is not None:  # with page and pictures
+            pack(output, archive)
     failed = [row for row in document["cases"] if row["kind"] == "command" and row["status"] != "ok"]
     return DONE if not failed and any(row["status"] == "ok" for row in document["cases"]) else FAILED
+
+
+def profile(words: list[str]) -> int:
+    """``misa profile``: the suite of this name."""
+    return run(["profile", *words])
 
 
 def known(word: str, all_known: Iterable[str], what: str) -> None:
@@ -71,25 +77,14 @@ def known(word: str, all_known: Iterable[str], what: str) -> None:
         raise UserError(f"unknown {what} {word!r}.{hint} Known: {', '.join(all_known)}.")
 
 
-def check_names(methods: Iterable[str], shapes: Iterable[str], device: str) -> None:
-    """Refuse methods, models and devices that are not known or not here.
+def check_device(device: str) -> None:
+    """Refuse a device that is not known or not here.
 
     Raises:
-        UserError: one of them.
+        UserError: what to give instead.
     """
     import torch
 
-    from misa_engine.bench.baselines import BASELINES
-    from misa_engine.bench.workload import SMALL_SHAPES, model_config
-    from misa_engine.planner.cards import MODELS
-
-    for method in methods:
-        known(method, BASELINES, "method")
-    for shape in shapes:
-        try:
-            model_config(shape)
-        except ValueError:
-            known(shape, [*SMALL_SHAPES, *MODELS], "model")
     try:
         kind = torch.device(device).type
     except RuntimeError:
@@ -102,29 +97,36 @@ def check_names(methods: Iterable[str], shapes: Iterable[str], device: str) -> N
 
 def settings_of(options: argparse.Namespace) -> Bench:
     """The preset with the options given beside it, checked before anything runs."""
-    if options.preset:
-        known(options.preset, PRESETS, "preset")
-    else:
-        import torch
+    import torch
 
-        on_gpu = torch.cuda.is_available() and options.device != "cpu"
-        options.preset = "gpu" if on_gpu else "quick" if options.suite == "round" else "cpu"
+    from misa_engine.bench.baselines import BASELINES
+    from misa_engine.bench.workload import SMALL_SHAPES, documents, fitting_delta
+    from misa_engine.planner.cards import MODELS
+
+    on_gpu = torch.cuda.is_available() and options.device != "cpu"
+    preset = options.preset or ("gpu" if on_gpu else "quick" if options.suite == "round" else "cpu")
+    known(preset, PRESETS, "preset")
     entries = {entry.name for entry in fields(Bench)}
     given = {name: value for name, value in vars(options).items() if name in entries and value is not None}
     ignored = sorted(set(given) - ROUND_OPTIONS)
     if options.suite == "round" and ignored:
         raise UserError(f"misa bench round has cases of its own; it takes no --{ignored[0]}. --cases WORD chooses.")
-    bench = Bench(**{**PRESETS[options.preset], **given})
-    check_names(bench.methods, (bench.model, bench.loss_model), bench.device)
-    from misa_engine.bench.corpus import documents
-    from misa_engine.bench.workload import fitting_delta
-
+    bench = Bench(**{**PRESETS[preset], **given})
+    for method in bench.methods:
+        known(method, BASELINES, "method")
+    for shape in (bench.model, bench.loss_model):
+        known(shape.strip().lower(), [*SMALL_SHAPES, *MODELS], "model")
+    check_device(bench.device)
+    if bench.delta > 1:
+        raise UserError(f"--delta {bench.delta:g}: a share of the model above 0 and at most 1.")
     if bench.length < 2:
         raise UserError("--length must be at least 2")
     if "delta" not in given and (delta := fitting_delta(bench.model, bench.delta)) > bench.delta:
         print(f"{bench.model}: its largest matrix needs --delta {delta:g}")
         bench = replace(bench, delta=delta)
-    if bench.suite not in ("loss", "round") and bench.steps < 2 * bench.inner_steps:
+    if bench.suite == "profile" and "steps" not in given:
+        bench = replace(bench, steps=PROFILED_STEPS)
+    if bench.suite in ("throughput", "all") and bench.steps < 2 * bench.inner_steps:
         if "inner_steps" not in given:
             bench = replace(bench, inner_steps=max(1, bench.steps // 2))
         print(f"{bench.steps} timed steps: a switch every {bench.inner_steps} of them")
@@ -206,5 +208,5 @@ def _parser() -> Parser:
             if entry.type == "bool":
                 add(f"--{entry.name}", nargs="?", const=True, type=truth, metavar="BOOL", help=text)
             else:
-                add(f"--{entry.name}", type=types[str(entry.type)], help=text)
+                add(*FLAGS.get(entry.name, (f"--{entry.name}",)), type=types[str(entry.type)], help=text)
     return parser

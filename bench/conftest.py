@@ -5,6 +5,7 @@ Loaded by ``pytest bench/`` only; the commands are in test_kernels.py.
 
 from __future__ import annotations
 
+import timeit
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -12,15 +13,15 @@ from typing import Any
 import pytest
 import torch
 
-from misa_engine.bench.bandwidth import CopyBandwidth, event_seconds
 from misa_engine.bench.measure import environment, synchronize
-from misa_engine.bench.tables import kernel_page
 
 #: Parameters of the updates, by device.
 SIZES = {"cuda": "4M,16M,64M,240M", "cpu": "1M,4M,8M"}
-SUFFIXES = {"k": 10**3, "M": 10**6}
+SUFFIXES = {"k": "e3", "M": "e6"}
 #: Shape of the models and layers, by device; "tiny" when every size asked for is below 1M.
 SHAPE_OF = {"cuda": "large", "cpu": "small"}
+#: Bytes from here on do not change a copy's bandwidth, and two buffers of half of it fit beside any arena.
+LARGEST_COPY = 1 << 31
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 not_run = pytest.StashKey[list[dict[str, str]]]()
@@ -33,22 +34,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--rounds", type=int, default=15, help="timed runs of each benchmark, after 3 for warm-up")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Show medians and spreads unless the caller chose columns."""
-    config.stash[not_run] = []
-    if not config.getoption("benchmark_columns", default=None):
-        config.option.benchmark_columns = ["median", "iqr", "min", "max", "rounds"]
-    if config.getoption("benchmark_sort", default="min") == "min":
-        config.option.benchmark_sort = "median"
-
-
 def sizes_asked_for(config: pytest.Config) -> dict[str, int]:
     """The numbers of ``--sizes`` by what was written."""
     sizes = {}
     for text in config.getoption("--sizes").split(","):
-        number, factor = (text[:-1], SUFFIXES[text[-1]]) if text[-1:] in SUFFIXES else (text, 1)
         try:
-            sizes[text] = round(float(number) * factor)
+            sizes[text] = round(float(text[:-1] + SUFFIXES.get(text[-1:], text[-1:])))
         except ValueError:
             raise pytest.UsageError(f"--sizes: {text!r} is no number of parameters; write 4M, 20k or 20000") from None
     return sizes
@@ -69,19 +60,40 @@ def device() -> torch.device:
     return DEVICE
 
 
-@pytest.fixture(scope="session")
-def copy_bandwidth(device: torch.device) -> CopyBandwidth:
-    """Bandwidths of copies, each size measured once a session."""
-    return CopyBandwidth(device)
+# ---- time ----
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    """How long ``work`` takes; it runs many times.
+
+    On a GPU the median between two events, so that synchronisation does not count, with the second-level cache flushed
+    before each run as the backward pass before an update would. On a CPU the shortest of 30 runs: what else a machine
+    does only ever makes it slower.
+    """
+    if DEVICE.type == "cuda":
+        from triton.testing import do_bench
+
+        return float(do_bench(work, return_mode="median")) / 1e3
+    return min(timeit.repeat(work, number=1, repeat=30))
+
+
+@cache
+def copy_bandwidth(size: int) -> float:
+    """Bytes per second of a copy that reads and writes ``size`` bytes together."""
+    source = torch.zeros(size // 2, dtype=torch.uint8, device=DEVICE)
+    target = torch.ones_like(source)
+    return size / seconds_of(lambda: target.copy_(source))
 
 
 @pytest.fixture
-def measure(benchmark: Any, request: pytest.FixtureRequest, device: torch.device, copy_bandwidth: CopyBandwidth):
+def measure(benchmark: Any, request: pytest.FixtureRequest):
     """``measure(work, nbytes, group, scheme)`` times ``work`` and records bytes, GB/s and % of the copy bandwidth.
 
     The time of the table is by the clock, with one synchronisation in each run. GB/s and % use it on a CPU; on a GPU
     they use the time between two events where ``work`` may run any number of times, else the clock too: ``timed_by``.
+    The copy moves as many bytes to the next power of two: below the size of a cache both would run from the cache.
     """
+    on_gpu = DEVICE.type == "cuda"
 
     def run(
         work: Callable[[], object],
@@ -97,47 +109,45 @@ def measure(benchmark: Any, request: pytest.FixtureRequest, device: torch.device
 
         def timed() -> None:
             work()
-            synchronize(device)
+            synchronize(DEVICE)
 
         def prepare() -> None:
             nonlocal held_bytes
             if setup is not None:
                 setup()
-            synchronize(device)
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
-                held_bytes = torch.cuda.memory_allocated(device)
+            synchronize(DEVICE)
+            if on_gpu:
+                torch.cuda.reset_peak_memory_stats(DEVICE)
+                held_bytes = torch.cuda.memory_allocated(DEVICE)
 
         benchmark.pedantic(timed, setup=prepare, rounds=rounds, warmup_rounds=min(3, rounds))
-        if device.type == "cuda":  # what the last run allocated on top
-            extra_bytes = torch.cuda.max_memory_allocated(device) - held_bytes
-            benchmark.extra_info.update(allocated_mb=extra_bytes / 1e6)
+        info = benchmark.extra_info
+        if on_gpu:  # what the last run allocated on top
+            info["allocated_mb"] = (torch.cuda.max_memory_allocated(DEVICE) - held_bytes) / 1e6
         moved = nbytes() if callable(nbytes) else nbytes  # of a switch known only afterwards
-        benchmark.extra_info.update(scheme=scheme, bytes=round(moved), **facts())
+        info |= {"scheme": scheme, "bytes": round(moved), **facts()}
         if benchmark.disabled:
             return
-        by_events = device.type == "cuda" and setup is None
-        seconds = event_seconds(work) if by_events else benchmark.stats.stats.median
-        benchmark.extra_info.update(
-            timed_by="events" if by_events else "clock",
-            seconds=seconds,
-            gb_per_s=moved / seconds / 1e9,
-            percent_of_copy=100 * moved / seconds / copy_bandwidth(moved),
+        by_events = on_gpu and setup is None
+        seconds = seconds_of(work) if by_events else benchmark.stats.stats.median
+        percent = (
+            100 * moved / seconds / copy_bandwidth(min(LARGEST_COPY, max(1 << 12, 1 << round(moved).bit_length())))
         )
+        info |= {"timed_by": "events" if by_events else "clock", "seconds": seconds}
+        info |= {"gb_per_s": moved / seconds / 1e9, "percent_of_copy": percent}
 
     yield run
-    save_so_far(request.config)
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # the next benchmark has buffers of other sizes
-
-
-def save_so_far(config: pytest.Config) -> None:
-    """Write what ``--benchmark-json`` asks for after each benchmark, so that whatever ends the run leaves the rows."""
-    session = config._benchmarksession  # type: ignore[attr-defined]
+    # written after each benchmark, so that whatever ends the run leaves the rows
+    session = request.config._benchmarksession  # type: ignore[attr-defined]
     if session.json and not session.disabled:
         level, session.logger.level = session.logger.level, session.logger.QUIET
         session.handle_saving()
         session.logger.level = level
+    if on_gpu:
+        torch.cuda.empty_cache()  # the next benchmark has buffers of other sizes
+
+
+# ---- results ----
 
 
 @pytest.hookimpl(wrapper=True)
@@ -155,7 +165,7 @@ def pytest_runtest_makereport(item: pytest.Item):
     report = yield
     if report.skipped and isinstance(report.longrepr, tuple):
         reason = report.longrepr[2].removeprefix("Skipped: ")
-        item.config.stash[not_run].append({"name": item.name, "reason": reason})
+        item.config.stash.setdefault(not_run, []).append({"name": item.name, "reason": reason})
     return report
 
 
@@ -179,17 +189,5 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_
     """Add environment and what did not run; leave out single rounds, of which median and IQR are kept."""
     for row in output_json["benchmarks"]:
         row["stats"].pop("data", None)
-    command = " ".join(["pytest", *config.invocation_params.args])
-    output_json["environment"] = {**here(), "command": command}
-    output_json["not_run"] = config.stash[not_run]
-
-
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Print the table that pytest-benchmark has no columns for."""
-    session = getattr(config, "_benchmarksession", None)
-    if session is None or session.disabled:
-        return
-    rows = [row.as_dict(include_data=False) for row in session.benchmarks if not row.has_error]
-    if rows:
-        terminalreporter.write_line("")
-        terminalreporter.write_line(kernel_page({"benchmarks": rows, "not_run": config.stash[not_run]}))
+    output_json["environment"] = {**here(), "command": " ".join(["pytest", *config.invocation_params.args])}
+    output_json["not_run"] = config.stash.get(not_run, [])

@@ -10,8 +10,9 @@ import copy
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ def _drop(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-def overhead(method: Method, batches: Iterator[Tensor], steps: int = 20) -> dict[str, Any]:
+def overhead(method: Method, batches: Iterator[Tensor], steps: int, inner_steps: int) -> dict[str, Any]:
     """What MISA adds to the forward and backward passes it needs.
 
     Trains 1 + ``steps`` + PARTS_STEPS steps. If no switch falls into them, the last round is ended early to time one.
@@ -71,6 +72,7 @@ def overhead(method: Method, batches: Iterator[Tensor], steps: int = 20) -> dict
         method: a MISA with its floor, between two steps.
         batches: token ids (batch, length); each one serves a floor step and a MISA step.
         steps: pairs of steps.
+        inner_steps: steps over which a switch is spread.
 
     Returns:
         ``floor_s`` and ``misa_s``, medians of a step, the second with its share of a switch; ``overhead``, their ratio
@@ -83,34 +85,26 @@ def overhead(method: Method, batches: Iterator[Tensor], steps: int = 20) -> dict
     assert isinstance(optimizer, MISA) and floor is not None
     ids = next(batches)
     device = ids.device
-    floor(_active(optimizer), ids)  # the first of each allocates and compiles
-    _misa_step(method, ids)
-    floors, wholes = [], []
-    switch, clock = Stopwatch(device, ("switch",)), Stopwatch(device, PHASES)
-    first_round = optimizer.round
+    floor(optimizer.arena.names, ids)  # the first of each allocates and compiles
+    method.step([ids])
+    floors, pairs = [], []
     for _ in range(steps):
-        ids, before = next(batches), switch.totals["switch"]
-        floors.append(timed(device, floor, _active(optimizer), ids)[0])
-        with observed(switch.around):
-            whole, _ = timed(device, _misa_step, method, ids)
-        wholes.append(whole - (switch.totals["switch"] - before))
-    with observed(clock.around):
-        for _ in range(PARTS_STEPS):
-            _misa_step(method, next(batches))
-    if optimizer.round == first_round:
-        with observed(switch.around):
-            optimizer.end_round()
-    switch_s = (switch.totals["switch"] + clock.totals["switch"]) / (optimizer.round - first_round)
-    inner_steps = optimizer.config.inner_steps
-    parts = {phase: clock.totals[phase] / PARTS_STEPS for phase in OWN if phase != "switch"}
+        ids = next(batches)
+        floors.append(timed(device, floor, optimizer.arena.names, ids)[0])
+        pairs.append(time_step(method, [ids], ("switch",)))
+    marked = [time_step(method, [next(batches)], PHASES) for _ in range(PARTS_STEPS)]
+    switches = [one.phases["switch"] for one in (*pairs, *marked) if one.switched]
+    switch_s = statistics.fmean(switches) if switches else timed(device, optimizer.end_round)[0]
+    wholes = [one.seconds - one.phases["switch"] for one in pairs]
+    parts = {phase: statistics.fmean(one.phases[phase] for one in marked) for phase in OWN if phase != "switch"}
     parts["switch"] = switch_s / inner_steps
     floor_s, misa_s = statistics.median(floors), statistics.median(wholes) + switch_s / inner_steps
-    pairs = zip(wholes, floors, strict=True)
+    ratios = [whole / alone - 1 for whole, alone in zip(wholes, floors, strict=True)]
     return {
         "floor_s": floor_s,
         "misa_s": misa_s,
         "overhead": misa_s / floor_s - 1,
-        "overhead_of_pairs": statistics.median(w / f - 1 for w, f in pairs) + parts["switch"] / floor_s,
+        "overhead_of_pairs": statistics.median(ratios) + parts["switch"] / floor_s,
         "parts": parts,
         "switch_s": switch_s,
         "inner_steps": inner_steps,
@@ -120,18 +114,26 @@ def overhead(method: Method, batches: Iterator[Tensor], steps: int = 20) -> dict
     }
 
 
-def _active(optimizer: MISA) -> set[str]:
-    """Names of the parameters that train now."""
-    return set(optimizer.arena.names)
-
-
-def _misa_step(method: Method, ids: Tensor) -> None:
-    method.loss(ids).backward()
-    method.optimizer.step()
-    method.optimizer.zero_grad()
-
-
 # ---- clock ----
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """What a step took."""
+
+    seconds: float
+    switched: bool
+    phases: Mapping[str, float]
+    """Seconds of those that were timed; 0 for all others."""
+
+
+def time_step(method: Method, micro_batches: Sequence[Tensor], phases: Collection[str] = ()) -> StepTimes:
+    """Train a step with the device idle before and after, and around each of ``phases``."""
+    device = micro_batches[0].device
+    before, clock = method.switches(), Stopwatch(device, phases)
+    with observed(clock.around):
+        seconds, _ = timed(device, method.step, micro_batches)
+    return StepTimes(seconds, method.switches() > before, clock.totals)
 
 
 class Stopwatch:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import gc
 import os
 import platform
+import re
 import shlex
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from importlib import metadata, util
+from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from misa_engine.trainer.runstats import peak_memory_bytes, resident_bytes
@@ -31,7 +32,7 @@ PACKAGES = (
 def environment(device: torch.device) -> dict[str, Any]:
     """What a reader needs to repeat the run."""
     folder = Path(__file__).resolve().parent
-    facts: dict[str, Any] = {
+    return {
         "hardware": _hardware(device),
         "driver": _driver() if device.type == "cuda" else None,
         "memory_bytes": torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None,
@@ -43,29 +44,20 @@ def environment(device: torch.device) -> dict[str, Any]:
         "command": _command(),
         "date": time.strftime("%Y-%m-%d %H:%M"),
     }
-    return facts
 
 
 def _command() -> str:
     """What was typed, without the paths of this machine's Python and scripts."""
     script, *words = sys.argv
-    module = sys.modules["__main__"].__spec__
-    name = (
-        f"python -m {module.name.removesuffix('.__main__')}"
-        if module is not None and module.name
-        else Path(script).name
-    )
-    return shlex.join([*name.split(), *words])
+    module = Path(script).name == "__main__.py"
+    return shlex.join([*(["python", "-m", Path(script).parent.name] if module else [Path(script).name]), *words])
 
 
 def _hardware(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    cores = Path("/proc/cpuinfo")  # of Linux; platform tells the architecture alone there
+    names = re.findall(r"model name\s*: (.*)", cores.read_text()) if cores.exists() else []
     return f"CPU, {len(names)} cores, {names[0]}" if names else platform.processor() or "CPU"
 
 
@@ -89,9 +81,9 @@ def _output(*command: str) -> str | None:
     return done.stdout.strip() or None
 
 
-def installed(module: str) -> bool:
-    """Whether a module can be imported, without importing it."""
-    return util.find_spec(module) is not None
+def installed(distribution: str) -> bool:
+    """Whether a package is here, by the name that pip knows."""
+    return _version(distribution) is not None
 
 
 # ---- numbers ----
@@ -99,8 +91,8 @@ def installed(module: str) -> bool:
 
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median and 20th/80th percentile, interpolated."""
-    low, *_, high = statistics.quantiles([*values, *values], n=5, method="inclusive")  # twice: one value is enough
-    return {"median": statistics.median(values), "p20": low, "p80": high}
+    median, low, high = np.percentile(values, (50, 20, 80))
+    return {"median": float(median), "p20": float(low), "p80": float(high)}
 
 
 # ---- device ----
@@ -153,22 +145,12 @@ def memory_counters(device: torch.device) -> dict[str, int | None]:
     ``process_bytes`` is NVML's figure for this process (context included), ``device_used_bytes`` is everything in use
     on the card. On a CPU ``peak_bytes`` is the largest resident memory and the allocator's figures are None.
     """
+    names = ("peak_bytes", "peak_allocated_bytes", "peak_reserved_bytes", "process_bytes", "device_used_bytes")
     if device.type != "cuda":
-        return {
-            "peak_bytes": peak_memory_bytes(device),
-            "peak_allocated_bytes": None,
-            "peak_reserved_bytes": None,
-            "process_bytes": resident_bytes(),
-            "device_used_bytes": None,
-        }
+        return dict(zip(names, (peak_memory_bytes(device), None, None, resident_bytes(), None), strict=True))
     free, total = torch.cuda.mem_get_info(device)
-    return {
-        "peak_bytes": torch.cuda.max_memory_reserved(device),
-        "peak_allocated_bytes": torch.cuda.max_memory_allocated(device),
-        "peak_reserved_bytes": torch.cuda.max_memory_reserved(device),
-        "process_bytes": _nvml_process_bytes(),
-        "device_used_bytes": total - free,
-    }
+    allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+    return dict(zip(names, (reserved, allocated, reserved, _nvml_process_bytes(), total - free), strict=True))
 
 
 def _nvml_process_bytes() -> int | None:

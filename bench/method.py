@@ -19,7 +19,7 @@ class Unavailable(Exception):
     """The method cannot run here; the message is the status of its row."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """What all methods share."""
 
@@ -33,6 +33,7 @@ class Settings:
     accumulation: int = 1
     """Micro-batches a step."""
     seed: int = 0
+    """Of the method's own choices; a case's weights have the same."""
     lora_rank: int = 16
     """Rank of LoRA and DoRA."""
     galore_rank: int = 128
@@ -45,21 +46,20 @@ class Settings:
 class Method:
     """A model and what trains it."""
 
-    name: str
     model: nn.Module
     """What trains: the model itself or an adapter's wrapper around it."""
     loss: Loss
     """Token ids (batch, length) -> mean loss."""
     optimizer: torch.optim.Optimizer
     settings: Settings
-    optimizer_bytes: Callable[[], dict[str, int]]
-    """Bytes beyond the model's weights by category, gradients included as held between backward and step."""
+    account: Callable[[], dict[str, int]] | None = None
+    """Gives ``optimizer_bytes`` where the optimizer's state does not tell them."""
     clips_inside: bool = False
     """The optimizer clips in its own update."""
     switches: Callable[[], int] = lambda: 0
     """Switches so far."""
-    notes: str = ""
-    """What a reader of the row must know; ``build`` takes it from the registry."""
+    name: str = ""
+    """Of the registry."""
     floor: Callable[[Collection[str], Tensor], None] | None = None
     """Forward and backward without any optimizer, where the ledger wants it (``ledger.Floor``)."""
 
@@ -67,6 +67,10 @@ class Method:
     def trainable_parameters(self) -> int:
         """Parameters that train now."""
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+    def optimizer_bytes(self) -> dict[str, int]:
+        """Bytes beyond the model's weights by category, gradients included as held between backward and step."""
+        return self.account() if self.account else state_bytes(self.model, self.optimizer.state)
 
     def step(self, micro_batches: Sequence[Tensor]) -> Tensor:
         """One optimizer step over the micro-batches, in the phases forward, backward, clip and step (engine.marks).
@@ -93,20 +97,13 @@ class Method:
             self.optimizer.zero_grad(set_to_none=True)
         return total
 
-    def forget_gradients(self) -> None:
-        """Drop what an interrupted step left behind."""
-        self.model.zero_grad(set_to_none=True)
-
-
-#: What makes a method train a model.
-Build = Callable[[nn.Module, Loss, Settings], Method]
-
-# ---- accounts ----
 
 #: State key of an optimizer -> category.
-_CATEGORIES = {"exp_avg": "first_moment", "state1": "first_moment", "exp_avg_sq": "second_moment"}
-_CATEGORIES |= {"state2": "second_moment", "master": "master_weights", "projector": "projections"}
-_CATEGORIES |= {"kahan_comp": "residual_bits", "error_bits": "residual_bits"}
+_CATEGORIES = {
+    "exp_avg": "first_moment", "state1": "first_moment", "exp_avg_sq": "second_moment", "state2": "second_moment",
+    "master": "master_weights", "projector": "projections", "kahan_comp": "residual_bits",
+    "error_bits": "residual_bits",
+}  # fmt: skip
 
 
 def stored_tensors(value: Any) -> Iterator[Tensor]:
@@ -117,15 +114,14 @@ def stored_tensors(value: Any) -> Iterator[Tensor]:
     """
     if hasattr(value, "__tensor_flatten__"):
         names, _ = value.__tensor_flatten__()
-        for name in names:
-            yield from stored_tensors(getattr(value, name))
+        value = [getattr(value, name) for name in names]
     elif isinstance(value, Tensor):
         yield value
-    elif isinstance(value, (list, tuple)):
+    elif hasattr(value, "__dict__"):
+        value = list(vars(value).values())
+    if isinstance(value, (list, tuple)):
         for entry in value:
             yield from stored_tensors(entry)
-    elif hasattr(value, "__dict__"):
-        yield from stored_tensors(list(vars(value).values()))
 
 
 def state_bytes(model: nn.Module, state: Mapping[Any, Mapping[str, Any]]) -> dict[str, int]:
@@ -133,17 +129,9 @@ def state_bytes(model: nn.Module, state: Mapping[Any, Mapping[str, Any]]) -> dic
     totals: dict[str, int] = defaultdict(int)
     totals["gradients"] = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     seen: set[int] = set()  # bitsandbytes shares one quantisation map among all states
-    for entries in state.values():
-        for key, value in entries.items():
-            for tensor in stored_tensors(value):
-                if id(tensor) not in seen:
-                    seen.add(id(tensor))
-                    totals[_CATEGORIES.get(key, "scales_and_tables")] += tensor.nbytes
+    for key, value in ((key, value) for entries in state.values() for key, value in entries.items()):
+        for tensor in stored_tensors(value):
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                totals[_CATEGORIES.get(key, "scales_and_tables")] += tensor.nbytes
     return dict(totals)
-
-
-def ordinary(
-    name: str, model: nn.Module, loss: Loss, optimizer: torch.optim.Optimizer, settings: Settings, **own: Any
-) -> Method:
-    """A method whose account is that of a torch optimizer's state; ``own`` are further fields of Method."""
-    return Method(name, model, loss, optimizer, settings, lambda: state_bytes(model, optimizer.state), **own)

@@ -133,10 +133,8 @@ def _curves(document: Row) -> Figure:
     by_tokens.set_xlabel("tokens")
     by_time.set_xlabel("s of training steps")
     by_tokens.set_ylabel("held-out loss")
-    settings = document["settings"]
-    figure.suptitle(
-        f"Smoke test of learning: {settings['loss_model']} on {settings['loss_data']}, each at its best learning rate"
-    )
+    model = document["settings"]["loss_model"]
+    figure.suptitle(f"Smoke test of learning: {model}, each at its best learning rate")
     figure.legend(loc="outside right center", frameon=False, fontsize=8)
     return figure
 

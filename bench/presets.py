@@ -26,9 +26,11 @@ QUESTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "float32 moments, offloaded in 8 bits": {"revisit": "offload"},
     },
 }
+#: Steps of a profile where nobody says otherwise: a trace of many opens in no viewer.
+PROFILED_STEPS = 3
 SUITES = {
     "throughput": "step time, phases, peak memory and MISA's own overhead, one process a method",
-    "memory": "the same cases as throughput",
+    "profile": "trace, memory snapshot, time and bytes by phase of a few steps; also: misa profile",
     "loss": "held-out loss from one trained base model: a smoke test of learning",
     "all": "throughput and loss",
     "sampler": "held-out loss of MISA's samplers from random weights",
@@ -61,7 +63,7 @@ class Bench:
     inner_steps: int = option(10, "steps between two switches, for every method that switches")
     max_grad_norm: float = 1.0
     warm_up: int = option(3, "steps before the timed ones")
-    steps: int = option(20, "timed steps")
+    steps: int = option(20, "timed steps; of a profile 3, a switch among them")
     data: str = option("stdlib", "stdlib, arithmetic or a text file: base model, time and memory")
     loss_data: str = option("arithmetic", "the same for the loss curves, another text than the base model's")
     loss_steps: int = option(80, "steps of the loss curves")

@@ -7,6 +7,7 @@ model), and in a round ``plans`` and ``checks``. A run that was interrupted goes
 from __future__ import annotations
 
 import json
+import math
 import re
 import signal
 import statistics
@@ -21,15 +22,13 @@ from typing import Any
 import torch
 
 from misa_engine.bench.baselines import BASELINES
-from misa_engine.bench.cases import Case, Row, TrainingCase
-from misa_engine.bench.checks import JUDGED, ask_plan, judge
-from misa_engine.bench.limits import LongestCase
-from misa_engine.bench.loss import LossCase
+from misa_engine.bench.cases import Case, Row
+from misa_engine.bench.checks import ask_plan, is_judged, judge
 from misa_engine.bench.measure import environment
 from misa_engine.bench.presets import Bench
 from misa_engine.bench.processes import CaseProcesses
-from misa_engine.bench.steps import StepCase
 from misa_engine.bench.suites import BASE_WEIGHTS
+from misa_engine.bench.training import LongestCase
 from misa_engine.errors import UserError
 
 #: Seconds below which no case is begun.
@@ -67,17 +66,13 @@ def run_bench(
     """
     started = time.monotonic()
     output.mkdir(parents=True, exist_ok=True)
-    document: dict[str, Any] = {
-        "environment": environment(torch.device(bench.device)),
-        "settings": json.loads(json.dumps(asdict(bench))),
-        "cases": earlier_rows(output, bench) if resume else [],
-        "results": [],
-    }
-    judged = bench.suite == "round"
+    settings = json.loads(json.dumps(asdict(bench)))
+    rows = earlier_rows(output, settings) if resume else []
+    where = environment(torch.device(bench.device))
+    document = {"environment": where, "settings": settings, "cases": rows, "results": merge(rows)}
     plans: dict[str, Any] = {}
-    if judged:
-        planned = (c for c in cases if isinstance(c, (StepCase, LongestCase)) and c.method in JUDGED and not _speed(c))
-        plans = document["plans"] = {case.name: ask_plan(case) for case in planned}
+    if bench.suite == "round":
+        plans = document["plans"] = {case.name: ask_plan(case) for case in cases if is_judged(case)}
     processes = CaseProcesses(bench.device)
     with terminated_as_interrupt():
         for number, case in enumerate(cases, start=1):
@@ -87,12 +82,12 @@ def run_bench(
             left = deadline_s - (began - started)
             row = case.row("interrupted")
             try:
-                row = _run(case, document, processes, plans, left)
+                row = _run(case, processes, plans, left)
             finally:
                 row["case_s"] = time.monotonic() - began
                 document["cases"].append(row)
                 document["results"] = merge(document["cases"])
-                if judged:
+                if plans:
                     document["checks"] = judge(document["cases"], plans)
                 write(document, output / "results.json")
                 if archive is not None:
@@ -102,28 +97,17 @@ def run_bench(
     return document
 
 
-def _run(
-    case: Case, document: dict[str, Any], processes: CaseProcesses, plans: dict[str, Any], left_s: float
-) -> dict[str, Any]:
+def _run(case: Case, processes: CaseProcesses, plans: dict[str, Any], left_s: float) -> Row:
     """The row of one case, or why it was not run."""
     if left_s < SHORTEST_S:
         return case.row("not run: the time of the whole run was over")
-    if isinstance(case, LossCase) and case.start_from:
-        known = [row["status"] for row in document["cases"] if row.get("method") == case.method]
-        hopeless = next((status for status in known if status.startswith(("missing", "unsupported"))), None)
-        if hopeless or not Path(case.start_from).exists():
-            return case.row(hopeless or "not run: the base model could not be trained")
     if isinstance(case, LongestCase) and case.name in plans:
         case = case.as_planned(plans[case.name])
     row = processes.run(case, min(case.timeout_s, left_s))
-    for name in ("start_from", "save_to", "snapshot", "log"):  # this machine's folders say nothing to a reader
+    for name in ("start_from", "save_to", "folder", "log"):  # this machine's folders say nothing to a reader
         if row["settings"].get(name):
             row["settings"][name] = Path(row["settings"][name]).name
     return row
-
-
-def _speed(case: TrainingCase) -> bool:
-    return case.name.startswith("speed ")
 
 
 @contextmanager
@@ -143,15 +127,13 @@ def terminated_as_interrupt() -> Iterator[None]:
 # ---- rows ----
 
 
-def earlier_rows(output: Path, bench: Bench) -> list[Row]:
+def earlier_rows(output: Path, settings: Row) -> list[Row]:
     """Finished rows of a run that is to go on."""
     path = output / "results.json"
     if not path.exists():
         return []
     document = json.loads(path.read_text())
-    differs = [
-        name for name, value in json.loads(json.dumps(asdict(bench))).items() if document["settings"].get(name) != value
-    ]
+    differs = [name for name, value in settings.items() if document["settings"].get(name) != value]
     if differs:
         raise UserError(f"--resume: {path} is of a run with other settings ({', '.join(differs)}); give those again.")
     return [row for row in document["cases"] if not row["status"].startswith(UNFINISHED)]
@@ -162,18 +144,17 @@ def merge(rows: Sequence[Row]) -> list[Row]:
     results: list[Row] = [dict(row) for row in rows if row["kind"] == "steps"]
     losses: dict[str, list[Row]] = {}
     for row in rows:
-        if row["kind"] == "loss" and row["settings"]["start_from"]:
+        if row["kind"] == "loss" and not row["settings"]["save_to"]:
             losses.setdefault(row["method"], []).append(row)
     for method, own in losses.items():
+        best = best_loss(own)
         result = next((row for row in results if row["method"] == method), None)
         if result is None:
-            result = {**own[0], "step_time_s": None, "status": own[0]["status"]}
-            results.append(result)
-        result |= best_loss(own)
-        if result["kind"] == "loss":
-            result["status"] = result["loss_status"]
+            results.append(result := {**own[0], "status": best["loss_status"]})
+        result |= best
     for result in results:
-        result["summary"] = BASELINES[result["method"]].summary
+        baseline = BASELINES[result["settings"]["method"]]
+        result |= {"summary": baseline.summary, "notes": baseline.notes}
     return results
 
 
@@ -186,14 +167,16 @@ def best_loss(rows: Sequence[Row]) -> dict[str, Any]:
     if not by_lr:
         return {"heldout_loss": None, "loss_status": rows[0]["status"]}
     medians = {lr: statistics.median(row["heldout_loss"] for row in runs) for lr, runs in by_lr.items()}
-    lr = min(medians, key=lambda key: (medians[key] != medians[key], medians[key]))
-    losses = sorted(row["heldout_loss"] for row in by_lr[lr])
+    lr = min(medians, key=lambda key: (math.isnan(medians[key]), medians[key]))
+    runs = sorted(by_lr[lr], key=lambda row: row["heldout_loss"])
+    shown = min(runs, key=lambda row: abs(row["heldout_loss"] - medians[lr]))
     return {
         "heldout_loss": medians[lr],
-        "heldout_loss_spread": [losses[0], losses[-1]],
+        "heldout_loss_spread": [runs[0]["heldout_loss"], runs[-1]["heldout_loss"]],
         "heldout_loss_by_lr": {f"{key:g}": value for key, value in medians.items()},
         "lr": lr,
-        "curve": min(by_lr[lr], key=lambda row: abs(row["heldout_loss"] - medians[lr]))["curve"],
+        "curve": shown["curve"],
+        "entropy_median": shown.get("entropy_median"),
         "loss_status": "ok",
     }
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from misa_engine.bench.cases import Case, CommandCase, TrainingCase
-from misa_engine.bench.limits import LongestCase, SwitchCase
-from misa_engine.bench.loss import BaseModelCase, LossCase
-from misa_engine.bench.presets import GIB, QUESTIONS, Bench
-from misa_engine.bench.steps import StepCase
+from misa_engine.bench.cases import ROOT, Case, CommandCase, TrainingCase
+from misa_engine.bench.presets import GIB, PROFILED_STEPS, QUESTIONS, Bench
+from misa_engine.bench.training import LongestCase, LossCase, StepCase, SwitchCase
 
 BASE_WEIGHTS = "base.safetensors"
 #: A search keeps one active set: the plan's worst draw, or without a plan layer 0, so that every layer's input is kept.
@@ -33,67 +31,53 @@ def cases_of(bench: Bench, output: Path) -> list[Case]:
     """All cases of a run whose results go to ``output``, in their order."""
     if bench.suite == "round":
         return round_cases(bench, output)
-    if bench.suite in QUESTIONS:
-        return question_cases(bench)
-    cases: list[Case] = []
-    if bench.suite != "loss":
-        cases += step_cases(bench)
-    if bench.suite in ("loss", "all"):
-        base = base_case(bench, output / BASE_WEIGHTS)
-        cases += [base, *loss_cases(bench, base)]
-    return cases
+    if bench.suite == "profile":
+        return profile_cases(bench, output)
+    timed = step_cases(bench, bench.methods) if bench.suite in ("throughput", "all") else []
+    return [*timed, *(learning_cases(bench, output) if bench.suite != "throughput" else [])]
 
 
-def step_cases(bench: Bench, prefix: str = "") -> list[Case]:
+def step_cases(bench: Bench, methods: Iterable[str], prefix: str = "") -> list[Case]:
     """One case a method."""
     name = f"{prefix}{bench.model}"
-    return [make(StepCase, bench, name=f"{name} {m}", shape=bench.model, method=m, phases=True) for m in bench.methods]
+    return [make(StepCase, bench, name=f"{name} {m}", shape=bench.model, method=m, phases=True) for m in methods]
 
 
-def base_case(bench: Bench, weights: Path) -> BaseModelCase:
-    """The model from which all loss curves start: AdamW on all parameters."""
-    return make(
-        BaseModelCase,
-        bench,
-        name=f"{bench.loss_model} base",
-        shape=bench.loss_model,
-        method="adamw",
-        batch=bench.loss_batch,
-        accumulation=1,
-        checkpointing=False,
-        loss="plain",
-        limit_bytes=0,
-        steps=bench.base_steps,
-        eval_every=bench.base_steps,
-        lr=bench.base_lr,
-        timeout_s=2 * bench.timeout_s,
-        save_to=str(weights),
-    )
+def profile_cases(bench: Bench, output: Path, prefix: str = "") -> list[Case]:
+    """One case a method, whose rounds are as long as the profile of ``bench.steps``, so that it holds one switch."""
+    shared = {"shape": bench.model, "data": "random", "folder": str(output.resolve()), "timeline": True}
+    shared |= {"warm_up": bench.steps, "inner_steps": bench.steps}
+    return [make(StepCase, bench, name=f"{prefix}{bench.model} {m}", method=m, **shared) for m in bench.methods]
 
 
-def loss_cases(bench: Bench, base: BaseModelCase) -> list[Case]:
-    """A case for each method, learning rate and seed, like the base model's but for what is told here."""
-    shared = {entry.name: getattr(base, entry.name) for entry in fields(LossCase)}
-    shared |= {"data": bench.loss_data, "steps": bench.loss_steps, "eval_every": -(-bench.loss_steps // 6)}
-    shared |= {"start_from": base.save_to, "delta": bench.loss_delta, "timeout_s": bench.timeout_s}
-    return [
-        make(LossCase, bench, **{**shared, "name": f"{bench.loss_model} {method} lr {lr:g} seed {seed}",
-             "method": method, "lr": lr, "seed": seed, "data_seed": seed})
-        for method in bench.methods for lr in bench.lrs for seed in range(bench.seeds)
-    ]  # fmt: skip
+def learning_cases(bench: Bench, output: Path) -> list[Case]:
+    """Loss curves by learning rate and seed: of all methods from one base model, or of a question's settings of MISA.
 
-
-def question_cases(bench: Bench) -> list[Case]:
-    """A case for each setting of a question and seed, from random weights."""
+    The base model is trained by AdamW on all parameters, on another text; a question begins with random weights.
+    """
     shared: dict[str, Any] = {
-        "shape": bench.loss_model, "batch": bench.loss_batch, "lr": bench.lrs[-1], "schedule_warm_up": 20,
-        "steps": bench.loss_steps, "eval_every": bench.loss_steps, "delta": bench.loss_delta, "loss": "plain",
+        "shape": bench.loss_model, "batch": bench.loss_batch, "accumulation": 1, "checkpointing": False,
+        "loss": "plain", "limit_bytes": 0, "delta": bench.loss_delta,
     }  # fmt: skip
-    return [
-        make(LossCase, bench, name=f"{setting}, seed {seed}", seed=seed, misa=options, **shared)
-        for setting, options in QUESTIONS[bench.suite].items()
-        for seed in range(bench.seeds)
-    ]
+    cases: list[Case] = []
+    subjects: dict[str, dict[str, Any]] = {
+        label: {"misa": options} for label, options in QUESTIONS.get(bench.suite, {}).items()
+    }
+    if not subjects:
+        weights, steps = str(output / BASE_WEIGHTS), bench.base_steps
+        base = {"method": "adamw", "lr": bench.base_lr, "steps": steps, "eval_every": steps, "save_to": weights}
+        name, longer = f"{bench.loss_model} base", 2 * bench.timeout_s
+        cases.append(make(LossCase, bench, name=name, **base, timeout_s=longer, **shared))
+        subjects = {method: {"method": method} for method in bench.methods}
+        shared |= {"start_from": weights, "data": bench.loss_data}
+    shared |= {"steps": bench.loss_steps, "eval_every": -(-bench.loss_steps // 6)}
+    for label, own in subjects.items():
+        for lr in bench.lrs:
+            for seed in range(bench.seeds):
+                name = f"{bench.loss_model} {label} lr {lr:g} seed {seed}"
+                varied = {"label": label, "lr": lr, "seed": seed}
+                cases.append(make(LossCase, bench, name=name, **varied, **own, **shared))
+    return cases
 
 
 # ---- the round ----
@@ -109,81 +93,63 @@ def round_cases(bench: Bench, output: Path) -> list[Case]:
     Without a CUDA device tiny shapes take the same way.
     """
     on_gpu = bench.device != "cpu"
-    first, second, speed_8b, speed_1b = (
-        ("llama-3-8b", "qwen2.5-7b", "llama-3-8b", "tinyllama") if on_gpu else ("tiny", "tiny-qwen", "tiny", "tiny")
-    )
-    main = memory_cases(bench, first)
-    peers = [_memory(bench, first, method, steps=8, timeout_s=90) for method in MEMORY_PEERS]
+    first, second, small = ("llama-3-8b", "qwen2.5-7b", "tinyllama") if on_gpu else ("tiny", "tiny-qwen", "tiny")
+    tests, kernels = command_cases(bench, output)
+    profiled = replace(bench, model=small, methods=("misa",), batch=2, steps=PROFILED_STEPS, timeout_s=90)
+    peers = [memory_case(bench, first, method, steps=8, timeout_s=90) for method in MEMORY_PEERS]
     speed = replace(bench, batch=2, accumulation=1, inner_steps=10 if on_gpu else 4, timeout_s=60, data="random")
-    eight = step_cases(replace(speed, model=speed_8b, methods=SPEED_8B, steps=20 if on_gpu else 8), "speed ")
-    one = step_cases(replace(speed, model=speed_1b, methods=SPEED_1B, steps=30 if on_gpu else 8), "speed ")
-    if not on_gpu:  # one shape for both
-        one = [case for case in one if case.name not in {other.name for other in eight}]
-    commands = {case.name: case for case in command_cases(bench, output)}
-    return [
-        commands["GPU tests"],
-        *main,
-        commands["kernels"],
+    cases = [
+        tests,
+        *memory_cases(bench, first),
+        kernels,
         *peers[:3],
-        *eight,
-        commands["profile"],
-        *memory_cases(bench, second, longest=False),
-        *one,
+        *step_cases(replace(speed, model=first, steps=20 if on_gpu else 8), SPEED_8B, "speed "),
+        *profile_cases(profiled, output, "profile "),
+        *(case for case in memory_cases(bench, second) if case.kind != "longest"),
+        *step_cases(replace(speed, model=small, steps=30 if on_gpu else 8), SPEED_1B, "speed "),
         *peers[3:],
     ]
+    return list({case.name: case for case in cases}.values())  # on a CPU both speeds are of one shape
 
 
-def _memory(bench: Bench, shape: str, method: str, **own: Any) -> StepCase:
+def memory_case(bench: Bench, shape: str, method: str, **own: Any) -> StepCase:
     """Peak memory of a method over whole steps with accumulation, data as random as the weights."""
-    length = own.get("length", bench.length)
-    name = f"memory {shape} {own.get('batch', 2)}x{length} {method}"
-    shared: dict[str, Any] = {"steps": 12, "warm_up": 3, "inner_steps": 5, "batch": 2, "accumulation": 2}
+    case = {"batch": 2, "length": bench.length, "steps": 12, "warm_up": 3, "inner_steps": 5, "timeout_s": 120, **own}
     if bench.device == "cpu":
-        shared, own = {**shared, "warm_up": 1, "inner_steps": 2}, {**own, "steps": 4}
-    shared |= {"timeout_s": 120, "data": "random"}
-    return make(StepCase, bench, name=name, shape=shape, method=method, **{**shared, **own})
+        case |= {"steps": 4, "warm_up": 1, "inner_steps": 2}
+    name = f"memory {shape} {case['batch']}x{case['length']} {method}"
+    return make(StepCase, bench, name=name, shape=shape, method=method, accumulation=2, data="random", **case)
 
 
-def memory_cases(bench: Bench, shape: str, longest: bool = True) -> list[Case]:
+def memory_cases(bench: Bench, shape: str) -> list[Case]:
     """MISA on one shape: main case, 8-bit moments, longest sequence, a long sequence, many switches."""
     on_gpu = bench.device != "cpu"
     alone: dict[str, Any] = {"shape": shape, "batch": 1, "accumulation": 1, "timeout_s": 120}
     long, small = (8192, 256) if on_gpu else (4 * bench.length, 16)
-    search = make(
-        LongestCase, bench, name=f"memory {shape} longest", length=long, inner_steps=10**6, misa=WORST_SET,
-        length_step=256 if on_gpu else 64, longest=32768 if on_gpu else 256, **alone,
-    )  # fmt: skip
-    switching = make(
-        SwitchCase, bench, name=f"memory {shape} switches", length=small, inner_steps=1,
-        switches=200 if on_gpu else 20, **alone,
-    )  # fmt: skip
     return [
-        _memory(bench, shape, "misa", timeline=True),
-        _memory(bench, shape, "misa-int8", timeline=True),
-        *([search] if longest else []),
-        _memory(bench, shape, "misa", batch=1, length=long, steps=4, warm_up=2),
-        switching,
-    ]
+        memory_case(bench, shape, "misa", timeline=True),
+        memory_case(bench, shape, "misa-int8", timeline=True),
+        make(
+            LongestCase, bench, name=f"memory {shape} longest", length=long, inner_steps=10**6, misa=WORST_SET,
+            length_step=256 if on_gpu else 64, longest=32768 if on_gpu else 256, **alone,
+        ),
+        memory_case(bench, shape, "misa", batch=1, length=long, steps=4, warm_up=2),
+        make(
+            SwitchCase, bench, name=f"memory {shape} switches", length=small, inner_steps=1,
+            switches=200 if on_gpu else 20, **alone,
+        ),
+    ]  # fmt: skip
 
 
 def command_cases(bench: Bench, output: Path) -> list[CommandCase]:
-    """The GPU's tests (files that need neither TRL nor datasets), kernel benchmarks and a profile."""
-    out = output.resolve()
-    on_gpu = bench.device != "cpu"
-    tests = sorted(str(path.relative_to(path.parents[1])) for path in _root().glob("tests/test_*gpu.py"))
-    kernels = ["bench/", "--benchmark-only", *(["--sizes", bench.sizes] if bench.sizes else [])]
-    kernels += [] if on_gpu else ["--rounds", "2"]
-    profiled = ["--model", "tinyllama" if on_gpu else "tiny", "--length", str(bench.length), "--batch", "2"]
-    commands: dict[str, tuple[int, list[str]]] = {
-        "GPU tests": (150, ["pytest", *tests, "-m", "gpu", "-q"]),
-        "kernels": (150, ["pytest", *kernels, "-q", f"--benchmark-json={out / 'kernels.json'}"]),
-        "profile": (90, ["misa_engine", "profile", *profiled, "--device", bench.device, "--output", f"{out}/profile"]),
-    }
-    return [
-        CommandCase(name=name, words=("-m", *words), log=str(out / f"{name.replace(' ', '_')}.txt"), timeout_s=limit)
-        for name, (limit, words) in commands.items()
-    ]
+    """The GPU's tests (files that need neither TRL nor datasets) and kernel benchmarks."""
+    out, on_gpu = output.resolve(), bench.device != "cpu"
+    tests = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/test_*gpu.py"))
+    sizes = [*(["--sizes", bench.sizes] if bench.sizes else []), *([] if on_gpu else ["--rounds", "2"])]
 
+    def pytest(name: str, *words: str) -> CommandCase:
+        log = str(out / f"{name.replace(' ', '_')}.txt")
+        return CommandCase(name=name, words=("-m", "pytest", *words, "-q"), log=log, timeout_s=150)
 
-def _root() -> Path:
-    return Path(__file__).resolve().parents[1]
+    benchmarks = ("bench/", "--benchmark-only", *sizes, f"--benchmark-json={out}/kernels.json")
+    return [pytest("GPU tests", *tests, "-m", "gpu"), pytest("kernels", *benchmarks)]

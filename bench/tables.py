@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from misa_engine.bench.checks import check_text
-
 GIB = 1 << 30
 PHASES = ("forward", "backward", "clip", "step", "switch")
 Row = Mapping[str, Any]
+#: Heading, value of a row (None is shown as a dash), format of the value.
+Column = tuple[str, Callable[[Row], Any], str]
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,13 @@ class Table:
     rows: Sequence[Sequence[str]]
     title: str = ""
 
+    @classmethod
+    def of(cls, rows: Iterable[Row], columns: Sequence[Column], title: str = "") -> Table:
+        """A line for each row."""
+        values = ([(value(row), spec) for _, value, spec in columns] for row in rows)
+        cells = [["-" if value is None else format(value, spec) for value, spec in line] for line in values]
+        return cls([heading for heading, *_ in columns], cells, title)
+
     def lines(self) -> list[str]:
         """As Markdown; columns of numbers stand at the right."""
         cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in self.rows]
@@ -32,45 +40,47 @@ class Table:
 
     def show(self) -> None:
         """In the terminal, columns aligned."""
-        cells = [list(self.headings), *map(list, self.rows)]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
-        print("\n".join([self.title, *(line.rstrip() for line in lines)]), end="\n\n")
+        columns = zip(self.headings, *self.rows, strict=True)
+        padded = [[cell.ljust(max(map(len, column))) for cell in column] for column in columns]
+        print("\n".join([self.title, *("  ".join(line).rstrip() for line in zip(*padded, strict=True)), ""]))
 
     def without_empty(self, *also_if_equal: str) -> Table:
         """Without columns of dashes; those named are left out where all rows say the same, too."""
-        columns = list(zip(*self.rows, strict=True))
         kept = [
-            i
-            for i, column in enumerate(columns)
-            if set(column) != {"-"} and not (self.headings[i] in also_if_equal and len(set(column)) == 1)
+            (heading, *column)
+            for heading, *column in zip(self.headings, *self.rows, strict=True)
+            if set(column) != {"-"} and not (heading in also_if_equal and len(set(column)) == 1)
         ]
-        rows = [[row[i] for i in kept] for row in self.rows]
-        return Table([self.headings[i] for i in kept], rows, self.title)
+        headings, *rows = zip(*kept, strict=True)
+        return Table(headings, rows, self.title)
 
 
-# ---- cells ----
+# ---- values ----
 
 
-def gib(size: int | None) -> str:
-    """Bytes as GiB."""
-    return "-" if size is None else f"{size / GIB:.2f}"
+def field(*path: str, scale: float = 1.0) -> Callable[[Row], Any]:
+    """What a row has at ``path``, times ``scale``; None where something on the way is missing."""
+
+    def value(row: Row) -> Any:
+        found: Any = row
+        for name in path:
+            found = (found or {}).get(name)
+        return found if scale == 1.0 or found is None else found * scale
+
+    return value
 
 
-def short(count: int | None) -> str:
+def short(count: int | None) -> str | None:
     """1570000 -> 1.57M."""
-    if count is None:
-        return "-"
     for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
-        if count >= size:
+        if count is not None and count >= size:
             return f"{count / size:.3g}{unit}"
-    return str(count)
+    return None if count is None else str(count)
 
 
 def tokens(row: Row) -> str:
     """Sequences x tokens x micro-batches of a step."""
-    settings = row["settings"]
-    return "searched" if row["kind"] == "longest" else "{batch} x {length} x {accumulation}".format(**settings)
+    return "searched" if row["kind"] == "longest" else "{batch} x {length} x {accumulation}".format(**row["settings"])
 
 
 def status(row: Row) -> str:
@@ -80,37 +90,19 @@ def status(row: Row) -> str:
         text += f"; loss: {row['loss_status']}"
     if row["kind"] == "steps" and row["settings"]["max_grad_norm"] is None:
         text += ", without clipping"
-    if row.get("longest") is not None:
-        text += f", {row['longest']} tokens"
-    if row.get("longest_with_reserve") is not None:
-        text += f", {row['longest_with_reserve']} with the plan's reserve"
-    if row.get("switches"):
-        text += f", {row['switches']} switches"
     return text
 
 
-def _seconds(row: Row) -> str:
+def _seconds(row: Row) -> str | None:
     one = row.get("step_time_s")
-    return "{median:.3f} ({p20:.3f}-{p80:.3f})".format(**one) if one else "-"
+    return "{median:.3f} ({p20:.3f}-{p80:.3f})".format(**one) if one else None
 
 
-def _loss(row: Row) -> str:
-    spread = row.get("heldout_loss_spread")
-    text = "-" if row.get("heldout_loss") is None else f"{row['heldout_loss']:.3f}"
-    return text + (f" ({spread[0]:.3f}-{spread[1]:.3f})" if spread and spread[0] != spread[1] else "")
-
-
-def _of(row: Row, reference: Row | None, value: Callable[[Row], float | None]) -> str:
-    one, other = value(row), value(reference) if reference else None
-    return f"{one / other:.2f}" if one and other else "-"
-
-
-def _step(row: Row) -> float | None:
-    return (row.get("step_time_s") or {}).get("median")
-
-
-def _peak(row: Row) -> float | None:
-    return row.get("peak_bytes")
+def _loss(row: Row) -> str | None:
+    if row.get("heldout_loss") is None:
+        return None
+    low, high = row.get("heldout_loss_spread") or (0, 0)
+    return f"{row['heldout_loss']:.3f}" + (f" ({low:.3f}-{high:.3f})" if low != high else "")
 
 
 # ---- comparisons and rounds ----
@@ -121,87 +113,107 @@ def results_table(document: Row) -> Table:
     limits = [row for row in document.get("cases", ()) if row["kind"] in ("longest", "switches")]
     rows = [*document["results"], *limits]
     reference = {(row["shape"], tokens(row)): row for row in rows if row["method"] == "adamw"}
-    cells = []
-    for row in rows:
-        adamw, on_gpu = reference.get((row["shape"], tokens(row))), row["note"] is None
-        cells.append(
-            (
-                row["shape"],
-                row["method"],
-                tokens(row),
-                short(row["trainable_parameters"]),
-                _seconds(row),
-                _of(row, adamw, _step),
-                f"{row['tokens_per_s']:,.0f}" if row["tokens_per_s"] else "-",
-                gib(row["peak_allocated_bytes"]),
-                gib(row["peak_bytes"]),
-                _of(row, adamw, _peak),
-                gib(row["process_bytes"]) if on_gpu else "-",
-                _loss(row),
-                f"{row['lr']:g}" if row.get("lr") else "-",
-                status(row),
-            )
-        )
-    headings = (
-        "shape", "method", "batch x length x accumulation", "trainable", "step s (p20-p80)", "of adamw", "tokens/s",
-        "allocated GiB", "peak GiB", "of adamw", "process GiB", "held-out loss", "lr", "status",
-    )  # fmt: skip
-    return Table(headings, cells).without_empty("shape", "batch x length x accumulation")
+
+    def of_adamw(value: Callable[[Row], Any]) -> Callable[[Row], float | None]:
+        def ratio(row: Row) -> float | None:
+            other = value(reference.get((row["shape"], tokens(row)), {}))
+            return value(row) / other if value(row) and other else None
+
+        return ratio
+
+    step, peak = field("step_time_s", "median"), field("peak_bytes", scale=1 / GIB)
+    columns: list[Column] = [
+        ("shape", field("shape"), ""),
+        ("method", field("method"), ""),
+        ("batch x length x accumulation", tokens, ""),
+        ("trainable", lambda row: short(row["trainable_parameters"]), ""),
+        ("step s (p20-p80)", _seconds, ""),
+        ("of adamw", of_adamw(step), ".2f"),
+        ("tokens/s", field("tokens_per_s"), ",.0f"),
+        ("allocated GiB", field("peak_allocated_bytes", scale=1 / GIB), ".2f"),
+        ("peak GiB", peak, ".2f"),
+        ("of adamw", of_adamw(peak), ".2f"),
+        (
+            "process GiB",
+            lambda row: row["process_bytes"] / GIB if not row["note"] and row["process_bytes"] else None,
+            ".2f",
+        ),
+        ("held-out loss", _loss, ""),
+        ("lr", field("lr"), "g"),
+        ("entropy", field("entropy_median"), ".2f"),
+        ("longest", field("longest"), ","),
+        ("with the plan's reserve", field("longest_with_reserve"), ","),
+        ("switches", field("switches"), ""),
+        ("status", status, ""),
+    ]
+    return Table.of(rows, columns).without_empty("shape", "batch x length x accumulation")
 
 
 def phase_table(document: Row) -> Table:
     """Milliseconds by phase, and for MISA the time over the same step without any optimizer."""
-    cells = []
-    for row in document["results"]:
-        phases, ledger = row.get("phases_s"), row.get("overhead")
-        if phases:
-            times = [f"{1e3 * phases[name]:,.1f}" if name in phases else "-" for name in PHASES]
-            own = f"{sum(ledger['parts'].values()) / ledger['floor_s']:.1%}" if ledger else "-"
-            over = f"{ledger['overhead_of_pairs']:+.1%}" if ledger else "-"
-            cells.append([row["shape"], row["method"], *times, own, over])
-    headings = ["shape", "method", *(f"{name} ms" for name in PHASES), "own part", "over the floor"]
-    return Table(headings, cells, "time by phase").without_empty("shape")
 
+    def own_part(row: Row) -> float | None:
+        ledger = row.get("overhead")
+        return sum(ledger["parts"].values()) / ledger["floor_s"] if ledger else None
 
-def sampler_table(document: Row) -> Table:
-    """Held-out loss by setting of MISA's sampler or moments: median and spread of the seeds."""
-    settings: dict[str, list[Row]] = {}
-    for row in document["cases"]:
-        if row["kind"] == "loss" and not row["settings"]["start_from"]:
-            settings.setdefault(row["case"].rpartition(", seed")[0], []).append(row)
-    cells = []
-    for name, rows in settings.items():
-        ran = sorted((row for row in rows if row["status"] == "ok"), key=lambda row: row["heldout_loss"])
-        if not ran:
-            cells.append([name, "-", "-", "-", rows[0]["status"]])
-            continue
-        losses = [f"{row['heldout_loss']:.3f}" for row in ran]
-        middle = ran[len(ran) // 2]
-        spread = f"{losses[0]} to {losses[-1]}"
-        cells.append([name, losses[len(ran) // 2], spread, f"{middle.get('entropy_median', 0):.2f}", "ok"])
-    return Table(("setting", "held-out loss", "seeds", "entropy", "status"), cells, "settings of MISA")
-
-
-def check_table(document: Row) -> Table:
-    """What was promised and what came out."""
-    cells = [
-        [one["case"], one["check"], one["wanted"], check_text(one), one["verdict"]]
-        for one in document.get("checks", ())
+    columns: list[Column] = [
+        ("shape", field("shape"), ""),
+        ("method", field("method"), ""),
+        *((f"{name} ms", field("phases_s", name, scale=1e3), ",.1f") for name in PHASES),
+        ("own part", own_part, ".1%"),
+        ("over the floor", field("overhead", "overhead_of_pairs"), "+.1%"),
     ]
-    return Table(("case", "check", "wanted", "measured", "verdict"), cells, "checks")
+    rows = [row for row in document["results"] if row.get("phases_s")]
+    return Table.of(rows, columns, "time by phase").without_empty("shape") if rows else Table((), ())
 
 
-def command_table(document: Row) -> Table:
-    """The other commands of a round."""
-    rows = [row for row in document.get("cases", ()) if row["kind"] == "command"]
-    cells = [[row["case"], f"{row['case_s']:.0f}", row["status"], row.get("last_lines", ["-"])[-1]] for row in rows]
-    return Table(("command", "s", "status", "last line"), cells, "commands")
+MIB = 1 << 20
+#: A profile by phase, means of a step.
+PROFILE_COLUMNS: tuple[Column, ...] = (
+    ("phase", field("phase"), ""),
+    ("ms a step", field("time_s", scale=1e3), ".3f"),
+    ("share", field("share"), ".1%"),
+    ("allocated MiB a step", field("allocated_bytes", scale=1 / MIB), ".1f"),
+    ("peak MiB", field("peak_bytes", scale=1 / MIB), ".1f"),
+    ("launches a step", field("launches"), ".0f"),
+    ("reads a step", field("host_reads"), ".1f"),
+)
+
+
+def profile_tables(document: Row) -> list[Table]:
+    """For each profiled method its phases, then all methods' numbers of a whole step."""
+    rows = [row for row in document["results"] if row.get("profile")]
+    found = [Table.of(row["profile"], PROFILE_COLUMNS, f"profile of {row['method']}, {tokens(row)}") for row in rows]
+    names = rows[0]["profile_summary"] if rows else ()
+    numbers: list[Column] = [(name.replace("_", " "), field("profile_summary", name), ",.4g") for name in names]
+    return [*found, Table.of(rows, [("method", field("method"), ""), *numbers], "profiles, a whole step")]
+
+
+#: What was promised and what came out.
+CHECK_COLUMNS: tuple[Column, ...] = (
+    *((name, field(name), "") for name in ("case", "check", "wanted")),
+    ("measured", field("text"), ""),
+    ("verdict", field("verdict"), ""),
+)
+#: The other commands of a round.
+COMMAND_COLUMNS: tuple[Column, ...] = (
+    ("command", field("case"), ""),
+    ("s", field("case_s"), ".0f"),
+    ("status", field("status"), ""),
+    ("last line", lambda row: row.get("last_lines", ["-"])[-1], ""),
+)
 
 
 def tables(document: Row) -> list[Table]:
     """All that have a row."""
-    makers = (command_table, check_table, results_table, phase_table, sampler_table)
-    return [table for table in (make(document) for make in makers) if table.rows]
+    commands = [row for row in document.get("cases", ()) if row["kind"] == "command"]
+    every = (
+        Table.of(commands, COMMAND_COLUMNS, "commands"),
+        Table.of(document.get("checks", ()), CHECK_COLUMNS, "checks"),
+        *((results_table(document), phase_table(document)) if document["results"] else ()),
+        *profile_tables(document),
+    )
+    return [table for table in every if table.rows]
 
 
 def origin(where: Row) -> str:
@@ -224,7 +236,11 @@ def page(document: Row, pictures: Sequence[Path] = ()) -> str:
         "from results.json.",
     ]
     lines += [f"\n{len(unfinished)} cases were not run to their end: --resume runs them."] if unfinished else []
-    lines += [text for text in (_steps_text(document, settings), _loss_text(document, settings)) if text]
+    shown = (f"{name} {','.join(map(str, v)) if isinstance(v, list) else v}" for name, v in settings.items())
+    lines += ["", f"Settings: {'; '.join(shown)}. Weights are random but where a base model was trained."]
+    if any(row.get("step_time_s") for row in document["results"]):
+        lines += ["", PEAK_TEXT[settings["device"].partition(":")[0]]]
+    lines += ["", LOSS_TEXT] if any(row.get("curve") for row in document["results"]) else []
     for table in tables(document):
         if table.title:
             lines += ["", f"**{table.title.capitalize()}**{PHASE_TEXT if table.title == 'time by phase' else ''}"]
@@ -235,44 +251,20 @@ def page(document: Row, pictures: Sequence[Path] = ()) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+PEAK_TEXT = {
+    "cpu": "Peak is the largest resident memory of the process.",
+    "cuda": "Peak is what PyTorch's allocator reserved; attention is pinned to torch's flash kernel.",
+}
+LOSS_TEXT = (
+    "Held-out loss is a smoke test of learning, at the best of the learning rates: a small model's says nothing about "
+    "an 8B model's."
+)
 PHASE_TEXT = (
     ". *Own part*: the time inside MISA (arrival of gradients, norm, update, a step's share of a switch) as a share of "
     "the floor, which is the same forward and backward with the same active matrices and no optimizer. *Over the "
     "floor*: a whole MISA step against it, in turns, median of the pairs: on a machine whose steps differ by 10% it is "
     "good to some percent only."
 )
-
-
-def _steps_text(document: Row, settings: Row) -> str:
-    if not any(row.get("step_time_s") for row in document["results"]):
-        return ""
-    on_gpu = settings["device"] != "cpu"
-    peak = (
-        "reserved by PyTorch's allocator; attention is pinned to torch's flash kernel"
-        if on_gpu
-        else "largest resident memory of the process"
-    )
-    limit = f", allocator limited to {settings['vram_gib']:.2f} GiB" if settings["vram_gib"] else ""
-    if settings["suite"] == "round":
-        return f"\nTime and memory: random weights, checkpointing, δ {settings['delta']:g}{limit}. Peak is the {peak}."
-    return (
-        f"\nTime and memory: {settings['model']} (random weights), {settings['batch']} x {settings['length']} tokens x "
-        f"{settings['accumulation']}, checkpointing {'on' if settings['checkpointing'] else 'off'}, δ "
-        f"{settings['delta']:g}, a switch every {settings['inner_steps']} steps, {settings['steps']} timed "
-        f"steps{limit}. Peak is the {peak}."
-    )
-
-
-def _loss_text(document: Row, settings: Row) -> str:
-    if not any(row.get("curve") for row in document["results"]):
-        return ""
-    return (
-        f"\nHeld-out loss, a smoke test of learning: {settings['loss_model']}, trained for {settings['base_steps']} "
-        f"steps on {settings['data']}, then {settings['loss_steps']} steps on {settings['loss_data']} by each method "
-        f"(δ {settings['loss_delta']:g}), at the best of the learning rates "
-        f"{', '.join(f'{lr:g}' for lr in settings['lrs'])}; {settings['seeds']} seed(s). A small model's loss says "
-        "nothing about an 8B model's."
-    )
 
 
 #: Between these lines of a Markdown file ``insert`` puts the page.
@@ -286,19 +278,34 @@ def insert(document: Row, pictures: Sequence[Path], target: Path) -> None:
         ValueError: the file has no markers; nothing is written then.
     """
     text = target.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{target} has no lines {BEGIN} and {END}, between which the page goes")
     links = [Path(os.path.relpath(path, target.parent)) for path in pictures]
     body = page(document, links).partition("\n")[2].strip()
-    target.write_text(f"{before}{BEGIN}\n\n{body}\n\n{END}{after}", encoding="utf-8")
+    text, found = re.subn(f"{BEGIN}.*?{END}", lambda old: f"{BEGIN}\n\n{body}\n\n{END}", text, flags=re.DOTALL)
+    if not found:
+        raise ValueError(f"{target} has no lines {BEGIN} and {END}, between which the page goes")
+    target.write_text(text, encoding="utf-8")
 
 
 # ---- kernels ----
 
-#: What every row has; all else in ``extra_info`` gets a column of its own.
-COMMON = {"bytes", "gb_per_s", "percent_of_copy", "timed_by", "seconds", "scheme"}
+
+def _device_ms(row: Row) -> float | None:
+    """What GB/s belong to, where it is not the time of the clock."""
+    info = row["extra_info"]
+    return 1e3 * info["seconds"] if info["timed_by"] == "events" else None
+
+
+#: What every row of the kernel benchmarks has; all else in ``extra_info`` gets a column of its own.
+KERNEL_COLUMNS: tuple[Column, ...] = (
+    ("", lambda row: f"`{row['extra_info']['scheme']}`", ""),
+    ("median ms", field("stats", "median", scale=1e3), ".3f"),
+    ("IQR ms", field("stats", "iqr", scale=1e3), ".3f"),
+    ("device ms", _device_ms, ".3f"),
+    ("MB moved", field("extra_info", "bytes", scale=1e-6), ",.1f"),
+    ("GB/s", field("extra_info", "gb_per_s"), ",.2f"),
+    ("% of copy", field("extra_info", "percent_of_copy"), ".0f"),
+)
+COMMON = ("bytes", "gb_per_s", "percent_of_copy", "timed_by", "seconds", "scheme")
 
 
 def kernel_page(results: Row) -> str:
@@ -326,26 +333,6 @@ def kernel_page(results: Row) -> str:
 
 
 def _kernels(rows: Sequence[Row]) -> Table:
-    facts = sorted({name for row in rows for name in row["extra_info"]} - COMMON)
-    cells = []
-    for row in sorted(rows, key=lambda row: row["stats"]["median"]):
-        info, stats = row["extra_info"], row["stats"]
-        by_events = info["timed_by"] == "events"  # GB/s then belongs to these times
-        cells.append(
-            [
-                f"`{info['scheme']}`",
-                f"{1e3 * stats['median']:.3f}",
-                f"{1e3 * stats['iqr']:.3f}",
-                f"{1e3 * info['seconds']:.3f}" if by_events else "-",
-                f"{info['bytes'] / 1e6:,.1f}",
-                f"{info['gb_per_s']:,.2f}",
-                f"{info['percent_of_copy']:.0f}",
-                *(_number(info.get(name)) for name in facts),
-            ]
-        )
-    headings = ["", "median ms", "IQR ms", "device ms", "MB moved", "GB/s", "% of copy"]
-    return Table([*headings, *(name.replace("_", " ") for name in facts)], cells).without_empty()
-
-
-def _number(value: Any) -> str:
-    return "-" if value is None else f"{value:,.3g}" if isinstance(value, float) else f"{value:,}"
+    facts = sorted({name for row in rows for name in row["extra_info"]} - set(COMMON))
+    columns = [*KERNEL_COLUMNS, *((name.replace("_", " "), field("extra_info", name), ",.3g") for name in facts)]
+    return Table.of(sorted(rows, key=lambda row: row["stats"]["median"]), columns).without_empty()

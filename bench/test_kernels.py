@@ -81,7 +81,7 @@ def test_norm(measure: Any, device: torch.device, parameters: int, scheme: str, 
         def work() -> object:
             return torch.nn.utils.get_total_norm(gradients, foreach=True)
 
-    nbytes = traffic.norm(DTYPES[dtype]) * sum(sizes)
+    nbytes = traffic.NORM[DTYPES[dtype]] * sum(sizes)
     measure(work, nbytes, f"global norm, {parameters / 1e6:g}M parameters", f"{scheme}-{dtype}")
 
 

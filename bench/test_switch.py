@@ -42,13 +42,9 @@ def build_model(shape: str, device: torch.device) -> tuple[nn.Module, float]:
     """A bfloat16 Llama with random weights, and the share of it that trains at a time."""
     (hidden, intermediate, layers, heads), active = MODELS[shape]
     config = LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads // 4,
-        vocab_size=1024,
-    )
+        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=heads // 4, vocab_size=1024,
+    )  # fmt: skip
     with torch.device("meta"):
         model = LlamaForCausalLM(config).bfloat16()
     model.to_empty(device=device)
@@ -66,8 +62,9 @@ def one_step(optimizer: MISA | UnfusedMISA, model: nn.Module) -> None:
     optimizer.zero_grad()
 
 
-def device_bytes(optimizer: MISA, event: SwitchEvent, numel: dict[str, int]) -> float:
+def device_bytes(optimizer: MISA, event: SwitchEvent) -> float:
     """What a switch must move: cleared moments of those that come, rounding of those that leave, host copies."""
+    numel = {unit.name: unit.numel for unit in optimizer.units}
     config, residual = optimizer.config, optimizer.arena.residual is not None
     rounded = residual and config.leave_rounding == "stochastic"
     came = sum(numel[name] for name in event.came) * traffic.enter(residual, config.state_dtype)
@@ -80,7 +77,6 @@ def test_switch(measure: Any, device: torch.device, shape: str, way: str) -> Non
     """The switch of the real optimizer. Host buffers exist, as after a first pass over all units."""
     model, delta = build_model(shape, device)
     optimizer = MISA(model, delta=delta, **OPTIONS, **WAYS[way])
-    numel = {unit.name: unit.numel for unit in optimizer.units}
     seen: set[str] = set()
     while len(seen) < len(optimizer.units):
         seen.update(optimizer.active)
@@ -88,13 +84,16 @@ def test_switch(measure: Any, device: torch.device, shape: str, way: str) -> Non
         optimizer.end_round()
     optimizer.events.clear()
 
+    def mean(sizes: list[float]) -> float:
+        return sum(sizes) / len(sizes)
+
     def moved() -> float:
-        return sum(device_bytes(optimizer, event, numel) for event in optimizer.events) / len(optimizer.events)
+        return mean([device_bytes(optimizer, event) for event in optimizer.events])
 
     def facts() -> dict[str, Any]:
         sizes = optimizer.memory()
         return {
-            "host_mb_moved": sum(event.moved_bytes for event in optimizer.events) / len(optimizer.events) / 1e6,
+            "host_mb_moved": mean([event.moved_bytes for event in optimizer.events]) / 1e6,
             "host_mb_held": sum(size for name, size in sizes.items() if name.startswith("host_")) / 1e6,
         }
 
@@ -114,7 +113,7 @@ def test_switch_by_clones(measure: Any, device: torch.device, shape: str) -> Non
         counted.append(sum(clone.numel() for clone in optimizer.clones.values()))
 
     def moved() -> float:
-        return sum(counted) / len(counted) * traffic.enter_as_clone(torch.bfloat16)
+        return sum(counted) / len(counted) * traffic.ENTER_AS_CLONE
 
     group = f"switch, {optimizer.budget / 1e6:g}M of bfloat16 parameters"
     measure(work, moved, group, "clones", setup=lambda: one_step(optimizer, model))

@@ -38,6 +38,8 @@ def record_timeline(
 ) -> dict[str, Any]:
     """Train two steps around a switch and return the memory over their time.
 
+    One piece, because samples, phases and the allocator's history share one clock.
+
     Args:
         method: what trains; steps are made until the next one ends with a switch.
         batches: endless token ids.
@@ -84,11 +86,13 @@ def record_timeline(
         torch.cuda.memory._record_memory_history(enabled=None)
         points = replay(history["device_traces"][device.index or 0], before)
         if snapshot is not None:
-            snapshot.parent.mkdir(parents=True, exist_ok=True)
             snapshot.write_bytes(pickle.dumps(history))
     return {
         "points": [[round(at - begin, 6), held] for at, held in thin(points, POINTS)],
-        "phases": phases(spells, begin),
+        "phases": [  # a switch after the step that it is part of
+            {"phase": name, "begin_s": round(start - begin, 6), "end_s": round(end - begin, 6)}
+            for name, start, end in sorted(spells, key=lambda spell: spell[1])
+        ],
         "base_bytes": {"weights": weights_bytes, **method.optimizer_bytes()},
         "before_bytes": before,
         "peak_bytes": max((held for _, held in points), default=before),
@@ -118,16 +122,3 @@ def thin(points: Sequence[tuple[float, int]], most: int) -> list[tuple[float, in
     """At most ``most`` points: of each stretch of equal count, the highest."""
     stretch = -(-len(points) // most) if points else 1
     return [max(points[i : i + stretch], key=lambda point: point[1]) for i in range(0, len(points), stretch)]
-
-
-def phases(spells: Sequence[tuple[str, float, float]], begin: float) -> list[dict[str, Any]]:
-    """Spells (phase, begin, end) in the order of their ends as seconds from ``begin``; a switch ends its step."""
-    result: list[dict[str, Any]] = []
-    for phase, start, end in spells:
-        if result and result[-1]["phase"] == "switch" and phase == "step":
-            switch = result.pop()
-            result.append({"phase": phase, "begin_s": round(start - begin, 6), "end_s": switch["begin_s"]})
-            result.append({**switch, "end_s": round(end - begin, 6)})
-        else:
-            result.append({"phase": phase, "begin_s": round(start - begin, 6), "end_s": round(end - begin, 6)})
-    return result

@@ -17,7 +17,6 @@ from misa_engine.kernels.blockwise8 import GROUP
 Stored: TypeAlias = torch.dtype | tuple[torch.dtype, int]
 
 F32, BF16, I16, I8, U8 = torch.float32, torch.bfloat16, torch.int16, torch.int8, torch.uint8
-
 #: Both moments as the arena holds them.
 MOMENTS: dict[str, list[Stored]] = {"float32": [F32, F32], "int8": [I8, U8, (F32, GROUP), (F32, GROUP)]}
 
@@ -32,63 +31,37 @@ def moved(reads: Sequence[Stored], writes: Sequence[Stored]) -> float:
     return held(reads) + held(writes)
 
 
-def norm(grad: torch.dtype) -> float:
-    """Read every gradient once."""
-    return moved([grad], [])
-
-
-def clip(grad: torch.dtype) -> float:
-    """Multiply every gradient in place, as ``torch.nn.utils.clip_grad_norm_`` does even by a factor of 1."""
-    return moved([grad], [grad])
-
-
-# ---- updates ----
-
-
-def fused(weight: torch.dtype, grad: torch.dtype, moments: Sequence[Stored], extra: Sequence[Stored] = ()) -> float:
-    """One pass that updates the weight, both moments and ``extra`` (residual bits, compensation) in place."""
+def fused(weight: torch.dtype, moments: Sequence[Stored], extra: Sequence[Stored] = ()) -> float:
+    """One pass that reads a gradient like the weight and updates weight, moments and ``extra`` (residual) in place."""
     in_place = [weight, *moments, *extra]
-    return moved([grad, *in_place], in_place)
+    return moved([weight, *in_place], in_place)
 
 
-def torch_with_master(weight: torch.dtype, grad: torch.dtype) -> float:
-    """Gradient to float32, torch's fused AdamW on the master, master to the weight: three passes."""
-    return moved([grad], [F32]) + fused(F32, F32, [F32, F32]) + moved([F32], [weight])
-
-
-def eager_adamw(dtype: torch.dtype) -> float:
-    """AdamW of torch without fusion, operation by operation (``foreach`` on a GPU, a loop over tensors on a CPU)."""
-    reads_and_one_write = {
-        "w *= 1 - lr·wd": 1,
-        "m = lerp(m, g)": 2,
-        "v *= β2": 1,
-        "v += (1-β2)·g·g": 2,
-        "d = √v": 1,
-        "d /= c": 1,
-        "d += ε": 1,
-        "w += m / d": 3,
-    }
-    return sum(moved([dtype] * reads, [dtype]) for reads in reads_and_one_write.values())
-
-
-# ---- between the model, the arena and the host ----
-
+#: By the dtype of the gradients: each is read for the norm.
+NORM = {dtype: held([dtype]) for dtype in (F32, BF16)}
+#: ``clip_grad_norm_`` then multiplies each in place, even by a factor of 1.
+CLIP = {dtype: moved([dtype], [dtype]) for dtype in (F32, BF16)}
+#: Gradient to float32, torch's fused AdamW on the master, master to the weight: three passes.
+TORCH_WITH_MASTER = moved([BF16], [F32]) + fused(F32, [F32, F32]) + moved([F32], [BF16])
+#: Inputs of each operation of torch's AdamW without fusion, each of which writes one output.
+EAGER = {
+    "w *= 1 - lr·wd": 1, "m = lerp(m, g)": 2, "v *= β2": 1, "v += (1-β2)·g·g": 2, "d = √v": 1, "d /= c": 1,
+    "d += ε": 1, "w += m / d": 3,
+}  # fmt: skip
+EAGER_ADAMW = sum(moved([F32] * inputs, [F32]) for inputs in EAGER.values())
 #: float32 -> bfloat16 and the 16 bits below, or back.
 SPLIT = moved([F32], [BF16, I16])
 #: Both halves read, both written.
 ROUND_STOCHASTIC = moved([BF16, I16], [BF16, I16])
 #: float32 moments -> 8-bit ones, or back.
 COMPRESS = moved(MOMENTS["float32"], MOMENTS["int8"])
+#: What the published code does at a switch: a float32 copy of the weight that comes, and new float32 moments.
+ENTER_AS_CLONE = moved([BF16], [F32, *MOMENTS["float32"]])
 
 
 def enter(residual: bool, state: str) -> float:
-    """What a switch writes for a parameter that comes: zeroed moments and residual bits."""
-    return moved([], [*MOMENTS[state], *([I16] if residual else [])])
-
-
-def enter_as_clone(weight: torch.dtype) -> float:
-    """What the published code does for it: a float32 copy of the weight and new float32 moments."""
-    return moved([weight], [F32, *MOMENTS["float32"]])
+    """What our switch writes for a parameter that comes: zeroed moments and residual bits."""
+    return held([*MOMENTS[state], *([I16] if residual else [])])
 
 
 def accumulate(way: str, weight: torch.dtype, slot: torch.dtype, micro_batches: int) -> float:
@@ -103,6 +76,6 @@ def accumulate(way: str, weight: torch.dtype, slot: torch.dtype, micro_batches: 
     """
     later = micro_batches - 1
     if way == "gemm":
-        return moved([], [slot]) + later * moved([slot], [slot])
+        return held([slot]) + later * moved([slot], [slot])
     first = moved([weight], [slot]) if way == "hook" else 0.0
-    return micro_batches * moved([], [weight]) + first + later * moved([weight, slot], [slot])
+    return micro_batches * held([weight]) + first + later * moved([weight, slot], [slot])

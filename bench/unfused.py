@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from misa_engine.bench.method import Loss, Method, Settings, Unavailable
+from misa_engine.bench.method import Loss, Method, Settings, Unavailable, state_bytes
 from misa_engine.method.config import MisaConfig
 from misa_engine.method.partition import check_budget, partition
 from misa_engine.method.sampling import ImportanceTracker
@@ -43,14 +43,8 @@ class UnfusedMISA(torch.optim.Optimizer):
 
     def __init__(self, model: nn.Module, config: MisaConfig) -> None:
         self.config = config
-        self._parts = partition(
-            model,
-            config.granularity,
-            always_train=config.always_train,
-            frozen=config.frozen,
-            include_outside=config.include_outside,
-            family=config.family,
-        )
+        options = {name: getattr(config, name) for name in ("always_train", "frozen", "include_outside", "family")}
+        self._parts = partition(model, config.granularity, **options)
         self._weights = dict(model.named_parameters())
         self.budget = check_budget(self._parts, config.delta)
         self._tracker = ImportanceTracker([unit.numel for unit in self._parts.units], self.budget, config)
@@ -79,15 +73,8 @@ class UnfusedMISA(torch.optim.Optimizer):
         self.clones = {
             name: nn.Parameter(self._weights[name].detach().to(torch.float32, copy=True)) for name in self.active
         }
-        self.adamw = torch.optim.AdamW(
-            self.clones.values(),
-            lr=self.config.lr,
-            betas=self.config.betas,
-            eps=self.config.eps,
-            weight_decay=self.config.weight_decay,
-            foreach=False,
-            fused=False,
-        )
+        numbers = {name: getattr(self.config, name) for name in ("lr", "betas", "eps", "weight_decay")}
+        self.adamw = torch.optim.AdamW(self.clones.values(), **numbers, foreach=False, fused=False)
         for clone in self.clones.values():  # otherwise a part of the first step
             moments = {"exp_avg": torch.zeros_like(clone), "exp_avg_sq": torch.zeros_like(clone)}
             self.adamw.state[clone] = {"step": torch.zeros(()), **moments}
@@ -121,35 +108,42 @@ class UnfusedMISA(torch.optim.Optimizer):
 
     def bytes_by_category(self) -> dict[str, int]:
         """What it holds between a backward pass and the end of the step: gradients twice, clones, moments."""
-        clones = sum(clone.nbytes for clone in self.clones.values())
-        gradients = sum(self._weights[name].nbytes for name in self.active)
-        return {
-            "gradients": gradients + clones,
-            "master_weights": clones,
-            "first_moment": clones,
-            "second_moment": clones,
-            "scales_and_tables": 4 * len(self.clones),  # AdamW's step counters
-        }
+        clones = nn.ParameterList(self.clones.values())
+        totals = state_bytes(clones, self.adamw.state)
+        totals["master_weights"] = totals["gradients"]
+        totals["gradients"] += sum(self._weights[name].nbytes for name in self.active)
+        return totals
 
 
-def misa_options(settings: Settings, **own: Any) -> dict[str, Any]:
-    """What the settings of a comparison are as options of MisaConfig; ``own`` of the method, the settings' own last."""
+def misa_config(settings: Settings, **own: Any) -> MisaConfig:
+    """The settings of a comparison as MISA's; ``own`` options of the method, the settings' own last.
+
+    Raises:
+        Unavailable: MISA has no such combination.
+    """
     shared = {name: getattr(settings, name) for name in ("lr", "delta", "inner_steps", "seed")}
-    # the cold start's one-step rounds are the beginning of a run, not what a run costs
-    return {**shared, "cold_start": "none", **own, **settings.misa}
+    try:
+        # the cold start's one-step rounds are the beginning of a run, not what a run costs
+        return MisaConfig.from_dict({**shared, "cold_start": "none", **own, **settings.misa})
+    except ValueError as error:
+        raise Unavailable(f"unsupported: {error}") from error
+
+
+#: Options that only the engine has, as they must be here.
+PLAIN = {
+    "update_in": "step", "state_dtype": "float32", "closing_momentum": False, "bias_correction": True,
+    "parameter_groups": (),
+}  # fmt: skip
 
 
 def unfused_misa(model: nn.Module, loss: Loss, settings: Settings) -> Method:
     """The row ``unfused-misa``, with the options of the row ``misa``."""
+    config = misa_config(settings)
+    for option, value in PLAIN.items():
+        if getattr(config, option) != value:
+            raise Unavailable(f"unsupported: unfused-misa has no {option}={getattr(config, option)!r}")
     try:
-        config = MisaConfig.from_dict(misa_options(settings))
-        plain = MisaConfig(closing_momentum=False, bias_correction=True)
-        for option in ("update_in", "state_dtype", "closing_momentum", "bias_correction", "parameter_groups"):
-            if getattr(config, option) != getattr(plain, option):
-                raise ValueError(f"unfused-misa has no {option}={getattr(config, option)!r}")
         optimizer = UnfusedMISA(model, config)
     except ValueError as error:
         raise Unavailable(f"unsupported: {error}") from error
-    return Method(
-        "unfused-misa", model, loss, optimizer, settings, optimizer.bytes_by_category, switches=lambda: optimizer.round
-    )  # fmt: skip
+    return Method(model, loss, optimizer, settings, optimizer.bytes_by_category, switches=lambda: optimizer.round)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -17,7 +16,8 @@ from torch import Tensor
 from misa_engine import MisaConfig
 from misa_engine.bench import traffic
 from misa_engine.bench.measure import installed
-from misa_engine.bench.traffic import BF16, F32, I8, I16, MOMENTS, U8
+from misa_engine.bench.peers import optimizer_class
+from misa_engine.bench.traffic import BF16, CLIP, F32, I8, I16, MOMENTS, NORM, U8
 from misa_engine.engine.arena import Arena, padded
 from misa_engine.engine.update import ArenaUpdate
 from misa_engine.kernels.adamw import adamw
@@ -56,17 +56,14 @@ class Scheme:
     update_bytes: float
     """Bytes per parameter of the rest."""
     package: str = ""
-    """The module that it needs and what pip installs for it."""
+    """What it needs, as pip names it."""
     needs_cuda: bool = False
 
     def unavailable(self, device: torch.device) -> str | None:
         """Why it cannot run here; None when it can."""
-        module, _, distribution = self.package.partition(" ")
-        if module and not installed(module):
-            return f"missing: pip install {distribution}"
-        if self.needs_cuda and device.type != "cuda":
-            return "needs a CUDA device"
-        return None
+        if self.package and not installed(self.package):
+            return f"missing: pip install {self.package}"
+        return "needs a CUDA device" if self.needs_cuda and device.type != "cuda" else None
 
 
 def sizes_of(parameters: int) -> list[int]:
@@ -115,86 +112,61 @@ def _misa(dtype: torch.dtype, state: str) -> Scheme:
 
         return Update([slot.weight for slot in arena.slots], update.measure, update.step, launch)
 
-    residual = [I16] if dtype == BF16 else []
-    return Scheme(build, traffic.norm(dtype), traffic.fused(dtype, dtype, MOMENTS[state], residual))
+    return Scheme(build, NORM[dtype], traffic.fused(dtype, MOMENTS[state], [I16] if dtype == BF16 else []))
 
 
 # ---- others ----
 
 
-def parameters_with_gradients(sizes: Sequence[int], device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """Leaf tensors that have a ``.grad``."""
-    parameters = [weight.requires_grad_() for weight in draws(sizes, dtype, device, 0.02)]
-    for parameter, gradient in zip(parameters, draws(sizes, dtype, device, 1e-3), strict=True):
-        parameter.grad = gradient
-    return parameters
+def _with_gradients(
+    sizes: Sequence[int], device: torch.device, dtype: torch.dtype
+) -> tuple[list[Tensor], list[Tensor], Work]:
+    """Leaf tensors that have a ``.grad``, these gradients, and what clips them."""
+    parameters, gradients = draws(sizes, dtype, device, 0.02), draws(sizes, dtype, device, 1e-3)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.requires_grad_().grad = gradient
+    return parameters, gradients, lambda: torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM)
 
 
-def _clip(parameters: Sequence[Tensor]) -> Work:
-    return lambda: torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM)
-
-
-def _optimizer(
-    make: Callable[[list[Tensor]], torch.optim.Optimizer],
-    dtype: torch.dtype,
-    update_bytes: float,
-    package: str = "",
-    needs_cuda: bool = False,
-) -> Scheme:
-    """A torch optimizer after ``clip_grad_norm_``."""
+def _optimizer(name: str, dtype: torch.dtype, update_bytes: float, package: str = "", **own: Any) -> Scheme:
+    """A torch optimizer, by its class, after ``clip_grad_norm_``."""
 
     def build(sizes: Sequence[int], device: torch.device) -> Update:
-        parameters = parameters_with_gradients(sizes, device, dtype)
-        step = make(parameters).step
-        return Update(parameters, _clip(parameters), step, step)
+        parameters, _, clip = _with_gradients(sizes, device, dtype)
+        step = optimizer_class(name)(parameters, **HYPERPARAMETERS, **own).step
+        return Update(parameters, clip, step, step)
 
-    before_bytes = traffic.norm(dtype) + traffic.clip(dtype)
-    return Scheme(build, before_bytes, update_bytes, package, needs_cuda)
+    needs_cuda = package == "flashoptim"
+    return Scheme(build, NORM[dtype] + CLIP[dtype], update_bytes, package, needs_cuda)
 
 
 def _torch_master(clips: bool) -> Scheme:
-    """bfloat16 model, float32 master: ``torch._fused_adamw_`` with a cast before and a copy back after."""
+    """bfloat16 model, float32 master: torch's fused AdamW with a cast before and a copy back after."""
 
     def build(sizes: Sequence[int], device: torch.device) -> Update:
-        weights = parameters_with_gradients(sizes, device, BF16)
-        gradients = [weight.grad for weight in weights if weight.grad is not None]
-        masters = [weight.detach().float() for weight in weights]
-        wide, m, v = ([torch.zeros_like(master) for master in masters] for _ in range(3))
-        steps = [torch.zeros((), device=device) for _ in masters]
+        weights, gradients, clip = _with_gradients(sizes, device, BF16)
+        masters, wide, _ = _with_gradients(sizes, device, F32)
         models = [weight.detach() for weight in weights]
-        beta1, beta2 = HYPERPARAMETERS["betas"]
-        options = {name: HYPERPARAMETERS[name] for name in ("lr", "eps", "weight_decay")}
+        torch._foreach_copy_([master.detach() for master in masters], models)
+        adam = torch.optim.AdamW(masters, fused=True, **HYPERPARAMETERS)
 
         def update() -> None:
-            torch._foreach_add_(steps, 1)
             torch._foreach_copy_(wide, gradients)
-            torch._fused_adamw_(
-                masters, wide, m, v, [], steps, **options, beta1=beta1, beta2=beta2, amsgrad=False, maximize=False
-            )
-            torch._foreach_copy_(models, masters)
+            adam.step()
+            torch._foreach_copy_(models, [master.detach() for master in masters])
 
-        before = _clip(weights) if clips else lambda: torch.nn.utils.get_total_norm(gradients)
-        return Update(weights, before, update, update)
+        return Update(weights, clip if clips else lambda: torch.nn.utils.get_total_norm(gradients), update, update)
 
-    before_bytes = traffic.norm(BF16) + (traffic.clip(BF16) if clips else 0)
-    return Scheme(build, before_bytes, traffic.torch_with_master(BF16, BF16))
-
-
-def _from(module: str, name: str, **own: Any) -> Callable[[list[Tensor]], torch.optim.Optimizer]:
-    """An optimizer's class, imported when it is made."""
-    return lambda parameters: getattr(import_module(module), name)(parameters, **HYPERPARAMETERS, **own)
+    return Scheme(build, NORM[BF16] + (CLIP[BF16] if clips else 0), traffic.TORCH_WITH_MASTER)
 
 
 def _flash(bits: int, correction: torch.dtype) -> Scheme:
     scale = (torch.float16, 32)
-    moved = traffic.fused(BF16, BF16, [I8, U8, scale, scale], [correction])
-    make = _from("flashoptim", "FlashAdamW", master_weight_bits=bits)
-    return _optimizer(make, BF16, moved, "flashoptim flashoptim", needs_cuda=True)
+    moved = traffic.fused(BF16, [I8, U8, scale, scale], [correction])
+    return _optimizer("flashoptim.FlashAdamW", BF16, moved, "flashoptim", master_weight_bits=bits)
 
 
-_FUSED = _from("torch.optim", "AdamW", fused=True)
-_KAHAN = _from("optimi", "AdamW", kahan_sum=True)
-
+_ADAMW = "torch.optim.AdamW"
 #: Rows of the tables. torch-default is what ``torch.optim.AdamW(...)`` gives: foreach on a GPU, a loop on a CPU.
 SCHEMES: dict[str, Scheme] = {
     "misa-bf16-fp32": _misa(BF16, "float32"),
@@ -203,10 +175,12 @@ SCHEMES: dict[str, Scheme] = {
     "misa-fp32-int8": _misa(F32, "int8"),
     "torch-fused-master-clip": _torch_master(clips=True),
     "torch-fused-master-norm": _torch_master(clips=False),
-    "torch-fused-fp32": _optimizer(_FUSED, F32, traffic.fused(F32, F32, [F32, F32])),
-    "torch-default-fp32": _optimizer(_from("torch.optim", "AdamW"), F32, traffic.eager_adamw(F32)),
-    "torch-fused-bf16": _optimizer(_FUSED, BF16, traffic.fused(BF16, BF16, [BF16, BF16])),
-    "optimi-kahan-bf16": _optimizer(_KAHAN, BF16, traffic.fused(BF16, BF16, [BF16] * 2, [BF16]), "optimi torch-optimi"),
+    "torch-fused-fp32": _optimizer(_ADAMW, F32, traffic.fused(F32, [F32, F32]), fused=True),
+    "torch-default-fp32": _optimizer(_ADAMW, F32, traffic.EAGER_ADAMW),
+    "torch-fused-bf16": _optimizer(_ADAMW, BF16, traffic.fused(BF16, [BF16, BF16]), fused=True),
+    "optimi-kahan-bf16": _optimizer(
+        "optimi.AdamW", BF16, traffic.fused(BF16, [BF16, BF16], [BF16]), "torch-optimi", kahan_sum=True
+    ),
     "flashoptim-24": _flash(24, I8),
     "flashoptim-32": _flash(32, I16),
 }

@@ -1,13 +1,25 @@
-"""What is trained: model shapes with random weights, batches of random tokens, and a loss without full logits.
+"""What is trained: model shapes with random weights, batches of random tokens or text, and a loss without full logits.
 
-Memory and speed depend on shapes alone, so no weights are needed; such a model says nothing about quality.
+Memory and speed depend on shapes alone, so no weights are needed; such a model says nothing about quality. Texts are
+
+    stdlib       the sources of the running Python's standard library
+    arithmetic   generated problems of addition, subtraction and multiplication
+    FILE         any text file
+
+A token is a byte plus 3 (0 to 2 are special), so that every vocabulary of at least 259 holds it.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
+import random
+import re
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +28,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from misa_engine.cli.demo_data import standard_library
 from misa_engine.engine.marks import phase
 from misa_engine.method.partition import partition
 from misa_engine.planner.cards import published_config
@@ -89,15 +102,12 @@ def build_model(
     return model
 
 
-class _Recomputation(AbstractContextManager[None]):
+class _Recomputation(ExitStack):
     """The phase "recompute", which begins anew whenever the context is entered: LOMO runs two backward passes."""
 
-    def __enter__(self) -> None:
-        self._phase = phase("recompute")
-        self._phase.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self._phase.__exit__(*error)
+    def __enter__(self) -> _Recomputation:
+        self.enter_context(phase("recompute"))
+        return super().__enter__()
 
 
 def _recomputation() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
@@ -113,17 +123,71 @@ def token_batches(model: Any, batch: int, length: int, device: torch.device, see
         yield torch.randint(vocabulary, (batch, length), generator=generator, device=device)
 
 
+# ---- text that every machine has, as token ids: nothing is downloaded ----
+
+#: Share of the documents that is held out; whole documents, so that nothing in it was seen.
+HELD_OUT = 0.1
+SPECIAL = 3
+#: Bytes of text used at most: 40,000 rows of 128.
+MOST_BYTES = 5 << 20
+
+
+def documents(source: str, seed: int = 0) -> list[str]:
+    """The texts of a source.
+
+    Args:
+        source: "stdlib", "arithmetic", or the path of a text file.
+        seed: of the order of documents, or of the problems.
+
+    Raises:
+        ValueError: the file cannot be read or is too short to hold something out.
+    """
+    if source == "stdlib":
+        return [text[:65536] for text in itertools.islice(standard_library(seed), 300)]
+    if source == "arithmetic":
+        generator = random.Random(seed)
+        return ["".join(_problem(generator) for _ in range(64)) for _ in range(2000)]
+    try:
+        text = Path(source).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--data {source}: neither stdlib, arithmetic nor a readable text file ({error})") from error
+    pieces = re.findall(r"(?s).{1,4096}", text[:MOST_BYTES])
+    if len(pieces) < 20:
+        raise ValueError(f"--data {source} holds {len(text)} characters; at least {20 * 4096} are needed")
+    return pieces
+
+
+def _problem(generator: random.Random) -> str:
+    sign, result = generator.choice((("+", operator.add), ("-", operator.sub), ("*", operator.mul)))
+    a, b = generator.randrange(1000), generator.randrange(1000)
+    return f"{a}{sign}{b}={result(a, b)}\n"
+
+
+@lru_cache(maxsize=4)
+def rows(source: str, length: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Rows of token ids to train on, shuffled, and rows held out; both (n, length) int64."""
+    texts = documents(source, seed)
+    held_out = max(1, round(HELD_OUT * len(texts)))
+    generator = torch.Generator().manual_seed(seed)
+    train, test = _packed(texts[held_out:], length), _packed(texts[:held_out], length)
+    return train[torch.randperm(len(train), generator=generator)], test
+
+
+def _packed(texts: list[str], length: int) -> Tensor:
+    data = "\0".join(texts).encode()[:MOST_BYTES]
+    data = data[: len(data) // length * length]
+    if not data:
+        raise ValueError(f"the text is shorter than one sequence of {length} bytes")
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8).long().add_(SPECIAL).view(-1, length)
+
+
+def batches(data: Tensor, size: int, device: torch.device) -> Iterator[Tensor]:
+    """Endless micro-batches (size, length) in the data's order, the same for every method."""
+    for position in itertools.count(0, size):
+        yield data[torch.arange(position, position + size) % len(data)].to(device)
+
+
 # ---- loss ----
-
-
-def load_weights(model: PreTrainedModel, file: str) -> None:
-    """Put the weights of a safetensors file, by parameter name, in place of the model's."""
-    from safetensors.torch import load_file
-
-    saved = load_file(file)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(saved[name])
 
 
 def make_loss(

@@ -107,6 +107,15 @@ def test_round_of_one_step_warns_once_for_each():
     assert optimizer.events[-1].without_gradient == {"layers.0.1.weight": 1, "layers.1.1.weight": 1}
 
 
+def test_round_in_which_nothing_reached_the_loss_is_an_error():
+    model = TwoHeads()
+    optimizer = MISA(model, inner_steps=2, frozen=("*.0.*",), **OPTIONS)  # only the second heads can be drawn
+    with pytest.raises(ValueError, match="active parameters received no gradient"):
+        for _ in range(2):
+            model(torch.randn(4, 6)).sum().backward()
+            optimizer.step()
+
+
 def test_gradients_that_the_caller_drops_have_arrived():
     model = TwoHeads()
     optimizer = MISA(model, inner_steps=3, frozen=("*.1.*",), **OPTIONS)

@@ -14,18 +14,17 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from misa_engine.bench import baselines, cases, checks, limits, measure, processes, timeline, workload
+from misa_engine.bench import baselines, cases, checks, measure, processes, timeline, training, workload
 from misa_engine.bench.cases import Case, CommandCase, run_case
-from misa_engine.bench.limits import LongestCase, SwitchCase, largest
 from misa_engine.bench.method import Method, Settings, Unavailable
 from misa_engine.bench.presets import CARD_GIB
-from misa_engine.bench.steps import StepCase
 from misa_engine.bench.suites import WORST_SET
+from misa_engine.bench.training import LongestCase, StepCase, SwitchCase, largest
 from misa_engine.engine.marks import observed
 
 CPU = torch.device("cpu")
 GIB = 1 << 30
-SMALL = dict(name="tiny", shape="tiny", device="cpu", length=16, delta=0.1, inner_steps=2)
+SMALL = dict(name="tiny", shape="tiny", device="cpu", length=16, delta=0.1, inner_steps=2, accumulation=2)
 TINY = StepCase(steps=3, warm_up=1, **SMALL)
 SWITCHES = SwitchCase(switches=5, **{**SMALL, "inner_steps": 1, "accumulation": 1, "batch": 1})
 LONGEST = LongestCase(**{**SMALL, "batch": 1, "accumulation": 1}, length_step=16, longest=256, misa=WORST_SET)
@@ -60,7 +59,7 @@ def test_clipping_bounds_the_update_of_every_gradient():
     sgd = torch.optim.SGD(model.parameters(), lr=1.0)
     settings = Settings(max_grad_norm=1e-3, accumulation=2)
     before = torch.cat([p.detach().flatten() for p in model.parameters()])
-    method = Method("sgd", model, lambda ids: workload.chunked_loss(model, ids), sgd, settings, dict)
+    method = Method(model, lambda ids: workload.chunked_loss(model, ids), sgd, settings, dict)
     batches = workload.token_batches(model, 1, 8, CPU)
     phases = []
     with observed(lambda name: phases.append(name) or nullcontext()):
@@ -141,7 +140,7 @@ def test_a_training_row_has_every_field():
 
 
 def test_a_missing_package_is_a_row(monkeypatch):
-    needs = (("no_such_module", "no-such-package"),)
+    needs = ("no-such-package",)
     absent = replace(baselines.BASELINES["adamw"], summary="needs what is not here", needs=needs)
     monkeypatch.setitem(baselines.BASELINES, "absent", absent)
     monkeypatch.setattr(cases, "build_model", lambda *a, **k: pytest.fail("a model was built for nothing"))
@@ -183,7 +182,7 @@ def test_switches_are_counted_and_their_memory_recorded():
 
 def test_growth_is_measured_from_the_second_switch(monkeypatch):
     held = iter([(9, 90), (10, 100), (10, 100), (13, 100), (11, 104)])
-    monkeypatch.setattr(limits, "held_bytes", lambda device: next(held))
+    monkeypatch.setattr(training, "held_bytes", lambda device: next(held))
     row = last_row(SWITCHES)
     assert (row["growth_allocated_bytes"], row["growth_reserved_bytes"]) == (3, 4)
 
@@ -249,7 +248,7 @@ def test_the_longest_length_is_found_through_out_of_memory_errors(monkeypatch, c
 def test_the_search_trains_the_worst_draw_of_the_plan(planned):
     case = replace(LONGEST, delta=0.3)
     plan = checks.ask_plan(case) if planned else {"status": "no plan"}
-    optimizer = baselines.build("misa", tiny_model(), lambda ids: ids, case.as_planned(plan).settings).optimizer
+    optimizer = baselines.build("misa", tiny_model(), lambda ids: ids, case.as_planned(plan)).optimizer
     first_layer = {unit.name for unit in optimizer.units if ".layers.0." in unit.name}
     assert set(plan["worst_draw"] if planned else first_layer) <= set(optimizer.active)
 
@@ -283,17 +282,6 @@ def test_thinning_keeps_the_peak():
     assert timeline.thin([], 50) == []
 
 
-def test_a_switch_is_cut_out_of_its_step():
-    spells = [("forward", 10.0, 11.0), ("backward", 11.0, 12.0), ("switch", 12.7, 12.9), ("step", 12.0, 13.0)]
-    cut = timeline.phases(spells, begin=10.0)
-    assert [(p["phase"], round(p["begin_s"], 3), round(p["end_s"], 3)) for p in cut] == [
-        ("forward", 0, 1),
-        ("backward", 1, 2),
-        ("step", 2, 2.7),
-        ("switch", 2.7, 3),
-    ]
-
-
 def test_the_allocators_history_becomes_the_timeline_on_cuda(monkeypatch, tmp_path):
     model = tiny_model()
     settings = Settings(inner_steps=2, delta=0.1)
@@ -304,7 +292,7 @@ def test_the_allocators_history_becomes_the_timeline_on_cuda(monkeypatch, tmp_pa
     monkeypatch.setattr(torch.cuda.memory, "_snapshot", lambda: history)
     monkeypatch.setattr(timeline, "held_bytes", lambda device: (500, 600))
     monkeypatch.setattr(timeline, "synchronize", lambda device: None)
-    batches, snapshot = workload.token_batches(model, 1, 8, CPU), tmp_path / "snapshots" / "a.pickle"
+    batches, snapshot = workload.token_batches(model, 1, 8, CPU), tmp_path / "a.pickle"
     record = timeline.record_timeline(method, batches, torch.device("cuda:0"), 7, snapshot)
     assert calls == ["all", None]
     assert [held for _, held in record["points"]] == [1500] and record["peak_bytes"] == 1500

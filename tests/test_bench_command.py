@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from misa_engine.bench import loss, runner, suites
+from misa_engine.bench import runner, suites, training
 from misa_engine.bench.cases import run_case
-from misa_engine.bench.corpus import documents, rows
+from misa_engine.bench.ledger import StepTimes
 from misa_engine.bench.presets import PRESETS, QUESTIONS, Bench
 from misa_engine.bench.runner import best_loss, merge
-from misa_engine.bench.steps import by_phase
-from misa_engine.bench.suites import base_case, loss_cases
+from misa_engine.bench.suites import learning_cases
+from misa_engine.bench.training import by_phase
+from misa_engine.bench.workload import documents, rows
 from misa_engine.cli.main import main
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -35,7 +36,7 @@ class Here:
 @pytest.fixture
 def here(monkeypatch):
     monkeypatch.setattr(runner, "CaseProcesses", Here)
-    monkeypatch.setattr(loss, "EVALUATION_ROWS", 8)
+    monkeypatch.setattr(training, "EVALUATION_ROWS", 8)
 
 
 @pytest.fixture
@@ -83,7 +84,7 @@ def test_all_gives_one_complete_result_a_method_with_page_and_pictures(results, 
 
 
 def test_a_method_that_cannot_run_is_a_row_and_the_others_still_run(results, monkeypatch):
-    monkeypatch.setattr("misa_engine.bench.baselines.installed", lambda module: module != "badam")
+    monkeypatch.setattr("misa_engine.bench.baselines.installed", lambda package: package != "badam")
     code, document, printed = results("throughput", "--methods", "badam,misa")
     assert code == 0
     status = {row["method"]: row["status"] for row in document["results"]}
@@ -118,7 +119,7 @@ def test_every_method_sees_the_same_tokens_in_the_same_order(here, monkeypatch):
 
     monkeypatch.setattr(Method, "step", step)
     bench = Bench(**{**PRESETS["quick"], "methods": ("adamw", "misa"), "suite": "throughput", "steps": 3})
-    for case in suites.step_cases(bench):
+    for case in suites.step_cases(bench, bench.methods):
         Here("cpu").run(case, 60)
     n = min(map(len, seen.values()))
     assert n >= bench.warm_up + bench.steps
@@ -130,7 +131,8 @@ def test_every_method_sees_the_same_tokens_in_the_same_order(here, monkeypatch):
 
 def test_a_switch_is_what_its_step_takes_longer_than_the_others():
     phases = [{"forward": 1.0, "step": 2.0}, {"forward": 1.2, "step": 2.2}, {"forward": 1.1, "step": 5.1}]
-    found = by_phase(phases, [False, False, True])
+    times = [StepTimes(0, switched, one) for one, switched in zip(phases, (False, False, True), strict=True)]
+    found = by_phase(times)
     assert found == {"forward": pytest.approx(1.1), "step": pytest.approx(2.1), "switch": pytest.approx(3.0)}
 
 
@@ -155,10 +157,10 @@ def test_each_method_counts_with_its_best_learning_rate():
 
 def test_loss_cases_cover_methods_rates_and_seeds(tmp_path):
     bench = Bench(methods=("adamw", "misa"), lrs=(1e-3, 1e-2), seeds=2)
-    cases = loss_cases(bench, base_case(bench, tmp_path / "base"))
+    base, *cases = learning_cases(bench, tmp_path)
     assert len({case.name for case in cases}) == len(cases) == 8
-    assert {case.start_from for case in cases} == {str(tmp_path / "base")}
-    assert {(case.lr, case.seed, case.data_seed) for case in cases} == {(lr, s, s) for lr in bench.lrs for s in (0, 1)}
+    assert {case.start_from for case in cases} == {base.save_to} and (base.method, base.data) == ("adamw", "stdlib")
+    assert {(case.lr, case.seed) for case in cases} == {(lr, s) for lr in bench.lrs for s in (0, 1)}
     assert {(case.data, case.steps, case.delta) for case in cases} == {("arithmetic", 80, 0.1)}
     assert merge([]) == []
 
@@ -169,7 +171,7 @@ def test_a_question_compares_settings_of_misa_from_random_weights(here, tmp_path
     document = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [row["settings"]["misa"] for row in document["cases"]] == list(QUESTIONS["moments"].values())
     for row in document["cases"]:
-        assert row["status"] == "ok" and 0 < row["heldout_loss"] < 7 and row["settings"]["start_from"] is None
+        assert row["status"] == "ok" and 0 < row["heldout_loss"] < 7 and not row["settings"]["start_from"]
         assert len(row["training_loss_every_20"]) == 1 and {"stale_rounds_max", "visits_least_most"} <= set(row)
     assert "| 8-bit moments |" in (tmp_path / "out" / "results.md").read_text()
 
@@ -251,6 +253,14 @@ def test_bad_input_gets_one_line_before_anything_runs(here, capsys, words, text)
     assert main(["bench", *words]) == 2
     error = capsys.readouterr().err
     assert text in error and error.count("\n") == 1
+
+
+def test_the_archive_is_the_runs_own_so_that_it_is_whole_after_each_case(monkeypatch, tmp_path):
+    given = {}
+    monkeypatch.setattr(runner, "run_bench", lambda *words, **options: given.update(options) or {"cases": []})
+    words = ["bench", "throughput", "--preset", "quick", "--output", str(tmp_path / "out")]
+    assert main([*words, "--archive", str(tmp_path / "a.tar.gz")]) == 1  # nothing ran
+    assert given["archive"] == tmp_path / "a.tar.gz" and (tmp_path / "a.tar.gz").exists()
 
 
 def test_older_results_are_not_overwritten_in_silence(tmp_path, capsys):

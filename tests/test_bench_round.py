@@ -12,10 +12,9 @@ import pytest
 
 from misa_engine.bench import checks, pictures, runner, tables
 from misa_engine.bench.cases import run_case
-from misa_engine.bench.limits import LongestCase, SwitchCase
 from misa_engine.bench.presets import CARD_GIB, PRESETS, Bench
-from misa_engine.bench.steps import StepCase
 from misa_engine.bench.suites import MEMORY_PEERS, cases_of
+from misa_engine.bench.training import LongestCase, StepCase, SwitchCase
 from misa_engine.errors import UserError
 
 GIB = 1 << 30
@@ -68,6 +67,8 @@ def test_the_gpu_round_runs_what_is_promised_in_order(tmp_path):
     searching = next(case for case in training if case.kind == "longest")
     assert (searching.batch, searching.length, searching.longest, searching.inner_steps) == (1, 8192, 32768, 10**6)
     assert next(case for case in training if case.kind == "switches").switches == 200
+    profiled = [case for case in training if case.kind == "steps" and case.folder]
+    assert [(case.name, case.timeline) for case in profiled] == [("profile tinyllama misa", True)]
 
 
 def test_the_round_on_a_cpu_takes_the_same_way(tmp_path):
@@ -281,7 +282,7 @@ def test_curves_that_coincide_are_told_apart_and_named():
     curve = [{"tokens": n, "seconds": n / 10, "heldout_loss": 5.0 / n} for n in (1, 2, 3)]
     rows = [{"method": name, "curve": curve} for name in ("misa", "unfused-misa")]
     rows.append({"method": "adamw", "curve": [{**point, "heldout_loss": 1.0} for point in curve]})
-    figure = pictures._curves({"results": rows, "settings": {"loss_model": "m", "loss_data": "d"}})
+    figure = pictures._curves({"results": rows, "settings": {"loss_model": "m"}})
     first, second, third = figure.axes[0].get_lines()
     assert first.get_linestyle() != second.get_linestyle() and first.get_color() != second.get_color()
     assert "(as unfused-misa)" in first.get_label() and "(as" not in third.get_label()

@@ -49,7 +49,7 @@ def test_anything_else_is_left_as_it_was_asked_for(monkeypatch, given):
 @pytest.mark.parametrize("chosen", [True, False])
 def test_long_tests_run_only_when_they_are_asked_for(marker, chosen):
     added: list = []
-    item = SimpleNamespace(keywords={marker}, add_marker=added.append)
+    item = SimpleNamespace(keywords=set(), get_closest_marker=[marker].count, add_marker=added.append)
     config = SimpleNamespace(getoption=lambda name: marker if chosen else "not gpu")
     conftest.pytest_collection_modifyitems(config, [item])
     assert len(added) == (0 if chosen else 1)

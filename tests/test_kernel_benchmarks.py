@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from misa_engine.bench import traffic, updates
-from misa_engine.bench.conftest import sizes_asked_for
+from misa_engine.bench.conftest import pytest_runtest_call, sizes_asked_for
 from misa_engine.bench.traffic import BF16, F32, I16, MOMENTS
 from misa_engine.cli.main import main
 from misa_engine.engine.arena import Arena
@@ -22,11 +22,11 @@ CPU = torch.device("cpu")
 
 
 def test_bytes_per_parameter_are_those_of_the_design_table():
-    assert traffic.fused(BF16, BF16, MOMENTS["float32"], [I16]) == 26
-    assert traffic.fused(BF16, BF16, MOMENTS["int8"], [I16]) == 14.25
-    assert traffic.norm(BF16) == 2
+    assert traffic.fused(BF16, MOMENTS["float32"], [I16]) == 26
+    assert traffic.fused(BF16, MOMENTS["int8"], [I16]) == 14.25
+    assert traffic.NORM[BF16] == 2
     assert updates.SCHEMES["torch-fused-master-norm"].before_bytes == 2
-    assert traffic.norm(BF16) + traffic.torch_with_master(BF16, BF16) == 42
+    assert traffic.NORM[BF16] + traffic.TORCH_WITH_MASTER == 42
     assert updates.SCHEMES["torch-fused-bf16"].update_bytes == 14
     assert updates.SCHEMES["optimi-kahan-bf16"].update_bytes == 18
     assert updates.SCHEMES["flashoptim-24"].update_bytes == 12.25
@@ -40,7 +40,7 @@ def test_an_arena_holds_per_parameter_what_the_traffic_assumes(state):
     sizes = arena.bytes()
     del sizes["tables"]
     assert sum(sizes.values()) / numel == traffic.held([BF16, I16, *MOMENTS[state]])
-    assert traffic.fused(BF16, BF16, MOMENTS[state], [I16]) == 2 + 2 * (2 + traffic.held([I16, *MOMENTS[state]]))
+    assert traffic.fused(BF16, MOMENTS[state], [I16]) == 2 + 2 * (2 + traffic.held([I16, *MOMENTS[state]]))
 
 
 def test_accumulated_gradients_move_less_when_the_gemm_writes_them():
@@ -78,8 +78,8 @@ def test_every_scheme_makes_the_step_of_adamw(scheme, monkeypatch):
 
 def test_a_missing_package_and_a_missing_gpu_are_told_apart():
     scheme = updates.SCHEMES["flashoptim-24"]
-    absent = updates.Scheme(scheme.build, 1, 1, "no_such_module no-such-package", needs_cuda=True)
-    present = updates.Scheme(scheme.build, 1, 1, "torch torch", needs_cuda=True)
+    absent = updates.Scheme(scheme.build, 1, 1, "no-such-package", needs_cuda=True)
+    present = updates.Scheme(scheme.build, 1, 1, "torch", needs_cuda=True)
     assert absent.unavailable(CPU) == "missing: pip install no-such-package"
     assert present.unavailable(CPU) == "needs a CUDA device"
     assert updates.SCHEMES["misa-bf16-int8"].unavailable(CPU) is None
@@ -127,7 +127,7 @@ def test_the_tables_name_every_row_and_what_is_missing(run):
     assert main(["bench", "--render", str(path)]) == 0
     page = path.with_suffix(".md").read_text()
     for row in results["benchmarks"]:
-        assert f"### {row['group']}" in page and f"### {row['group']}" in text
+        assert f"### {row['group']}" in page and f"'{row['group']}'" in text  # pytest-benchmark's own table
         assert f"| `{row['extra_info']['scheme']}` |" in page
     for skipped in results["not_run"]:
         assert skipped["reason"] in page
@@ -157,6 +157,13 @@ def test_results_are_written_after_each_benchmark(tmp_path):
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, timeout=120)
     assert done.returncode == 9
     assert len(json.loads(path.read_text())["benchmarks"]) == 1
+
+
+def test_too_little_memory_skips_one_benchmark():
+    hook = pytest_runtest_call(None)
+    next(hook)
+    with pytest.raises(pytest.skip.Exception, match="out of memory"):
+        hook.throw(torch.OutOfMemoryError("CUDA out of memory."))
 
 
 def test_ordinary_pytest_leaves_bench_alone(pytestconfig):

@@ -53,7 +53,7 @@ def adamw_kernel(
     CLOSING: tl.constexpr,  # the step along the first moment alone, moments unchanged
     BLOCK: tl.constexpr,
 ):
-    """One AdamW step of one tile."""
+    """One AdamW step of one tile. In one piece, half of it its arguments: what is loaded early is used late."""
     # Whatever does not depend on each other is loaded together, before anything is computed or any thread waits for
     # another: three trips to memory in series (table, coefficients, elements), each of them some 600 cycles.
     tile = first_tile + tl.program_id(0)

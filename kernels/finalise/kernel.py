@@ -56,7 +56,7 @@ def finalise_kernel(
     n_rows,  # i32
     SKIP_NONFINITE: tl.constexpr,
 ):
-    """One program: norm, clip factor, skip, counts and the coefficients of every slot."""
+    """One program: norm, clip factor, skip, counts and coefficients of every slot. A third of it is its arguments."""
     SLOTS: tl.constexpr = 256
     clip = 1.0
     go = 1

@@ -34,7 +34,7 @@ COMMANDS: dict[str, tuple[str, str, str | None]] = {
     "train": ("misa_engine.cli.train", "command", None),
     "plan": ("misa_engine.cli.plan", "command", None),
     "bench": ("misa_engine.bench.command", "run", None),
-    "profile": ("misa_engine.bench.profile_command", "run", "transformers"),
+    "profile": ("misa_engine.bench.command", "profile", "transformers"),
     "report": ("misa_engine.cli.report", "command", None),
 }
 

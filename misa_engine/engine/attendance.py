@@ -8,7 +8,9 @@ those that ran and never received one all the same, which would train nothing fo
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,8 +39,9 @@ class Attendance:
         self._missed: list[int] = []
         self._heard: set[str] = set()  # received a gradient, whether or not a step used it
         self._latest: set[str] = set()  # ran in the latest forward pass of the model
-        self._ran: set[str] = set()  # ran in a pass from which some gradient arrived
-        self._ran_quietly: set[str] = set()  # ran in a pass before a step without any gradient
+        self._ran: set[str] = set()  # ran in a pass that was differentiated, in the present step
+        self._ran_steps: Counter[str] = Counter()
+        self._round = 0
         self._ran_alone: set[str] = set()  # was called by the user, who may have wanted something else of it
         self._inside = False
         self._unseen: set[str] = set()
@@ -48,8 +51,9 @@ class Attendance:
     def bind(self, names: Sequence[str]) -> None:
         """Begin a round with these parameters, by slot."""
         self.remove()
+        self._round += 1
         self._names, self._steps, self._missed = tuple(names), 0, [0] * len(names)
-        for seen in (self._heard, self._latest, self._ran, self._ran_quietly, self._ran_alone):
+        for seen in (self._heard, self._latest, self._ran, self._ran_steps, self._ran_alone):
             seen.clear()
         self._handles += [
             self._model.register_forward_pre_hook(_Hook(self._enter)),
@@ -67,11 +71,22 @@ class Attendance:
         self._ran |= self._latest
         self._latest.clear()
 
+    def pass_without_gradients(self) -> Callable[[], None]:
+        """Give what is to be called when the latest forward pass is differentiated though nothing active is in it."""
+        round_, ran = self._round, frozenset(self._latest)
+
+        def differentiated() -> None:
+            if self._round == round_:
+                self._ran |= ran
+
+        return differentiated
+
     def count(self, present: Sequence[bool]) -> None:
         """Account for a step: which slots had a gradient."""
         self._steps += 1
-        self._ran_quietly |= self._latest
         self._latest.clear()
+        self._ran_steps.update(self._ran)
+        self._ran.clear()
         for index, here in enumerate(present):
             self._missed[index] += not here
 
@@ -83,17 +98,16 @@ class Attendance:
     def check(self) -> None:
         """At the end of a round: refuse to go on when an active parameter ran and never received a gradient.
 
-        It is a warning after a round of one step, as in the cold start, and for modules that ran only outside the
-        model's own forward pass: they may have been called for something else. So may a whole pass; only those count
-        from which a gradient arrived, unless none arrived in the round.
+        Only forward passes of the model count that were differentiated for the sake of parameters: others were made
+        for something else. It is a warning after a round of one step, as in the cold start, and for modules that ran
+        in some of the steps (a model that skips layers) or when the caller called them by themselves.
 
         Raises:
             ValueError: with the parameters' names.
         """
         missed = [name for name in self._names if name not in self._heard]
-        ran = self._ran if self._heard else self._ran_quietly
-        failed = [name for name in missed if name in ran or self._failed_unseen(name)]
-        silent = failed or [name for name in missed if name in self._ran_alone]
+        failed = [name for name in missed if self._ran_steps[name] == self._steps or self._failed_unseen(name)]
+        silent = failed or [name for name in missed if self._ran_steps[name] or name in self._ran_alone]
         if not silent:
             return
         text = (
@@ -138,7 +152,8 @@ class GraphAnchor:
     ``loss.backward()`` then ends at once and leaves no gradient, instead of failing. Values stay as they are.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, attendance: Attendance | None = None):
+        self._attendance = attendance
         self._handle = model.register_forward_hook(_Hook(self._after_forward))
 
     def remove(self) -> None:
@@ -151,7 +166,8 @@ class GraphAnchor:
         tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
         if any(tensor.requires_grad for tensor in tensors) or not all(map(plain_autograd, tensors)):
             return None
-        return tree_map_only(Tensor, _anchor, output)
+        note = None if self._attendance is None else self._attendance.pass_without_gradients()
+        return tree_map_only(Tensor, partial(_anchor, note=note), output)
 
 
 class _Hook:
@@ -175,10 +191,10 @@ def _do_nothing(*_: Any) -> None:
     return None
 
 
-def _anchor(tensor: Tensor) -> Tensor:
+def _anchor(tensor: Tensor, note: Callable[[], None] | None) -> Tensor:
     if not tensor.is_floating_point():
         return tensor
-    anchored: Tensor = _Anchor.apply(tensor, torch.zeros((), requires_grad=True))
+    anchored: Tensor = _Anchor.apply(tensor, torch.zeros((), requires_grad=True), note)
     return anchored
 
 
@@ -186,12 +202,15 @@ class _Anchor(torch.autograd.Function):
     """The identity, with a node of its own: in place, so that logits take no second memory, except for views."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, _: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, _: Tensor, note: Callable[[], None] | None) -> Tensor:
+        ctx.note = note
         if x._is_view():
             return x.clone()
         ctx.mark_dirty(x)
         return x
 
     @staticmethod
-    def backward(_: Any, *__: Tensor) -> tuple[None, None]:
-        return None, None
+    def backward(ctx: Any, *_: Tensor) -> tuple[None, None, None]:
+        if ctx.note is not None:
+            ctx.note()
+        return None, None, None

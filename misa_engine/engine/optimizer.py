@@ -33,7 +33,7 @@ from misa_engine.engine.update import ArenaUpdate
 from misa_engine.engine.update_on_arrival import UpdateOnArrival
 from misa_engine.kernels.backend import choose_backend
 from misa_engine.method.config import MisaConfig
-from misa_engine.method.partition import Partition, Unit, check_budget, partition
+from misa_engine.method.partition import Partition, check_budget, partition
 from misa_engine.method.sampling import ImportanceTracker, static_weights
 
 
@@ -90,29 +90,41 @@ class MISA(torch.optim.Optimizer):
             include_outside=config.include_outside,
             family=config.family,
         )
-        self.units: tuple[Unit, ...] = self.partition.units
-        self.budget = check_budget(self.partition, config.delta)
+        self.units, self.budget = self.partition.units, check_budget(self.partition, config.delta)
         named = dict(model.named_parameters())
         sampled = [name for unit in self.units for name in unit.params]
         self._always = self.partition.always
         self._parameters = {name: named[name] for name in (*self._always, *sampled)}
-        dtype = common_dtype(self._parameters)
+        self.dtype = common_dtype(self._parameters)
         check_sparse(model, self._parameters)
         device = next(iter(self._parameters.values())).device
         self.backend = choose_backend(config.backend, device)
         groups, group_of = build_groups(model, self._parameters, config)
         super().__init__(groups, {name: getattr(config, name) for name in ("lr", "betas", "eps", "weight_decay")})
+        self._allocate(device, sampled)
+        self.tracker = ImportanceTracker(
+            [unit.numel for unit in self.units], self.budget, config, static_weights(self.units, config.static_weights)
+        )
 
+        self.inner_step = self.total_steps = self.skipped_steps = self.empty_steps = 0
+        self.events: deque[SwitchEvent] = deque(maxlen=200)  # 67 KB each for an 8B model's 224 units
+        self._callbacks: list[Callable[[SwitchEvent], None]] = []
+        self._model_bytes = sum(parameter.nbytes for parameter in named.values())  # tied ones are listed once
+
+        self._attach(model, group_of)
+        self._open_round({}, started=time.perf_counter())
+
+    def _allocate(self, device: torch.device, sampled: list[str]) -> None:
+        """Make all buffers, large enough for every draw that the budget allows."""
+        config, dtype = self.config, self.dtype
         sizes = {name: parameter.numel() for name, parameter in self._parameters.items()}
         capacity, slots = capacity_for(self.budget, [sizes[n] for n in sampled], [sizes[n] for n in self._always])
-        split = dtype == torch.bfloat16 and config.master == "split"
-        self.dtype = dtype
         self.arena = Arena(
             capacity,
             slots,
             dtype=dtype,
             device=device,
-            split=split,
+            split=dtype == torch.bfloat16 and config.master == "split",
             state_dtype=config.state_dtype,
             grad_dtype=torch.float32 if config.grad_dtype == "float32" else dtype,
             hold_gradients=config.update_in == "step",
@@ -124,22 +136,13 @@ class MISA(torch.optim.Optimizer):
             residual=config.leave_rounding == "keep",
             backend=self.backend,
         )
-        self._kernels = kernels = ArenaUpdate(self.arena, len(groups), config, self.backend)
-        self.tracker = ImportanceTracker(
-            [unit.numel for unit in self.units], self.budget, config, static_weights(self.units, config.static_weights)
-        )
+        self._kernels = ArenaUpdate(self.arena, len(self.param_groups), config, self.backend)
 
-        self.inner_step = 0
-        self.total_steps = 0
-        self.skipped_steps = 0
-        self.empty_steps = 0
-        self.events: deque[SwitchEvent] = deque(maxlen=200)  # 67 KB each for an 8B model's 224 units
-        self._callbacks: list[Callable[[SwitchEvent], None]] = []
-        self._model_bytes = sum(parameter.nbytes for parameter in named.values())  # tied ones are listed once
-
-        # Hooks first: a frozen parameter takes none, and hooks survive requires_grad being toggled.
+    def _attach(self, model: nn.Module, group_of: dict[str, int]) -> None:
+        """Put the hooks on the model, then freeze it: a frozen parameter takes none, and they survive the toggling."""
+        config, kernels = self.config, self._kernels
         self._model = model
-        self._guard, self._anchor = CheckpointingGuard(model), GraphAnchor(model)
+        self._guard = CheckpointingGuard(model)
         intake = (model, self._parameters, self.arena, kernels, lambda: self.param_groups)
         self._intake: GradientIntake
         if config.update_in == "backward":
@@ -148,16 +151,16 @@ class MISA(torch.optim.Optimizer):
             self._intake = GradientSlots(*intake, max_norm=config.max_grad_norm, gemm=config.gemm_gradients)
         self._attendance = Attendance(model, self._intake.places)
         self._intake.on_arrival = self._attendance.arrived
+        self._anchor = GraphAnchor(model, self._attendance)
         rounding_seed = config.seed if config.leave_rounding == "stochastic" else None
         bound = (self._parameters, group_of, self.arena, self.host, self._intake)
         self._active_set = ActiveSet(*bound, rounding_seed=rounding_seed, backend=self.backend)
         self._parts = state.Parts(
-            config, self.partition, dtype, self.tracker, self.arena, kernels, self.host, self._active_set
+            config, self.partition, self.dtype, self.tracker, self.arena, kernels, self.host, self._active_set
         )
         model.requires_grad_(False)
         model.zero_grad(set_to_none=True)
         claim(self._parameters.values())
-        self._open_round({}, started=time.perf_counter())
 
     def __repr__(self) -> str:
         """Budget, clocks and active units."""

@@ -115,6 +115,24 @@ def check(parts: Parts, groups: Sequence[Mapping[str, Any]], state_dict: dict[st
         raise ValueError(
             f"the optimizer state is damaged: it lacks {', '.join(lacking)}. Resume from another checkpoint."
         )
+    differences = _differences(here, saved)
+    there_groups = state_dict.get("param_groups") or []
+    if len(there_groups) != len(groups):
+        differences.append(f"parameter groups: {len(there_groups)} in the checkpoint, {len(groups)} here")
+    if differences:
+        raise ValueError(
+            "the checkpoint belongs to another run, so continuing would not be the same training:\n  - "
+            + "\n  - ".join(differences)
+            + "\nUse the options of the checkpoint, or start anew from its model weights."
+        )
+    if (damage := _group_damage(there_groups, groups) or _damage(parts, saved)) is not None:
+        raise ValueError(
+            f"the optimizer state is damaged: {damage}. Resume from another checkpoint, or start anew from the weights."
+        )
+
+
+def _differences(here: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
+    """What a checkpoint does not share with the optimizer that loads it, one a line."""
     differences = [
         f"{option}: {saved['config'].get(option)!r} in the checkpoint, {value!r} here"
         for option, value in here["config"].items()
@@ -140,19 +158,7 @@ def check(parts: Parts, groups: Sequence[Mapping[str, Any]], state_dict: dict[st
         )
     if saved["always"] != here["always"]:
         differences.append(f"always trained: {saved['always']} in the checkpoint, {here['always']} here")
-    there_groups = state_dict.get("param_groups") or []
-    if len(there_groups) != len(groups):
-        differences.append(f"parameter groups: {len(there_groups)} in the checkpoint, {len(groups)} here")
-    if differences:
-        raise ValueError(
-            "the checkpoint belongs to another run, so continuing would not be the same training:\n  - "
-            + "\n  - ".join(differences)
-            + "\nUse the options of the checkpoint, or start anew from its model weights."
-        )
-    if (damage := _group_damage(there_groups, groups) or _damage(parts, saved)) is not None:
-        raise ValueError(
-            f"the optimizer state is damaged: {damage}. Resume from another checkpoint, or start anew from the weights."
-        )
+    return differences
 
 
 def _group_damage(saved: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]) -> str | None:

@@ -96,6 +96,8 @@ def partition(
 ) -> Partition:
     """Divide the parameters of ``model`` into units, always trained ones and frozen ones.
 
+    One piece, a third of it this text: each step narrows the same table.
+
     Args:
         model: Any module; also on the meta device, since only names and shapes are read.
         granularity: ``module``: a unit is one matrix of a layer, whose norms and biases are frozen unless
@@ -123,26 +125,13 @@ def partition(
 
     always = _select(table, always_train, "always_train")
     never = _select(table, frozen, "frozen")
-    both = [p.name for p in table if p.name in always and p.name in never]
-    if both:
+    if both := [p.name for p in table if p.name in always and p.name in never]:
         raise ValueError(
             f"always_train and frozen both claim {len(both)} parameters, among them {', '.join(both[:3])}. "
             "Narrow one of the patterns."
         )
-
-    members: dict[str, list[Parameter]] = defaultdict(list)
-    kinds: dict[str, str] = {}
-    for parameter in table:
-        place = None
-        if parameter.name not in always and parameter.name not in never:
-            place = _unit_of(parameter, granularity, container, include_outside)
-        if place is not None:
-            unit_name, kinds[unit_name] = place
-            members[unit_name].append(parameter)
-    units = tuple(
-        Unit(key, sum(p.numel for p in group), group[0].layer, kinds[key], tuple(p.name for p in group))
-        for key, group in members.items()
-    )
+    sampled = [p for p in table if p.name not in always and p.name not in never]
+    units = _gather(sampled, granularity, container, include_outside)
     if not units:
         raise ValueError(
             f"nothing is left to be sampled: frozen={frozen} and always_train={always_train} take every matrix of "
@@ -163,6 +152,21 @@ def partition(
     )
     _check_places(model, result)
     return result
+
+
+def _gather(table: list[Parameter], granularity: str, container: str | None, include_outside: bool) -> tuple[Unit, ...]:
+    """Put parameters into their units, in the order in which the model names them."""
+    members: dict[str, list[Parameter]] = defaultdict(list)
+    kinds: dict[str, str] = {}
+    for parameter in table:
+        place = _unit_of(parameter, granularity, container, include_outside)
+        if place is not None:
+            unit_name, kinds[unit_name] = place
+            members[unit_name].append(parameter)
+    return tuple(
+        Unit(key, sum(p.numel for p in group), group[0].layer, kinds[key], tuple(p.name for p in group))
+        for key, group in members.items()
+    )
 
 
 def check_budget(partition: Partition, delta: float) -> int:
