@@ -51,6 +51,9 @@ GOOD: dict[str, tuple[dict, dict]] = {
         {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "tools": "[]"},
     ),
     "tokens": ({"input_ids": [1, 2, 3]}, {"input_ids": [1, 2, 3]}),
+    "prompt/response": ({"prompt": "a ", "response": "b"}, {"prompt": "a ", "completion": "b"}),
+    "question/answer": ({"question": "a", "answer": " b"}, {"prompt": "a", "completion": " b"}),
+    "instruction/response": ({"instruction": "a", "response": "b"}, {"prompt": "a", "completion": "b"}),
     "alpaca with input": (
         {"instruction": "Add.", "input": "1, 2", "output": "3"},
         {"prompt": "### Instruction:\nAdd.\n\n### Input:\n1, 2\n\n### Response:\n", "completion": "3"},
@@ -185,8 +188,8 @@ BROKEN: dict[str, tuple[list, str]] = {
     ),
     "a list": (['{"text": "a"}', "[1, 2]"], "line 2: a record must be an object with named columns; found list [1, 2]"),
     "unknown columns": (
-        [{"question": "a", "answer": "b"}],
-        "line 1: columns found: 'question', 'answer'; needed: 'text'; 'prompt' and 'completion'; 'messages'",
+        [{"ask": "a", "reply": "b"}],
+        "line 1: columns found: 'ask', 'reply'; needed: 'text'; 'prompt' and 'completion' (or 'response'); 'question'",
     ),
     "misspelt column": ([{"mesages": []}], "Did you mean messages?"),
     "wrong type later": ([{"text": "a"}, {"text": 5}], "line 2: column 'text' is number 5; it must be text"),
@@ -311,3 +314,18 @@ def test_shapes_are_consistent() -> None:
     for format in FORMATS:
         assert len(format.needed) == len(format.kinds)
         assert format.rename is None or format.rename[0] in format.needed
+
+
+def test_a_readme_beside_the_data_is_no_data(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("about the data")
+    write(tmp_path / "train.jsonl", {"text": "a"})
+    assert rows(load_data(str(tmp_path))) == [{"text": "a"}]
+
+
+def test_csv_is_read_and_an_empty_cell_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "data.csv"
+    file.write_text('question,answer\n"a, b",c\nd,e\n')
+    expected = [{"prompt": "a, b", "completion": "c"}, {"prompt": "d", "completion": "e"}]
+    assert rows(load_data(str(file))) == expected
+    file.write_text("question,answer\na,b\nc,\n")
+    assert "record 2: column 'answer' is null" in error(str(file))

@@ -2,16 +2,18 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
 import pytest
+from transformers import AutoConfig
 
 import misa_engine
 from misa_engine.cli.main import main
 from misa_engine.errors import UserError
 from misa_engine.planner.activations import MicroBatch
-from misa_engine.planner.cards import CARDS, MODELS, Card, published_config
+from misa_engine.planner.cards import CARDS, HUB_IDS, MODELS, Card, published_config
 from misa_engine.planner.solve import Wishes, solve
 from misa_engine.planner.worst_case import MetaModel
 from models import TINY
@@ -56,8 +58,13 @@ def test_the_table_names_every_category_and_the_card(capsys):
 
 @pytest.mark.parametrize("name", list(MODELS))
 def test_every_built_in_model_can_be_planned(capsys, name):
-    found = planned(capsys, "--model", name, "--gpu", "h100", "--length", "512")
+    found = planned(capsys, "--model", name, "--gpu", "b200", "--length", "512")
     assert found["fits"] and found["max_tokens_per_micro_batch"] >= 512
+    assert found["max_length"] <= MODELS[name]["max_position_embeddings"] and name in HUB_IDS
+    advertised = re.search(r"([\d.]+)([bm])$", name)  # as in qwen2.5-72b
+    if advertised:
+        size = float(advertised[1]) * {"b": 1e9, "m": 1e6}[advertised[2]]
+        assert 0.85 * size < found["parameters"] < 1.35 * size
 
 
 def test_memory_options_change_their_own_categories(capsys):
@@ -161,7 +168,7 @@ def test_one_more_sequence_would_not_fit():
 
 def test_an_impossible_plan_says_what_would_work(capsys):
     error = refused(capsys, "--model", "llama-3-8b", "--max_vram_gb", "12")
-    assert "does not fit into 12.00 GiB" in error and "smallest card that works is a10" in error
+    assert "does not fit into 12.00 GiB" in error and "smallest card that works is rtxa4500" in error
     error = refused(capsys, "--model", "llama-3-8b", "--max_vram_gb", "18.5", "--delta", "0.06")
     delta = float(error.split("largest delta that works is ")[1].split()[0].rstrip("."))
     assert 0.0073 < delta < 0.06
@@ -197,6 +204,105 @@ def test_a_plan_that_does_not_fit_its_card_is_printed_and_refused(capsys):
 def test_bad_input_gets_one_line(capsys, words, texts):
     error = refused(capsys, *words)
     assert all(text in error for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("spelling", "name"),
+    [
+        ("4090", "rtx4090"),
+        ("RTX 4090", "rtx4090"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("3090ti", "rtx3090ti"),
+        ("RTX_3090 Ti", "rtx3090ti"),
+        ("4060 Ti 16GB", "rtx4060ti-16"),
+        ("rtx 5090", "rtx5090"),
+        ("NVIDIA RTX 6000 Ada Generation", "rtx6000ada"),
+        ("A6000", "rtxa6000"),
+        ("t4", "t4"),
+        ("Tesla V100-SXM2-32GB", "v100-32"),
+        ("A100 80GB", "a100-80"),
+        ("a100", "a100-40"),
+        ("H100 80GB HBM3", "h100"),
+        ("L40S 48GB", "l40s"),
+        ("b200", "b200"),
+        ("mi300x", "mi300x"),
+        ("Radeon RX 7900 XTX", "rx7900xtx"),
+    ],
+)
+def test_cards_are_known_in_any_spelling(spelling, name):
+    assert Card.of(spelling) == Card(name, CARDS[name] << 20)
+
+
+@pytest.mark.parametrize("name", list(CARDS))
+def test_every_card_answers_to_its_own_name(name):
+    assert Card.of(name).name == name
+
+
+@pytest.mark.parametrize("size", ["12", "24", "80GiB", "100", "141", "1000"])
+def test_plain_numbers_are_sizes(size):
+    assert Card.of(size).total_bytes == int(size.removesuffix("GiB")) << 30
+
+
+@pytest.mark.parametrize(
+    ("card", "text"),
+    [("4091", "4,091 GiB, more than any card has"), ("9999999", "more than any card has"), ("2x4090", "for one card"),
+     ("A100 60GB", "has 40 or 80 GiB"), ("2000 GiB", "more than any card has")],
+)  # fmt: skip
+def test_cards_that_do_not_exist_are_refused(capsys, card, text):
+    assert text in refused(capsys, "--model", "llama-3-8b", "--gpu", card)
+
+
+def test_a_card_without_bfloat16_is_noted_and_never_recommended(capsys):
+    assert any("no bfloat16" in note for note in planned(capsys, "--model", "tinyllama", "--gpu", "T4")["notes"])
+    assert Card.smallest(CARDS["t4"] << 20).name != "t4"
+
+
+def test_70b_gets_its_bytes_and_a_next_step(capsys):
+    assert main(["plan", "--model", "llama-3.3-70b", "--gpu", "h100"]) == 2
+    both = capsys.readouterr()
+    assert "131.42 GiB" in both.out and "does not fit" in both.out
+    assert both.err.count("\n") == 1
+    assert "smallest card that works is b200" in both.err and "LoRA on a 4-bit base" in both.err
+
+
+def test_no_sequence_is_longer_than_the_models_positions(capsys):
+    found = planned(capsys, "--model", "tinyllama", "--gpu", "h100", "--length", "64", "--batch", "1")
+    assert found["max_length"] == 2048
+    assert "more than the model's 2048 positions" in refused(capsys, "--model", "tinyllama", "--length", "4096")
+
+
+def saved_config(place, model_type, **fields):
+    AutoConfig.for_model(model_type, **fields).save_pretrained(place)
+    return str(place)
+
+
+def test_the_default_length_is_lowered_to_the_models_positions(capsys, tmp_path):
+    place = saved_config(tmp_path, **{**MODELS["tinyllama"], "max_position_embeddings": 256})
+    assert planned(capsys, "--model", place)["length"] == 256
+
+
+@pytest.mark.parametrize("kind", ["t5", "qwen2_vl", "vit", "whisper"])
+def test_a_model_that_is_no_decoder_is_refused_in_one_line(capsys, tmp_path, kind):
+    error = refused(capsys, "--model", saved_config(tmp_path, kind))
+    assert f"model type {kind!r} is no causal language model" in error and len(error) < 300
+
+
+@pytest.mark.parametrize("kind", ["mamba", "mamba2"])
+def test_a_recurrent_model_is_refused_before_it_is_measured(capsys, tmp_path, kind):
+    assert "is recurrent" in refused(capsys, "--model", saved_config(tmp_path, kind))
+
+
+@pytest.mark.parametrize(
+    ("quantization", "texts"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, ["bitsandbytes", "4 bits"]),
+        ({"quant_method": "gptq", "bits": 4}, ["gptq", "4 bits"]),
+        ({"quant_method": "fp8"}, ["fp8"]),
+    ],
+)
+def test_quantized_weights_are_refused(capsys, tmp_path, quantization, texts):
+    error = refused(capsys, "--model", saved_config(tmp_path, "llama", quantization_config=quantization))
+    assert all(text in error for text in (*texts, "is quantized", "made from"))
 
 
 def test_sizes_of_cards():

@@ -80,7 +80,7 @@ class DataArguments:
     """Data."""
 
     dataset: str | None = option(
-        "a .jsonl, .json, .parquet or plain text file, a directory of such files, or a Hub id (required)"
+        "a .jsonl, .json, .parquet, .csv or plain text file, a directory of such files, or a Hub id (required)"
     )
     dataset_config: str | None = option("name of the Hub data set's configuration")
     dataset_split: str = option("split to train on", default="train")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from copy import copy
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,14 +16,34 @@ if TYPE_CHECKING:
 
 def build_trainer(arguments: TrainArguments, model: Any, tokenizer: Any, train_data: Any, eval_data: Any) -> Any:
     """MisaTrainer with two additions: data that vanished in preparation is an error; a README.md stays."""
+    from datasets import Dataset
+
     from misa_engine.cli.data import check_prepared
+    from misa_engine.cli.data_report import inspect
     from misa_engine.trainer.sft import MisaTrainer
 
     class CommandTrainer(MisaTrainer):
         def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-            prepared = super()._prepare_dataset(dataset, *args, **kwargs)
             name = kwargs.get("dataset_name", args[-1] if args else "train")
-            check_prepared(prepared, {"eval": "evaluation", "train": "training"}.get(name, name), self_max_length)
+            name = {"eval": "evaluation", "train": "training"}.get(name, name)
+            call = signature(super()._prepare_dataset).bind(dataset, *args, **kwargs).arguments
+            if isinstance(dataset, Dataset) and not call["args"].dataset_kwargs:  # a stream cannot be counted
+                # tokens and labels of full length first, so that what is then cut and dropped can be said
+                whole = copy(call["args"])
+                whole.max_length, whole.shuffle_dataset = None, False
+                tokenized = super()._prepare_dataset(**{**call, "args": whole, "packing": False})
+                if {"input_ids", "labels"} <= set(tokenized.column_names):
+                    report, dataset = inspect(
+                        tokenized,
+                        name,
+                        self_max_length,
+                        tokenizer,
+                        packing=call["packing"],
+                        keep_end=getattr(call["args"], "truncation_mode", "keep_start") == "keep_end",
+                    )
+                    print(report, flush=True)
+            prepared = super()._prepare_dataset(**{**call, "dataset": dataset})
+            check_prepared(prepared, name, self_max_length)
             return prepared
 
         def create_model_card(self, *args: Any, **kwargs: Any) -> None:

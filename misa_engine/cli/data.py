@@ -35,13 +35,16 @@ if TYPE_CHECKING:
 
 JSON_SUFFIXES = (".jsonl", ".json")
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
-SUFFIXES = (*JSON_SUFFIXES, ".parquet", *TEXT_SUFFIXES)
+TABLE_SUFFIXES = (".parquet", ".csv")
+SUFFIXES = (*JSON_SUFFIXES, *TABLE_SUFFIXES, *TEXT_SUFFIXES)
 #: Words in a file's path that say which split it belongs to, as on the Hub.
 SPLIT_WORDS = {
     "train": {"train", "training"},
     "validation": {"validation", "valid", "val", "dev"},
     "test": {"test", "testing", "eval", "evaluation"},
 }
+#: Files (without ending) that lie beside data and are about it.
+ABOUT = frozenset(("readme", "license", "licence", "changelog", "citation", "dataset_info", "dataset_infos", "state"))
 #: About 2,000 tokens: long enough for the end-of-text token after each record to be rare, short enough to hold out 1%.
 TEXT_RECORD = 8192
 
@@ -104,6 +107,8 @@ def _data_files(path: Path, split: str) -> list[Path]:
         return [path]
     files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
     files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+    data = [file for file in files if file.stem.lower() not in ABOUT]
+    files = data or files  # what describes a data set is none of it, unless nothing else is there
     if not files:
         raise UserError(f"data directory {path} holds no file ending in {', '.join(SUFFIXES)}.")
     kinds = {"text" if file.suffix in TEXT_SUFFIXES else file.suffix.replace(".jsonl", ".json") for file in files}
@@ -171,17 +176,18 @@ def _pieces(paragraph: str) -> Iterator[str]:
 
 
 def _load_records(files: list[Path], text_field: str) -> tuple[Dataset, RecordFormat]:
-    """JSON and parquet. JSON is read twice: for errors with line numbers first, then into Arrow by ``datasets``."""
+    """JSON, parquet and CSV. JSON is read twice: for errors with line numbers, then into Arrow by ``datasets``."""
     from datasets import concatenate_datasets, load_dataset
 
     format: RecordFormat | None = None
     parts = []
     for file in files:
-        if file.suffix == ".parquet":
+        if file.suffix in TABLE_SUFFIXES:
+            kind = file.suffix.removeprefix(".")
             try:
-                parts.append(load_dataset("parquet", data_files=str(file), split="train"))
+                parts.append(load_dataset(kind, data_files=str(file), split="train"))
             except Exception as error:  # pyarrow and datasets raise a dozen types here; all mean the file is bad
-                raise UserError(f"{file} cannot be read as parquet: {_root_cause(error)}") from error
+                raise UserError(f"{file} cannot be read as {kind}: {_root_cause(error)}") from error
             format = check_dataset(parts[-1], str(file), text_field, format)
             continue
         reader = JsonReader(file)

@@ -73,7 +73,21 @@ def load_config(arguments: ModelArguments, trust_remote_code: bool) -> Pretraine
     except Exception as error:  # nonsense in a field raises whatever its first use raises
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"the configuration of {_named(name)} cannot be loaded: {reason}") from error
+    check_unquantized(config, name)
     return config
+
+
+def check_unquantized(config: Any, name: str) -> None:
+    """Refuse weights of 4 or 8 bits before they are loaded or planned for: there is nothing that MISA could update."""
+    found = getattr(config, "quantization_config", None)
+    if not found:
+        return
+    fields = found if isinstance(found, dict) else found.to_dict()
+    bits = "4 bits" if fields.get("load_in_4bit") or fields.get("bits") == 4 else "few bits"
+    raise UserError(
+        f"{name} is quantized ({fields.get('quant_method') or 'unknown method'}, {bits} a weight): MISA trains the "
+        "weights themselves, in bfloat16 or float32. Name the model that it was made from."
+    )
 
 
 def resolve_dtype(wanted: str | None, config: PretrainedConfig, device: torch.device) -> torch.dtype:

@@ -28,6 +28,7 @@ def command(words: list[str]) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from misa_engine.cli.loading import fitting_length
     from misa_engine.planner.activations import MicroBatch
     from misa_engine.planner.cards import Card
     from misa_engine.planner.plan import plan
@@ -43,9 +44,12 @@ def _run(options: argparse.Namespace) -> int:
             "include_outside": options.include_outside,
         }
     )
-    if options.length < 2:
+    if options.length is not None and options.length < 2:
         raise UserError(f"--length must be at least 2, a token and the one that follows; got {options.length}")
-    meta = MetaModel(model_config(options.model))
+    limit = Card.of(f"{options.max_vram_gb:g}GiB" if options.max_vram_gb is not None else options.gpu)
+    config = model_config(options.model)
+    options.length = fitting_length(options.length or 2048, options.length is not None, config)
+    meta = MetaModel(config)
     checkpointing = options.gradient_checkpointing
     micro_batch = MicroBatch(
         batch=options.batch or 1,
@@ -57,12 +61,10 @@ def _run(options: argparse.Namespace) -> int:
     )
     error = None
     if options.max_vram_gb is not None:
-        limit = Card.of(f"{options.max_vram_gb:g}GiB")
         wishes = Wishes(options.delta, options.state_dtype, checkpointing, options.batch, options.length)
         solved = solve(meta, limit, misa, micro_batch, wishes)
         result = plan(meta, card=limit, misa=solved.misa, micro_batch=solved.micro_batch)
     else:
-        limit = Card.of(options.gpu)
         result = plan(meta, card=limit, misa=misa, micro_batch=micro_batch)
         if not result.fits:
             error = impossible(meta, limit, result)
@@ -91,7 +93,7 @@ def model_config(name: str) -> Any:
     Raises:
         UserError: none of them; the message lists the built-in names.
     """
-    from misa_engine.cli.loading import check_model_directory
+    from misa_engine.cli.loading import check_model_directory, check_unquantized
     from misa_engine.planner.cards import MODELS, published_config
 
     if name.lower() in MODELS:
@@ -102,12 +104,14 @@ def model_config(name: str) -> Any:
 
     check_model_directory(name, weights=False)
     try:
-        return AutoConfig.from_pretrained(Path(name).expanduser() if Path(name).expanduser().is_dir() else name)
+        found = AutoConfig.from_pretrained(Path(name).expanduser() if Path(name).expanduser().is_dir() else name)
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
             f"the configuration of {name} cannot be loaded: {reason} Names that need no network: {', '.join(MODELS)}."
         ) from error
+    check_unquantized(found, name)
+    return found
 
 
 def variants(meta: Any, result: Any) -> dict[str, Any]:
@@ -204,7 +208,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--gpu",
         default="rtx4090",
-        help="rtx4090 (default), rtx3090, a10, l4, a100-40, h100, ..., or a size like 24GiB",
+        help="a card in any spelling (4090, RTX 3090 Ti, A100 80GB, mi300x; default: rtx4090) or a size like 24GiB",
     )
     add(
         "--max_vram_gb",
@@ -217,7 +221,8 @@ def _parser() -> argparse.ArgumentParser:
         add(f"--{name}", choices=CHOICES[name], help=f"as in misa train (default: {default})")
     add("--always_train", nargs="+", default=[], metavar="PATTERN", help="trained in every step, outside delta")
     add("--include_outside", action="store_true", help="embeddings and head are units too")
-    add("--length", "--max_length", type=positive, default=2048, help="tokens of a sequence (default: 2048)")
+    add("--length", "--max_length", type=positive,
+        help="tokens of a sequence (default: 2048, or the model's positions)")  # fmt: skip
     add("--batch", "--per_device_train_batch_size", type=positive, help="sequences of a micro-batch (default: 1)")
     add("--gradient_checkpointing", "--checkpointing", nargs="?", const=True, type=truth, metavar="BOOL",
         help="recompute activations (default: on)")  # fmt: skip

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from misa_engine.errors import UserError, did_you_mean
@@ -42,6 +43,11 @@ def instruction_to_prompt(record: Mapping[str, Any]) -> dict[str, Any]:
     return {"prompt": "\n\n".join(parts) + "\n\n### Response:\n", "completion": record["output"].strip()}
 
 
+def pair_to_prompt(prompt: str, completion: str, record: Mapping[str, Any]) -> dict[str, Any]:
+    """Two columns under other names as prompt and completion, as they are."""
+    return {"prompt": record[prompt], "completion": record[completion]}
+
+
 #: What ShareGPT's dialects call the speakers, in the words of chat templates. Others keep their name.
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bard": "assistant", "bot": "assistant"}
 
@@ -53,6 +59,8 @@ def turns_to_messages(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 CHAT_EXTRAS = ("tools", "chat_template_kwargs")
+#: Other names under which prompt and completion are found.
+PAIRS = (("prompt", "response"), ("question", "answer"), ("query", "response"), ("instruction", "response"))
 #: First match wins; the kind is read off the first record. ``{text}`` stands for --dataset_text_field.
 FORMATS = (
     RecordFormat("tokens", ("input_ids",), ("tokens",), optional=("labels", "completion_mask", "assistant_masks")),
@@ -66,12 +74,19 @@ FORMATS = (
     ),
     RecordFormat("prompt/completion", ("prompt", "completion"), ("text", "text")),
     RecordFormat("instruction/output", ("instruction", "output"), ("text", "text"), ("input",), instruction_to_prompt),
+    *(
+        RecordFormat(
+            f"{prompt}/{completion}", (prompt, completion), ("text", "text"), (), partial(pair_to_prompt, *pair)
+        )
+        for pair in PAIRS
+        for prompt, completion in [pair]
+    ),
     RecordFormat("text", ("{text}",), ("text",)),
 )
 NEEDED = (
-    "'text'; 'prompt' and 'completion'; 'messages' (a list of {role, content}); 'conversations' (a list of "
-    "{from, value}); or 'instruction' and 'output' with or without 'input'. --dataset_text_field names another text "
-    "column."
+    "'text'; 'prompt' and 'completion' (or 'response'); 'question' and 'answer'; 'messages' (a list of "
+    "{role, content}); 'conversations' (a list of {from, value}); or 'instruction' and 'output' with or without "
+    "'input'. --dataset_text_field names another text column."
 )
 
 

@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from misa_engine.cli import loading, output_directory
@@ -83,7 +84,12 @@ def train(arguments: TrainArguments, config: str | None = None) -> int:
     _quiet(arguments)
     _check_required(arguments)
     if arguments.run.dry_run:
-        print(f"{_describe(_load_inputs(arguments), fresh=True)}\ndry run: nothing was trained, nothing was written")
+        inputs = _load_inputs(arguments)
+        print(_describe(inputs, fresh=True), flush=True)
+        with TemporaryDirectory() as nowhere:  # transformers' Trainer makes its output directory at once
+            arguments.sft.output_dir = nowhere
+            _checked_trainer(inputs)
+        print("dry run: nothing was trained, nothing was written")
         return DONE
     out = Path(str(arguments.sft.output_dir))
     output_directory.check_place(out)
@@ -112,9 +118,9 @@ def _describe(inputs: Inputs, *, fresh: bool) -> str:
         summary = preview_adamw(inputs.model)
     else:
         summary = preview(inputs.model, inputs.arguments.misa, fresh=fresh)
-    data = inputs.train_data
-    size = f"{len(data):,} records" if hasattr(data, "__len__") else "a stream"
-    return f"{summary}\n\ntraining data: {size}"
+    # records are counted when they have been tokenized: misa_engine.cli.data_report
+    stream = "" if hasattr(inputs.train_data, "__len__") else "\n\ntraining data: a stream, not counted"
+    return f"{summary}{stream}\n"
 
 
 def _check_required(arguments: TrainArguments) -> None:

@@ -20,7 +20,7 @@ from misa_engine.method.config import MisaConfig
 from misa_engine.method.partition import Partition, check_budget
 from misa_engine.planner import activations
 from misa_engine.planner.activations import MicroBatch
-from misa_engine.planner.cards import Card
+from misa_engine.planner.cards import NO_BFLOAT16, Card
 from misa_engine.planner.versions import other_versions
 from misa_engine.planner.worst_case import MetaModel, WorstCase
 
@@ -158,13 +158,13 @@ def plan(
         moment=peak.moment,
         worst_draw=draw,
         method="closed form" if meta.shape is not None else "fake tensors",
-        notes=_notes(meta),
+        notes=_notes(meta, card),
         card=card,
     )
     return result if card is None else _with_room(result, meta, worst, card.total_bytes - sum(fixed.values()))
 
 
-def _notes(meta: MetaModel) -> tuple[str, ...]:
+def _notes(meta: MetaModel, card: Card | None) -> tuple[str, ...]:
     """What the reader of a plan should know of how it was made."""
     notes = []
     if meta.shape is None:
@@ -173,6 +173,8 @@ def _notes(meta: MetaModel) -> tuple[str, ...]:
         notes.append(other)
     if getattr(meta.model.config, "_attn_implementation", None) == "eager":
         notes.append("eager attention: memory grows with the square of the sequence length")
+    if card is not None and card.name in NO_BFLOAT16:
+        notes.append(f"{card.name} has no bfloat16 arithmetic: it fits what the plan says, but computes slowly")
     return tuple(notes)
 
 
@@ -182,9 +184,8 @@ def _with_room(result: Plan, meta: MetaModel, worst: WorstCase, room: int) -> Pl
     limit = getattr(meta.config, "max_position_embeddings", None) or LONGEST
     longest = most_that_fits(worst, micro_batch, room, "length", LONGEST)
     batch = most_that_fits(worst, micro_batch, room, "batch", max(1, LONGEST // micro_batch.length))
-    return replace(
-        result, max_tokens_per_micro_batch=max(batch * micro_batch.length, longest), max_length=min(longest, limit)
-    )
+    longest = min(longest, limit)
+    return replace(result, max_tokens_per_micro_batch=max(batch * micro_batch.length, longest), max_length=longest)
 
 
 def optimizer_bytes(parts: Partition, misa: MisaConfig, dtype: torch.dtype) -> dict[str, int]:

@@ -18,6 +18,8 @@ from misa_engine.planner.worst_case import MetaModel, WorstCase
 DELTAS = (0.03, 0.02, 0.015, 0.01, 0.0075, 0.005)
 #: Tokens of a micro-batch from which on a GPU is busy, so that doing without checkpointing is worth a smaller one.
 BUSY_TOKENS = 2048
+#: A 4-bit base's scales, adapters and passes beside its weights, roughly.
+LORA_EXTRA_BYTES = 4 * 2**30
 #: Categories that grow with the micro-batch.
 _PASSING = ("activations", "cross_entropy", "temporaries")
 
@@ -103,6 +105,12 @@ def impossible(meta: MetaModel, limit: Card, smallest: Plan) -> str:
         shorter = replace(micro_batch, length=256, batch=1)
         if plan(meta, misa=smallest.misa, micro_batch=shorter).total_bytes <= limit.total_bytes:
             return f"{text} Shorter sequences (max_length) or a smaller micro-batch would fit."
+    if smallest.bytes["weights"] > 0.9 * limit.total_bytes:
+        return (
+            f"{text} MISA keeps all weights in bfloat16 on one card, so next: a smaller model, a card with more "
+            "memory, or LoRA on a 4-bit base (QLoRA, about "
+            f"{_gib(smallest.bytes['weights'] // 4 + LORA_EXTRA_BYTES)}) with another trainer."
+        )
     return text
 
 

@@ -22,6 +22,8 @@ from misa_engine.planner.activations import DecoderShape, MicroBatch, Peak
 
 #: Norm modules of the families that ``memory`` describes, beyond the matrices that the partition names.
 _NORMS = {"input_layernorm": "norm1", "post_attention_layernorm": "norm2"}
+#: In a model_type: scans over tokens, which on fake tensors run token by token, for minutes.
+RECURRENT = ("mamba", "jamba", "bamba", "rwkv", "xlstm", "recurrent_gemma", "zamba")
 
 
 @dataclass
@@ -37,12 +39,10 @@ class MetaModel:
 
     def __post_init__(self) -> None:
         """Build the model on the meta device."""
-        from transformers import AutoModelForCausalLM
-
-        with torch.device("meta"):
-            self.model = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype)
+        self.model = _on_meta(self.config, self.dtype)
         self.name = self.name or getattr(self.config, "_name_or_path", "") or self.config.model_type
         self.shape = DecoderShape.of(self.model.config) if self.dtype == torch.bfloat16 else None
+        self._names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         self._partitions: dict[tuple[Any, ...], Partition] = {}
         kinds = self.partition(MisaConfig(granularity="module", include_outside=True)).units
         self._kinds = {unit.name: unit.kind for unit in kinds}
@@ -81,8 +81,32 @@ class MetaModel:
         return layers, embedding in named, head in named
 
     def _name_of(self, module: nn.Module | None) -> str | None:
-        weight = getattr(module, "weight", None)
-        return next((name for name, parameter in self.model.named_parameters() if parameter is weight), None)
+        return self._names.get(id(getattr(module, "weight", None)))
+
+
+def _on_meta(config: Any, dtype: torch.dtype) -> nn.Module:
+    """The causal language model of a configuration, without weights.
+
+    Raises:
+        UserError: there is none, or its memory cannot be measured without a GPU.
+    """
+    from transformers import AutoModelForCausalLM
+
+    kind = config.model_type
+    known = type(config) in AutoModelForCausalLM._model_mapping or hasattr(config, "auto_map")
+    if not known or getattr(config, "is_encoder_decoder", False):
+        raise UserError(
+            f"model type {kind!r} is no causal language model (a decoder that predicts the next token), which is what "
+            "misa plans for and misa train trains."
+        )
+    if any(word in kind for word in RECURRENT):
+        raise UserError(
+            f"model type {kind!r} is recurrent: its memory depends on kernels that run on a GPU only, so there is no "
+            "plan for it. Train without --max_vram_gb; a short run prints its peak."
+        )
+    with torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model
 
 
 # ---- the worst draw ----

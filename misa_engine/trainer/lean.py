@@ -124,7 +124,16 @@ class LossCheck:
     def before(cls, trainer: Any) -> LossCheck | None:
         """Measure the plain loss, unless the trainer's loss is not the next token's plain cross-entropy."""
         reason = _not_comparable(trainer)
-        batch = None if reason else short_batch(trainer.train_dataset, trainer.model, trainer.args.device)
+        batch = (
+            None
+            if reason
+            else short_batch(
+                trainer.train_dataset,
+                trainer.model,
+                trainer.args.device,
+                completion_only=getattr(trainer, "completion_only_loss", True) is not False,
+            )
+        )
         if reason or batch is None:
             logger.info("the loss is not compared with the plain one: %s", reason or "no sample has labels to predict")
             return None
@@ -207,15 +216,19 @@ def plain_loss(model: nn.Module, batch: Mapping[str, Tensor], num_items: Tensor 
     return total / ((labels != -100).sum() if num_items is None else num_items)
 
 
-def short_batch(dataset: Any, model: nn.Module, device: torch.device) -> dict[str, Tensor] | None:
+def short_batch(
+    dataset: Any, model: nn.Module, device: torch.device, *, completion_only: bool = True
+) -> dict[str, Tensor] | None:
     """The first ``SAMPLES`` usable samples, cut to ``TOKENS`` tokens from where labels begin, padded on the right.
+
+    Prompts count too where ``completion_only`` is False.
 
     A stream is not touched (reading from it costs time and may move it): random tokens stand in.
     """
     rows: list[tuple[list[int], list[int]]] = []
     if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
         for index in range(min(len(dataset), 8 * SAMPLES)):
-            row = _cut(dataset[index])
+            row = _cut(dataset[index], completion_only)
             if row is not None:
                 rows.append(row)
             if len(rows) == SAMPLES:
@@ -238,13 +251,17 @@ def short_batch(dataset: Any, model: nn.Module, device: torch.device) -> dict[st
     }
 
 
-def _cut(row: Any) -> tuple[list[int], list[int]] | None:
+def _cut(row: Any, completion_only: bool = True) -> tuple[list[int], list[int]] | None:
     """(input_ids, labels) of at most TOKENS tokens around the first label; None when there is nothing to predict."""
     if not isinstance(row, Mapping) or "input_ids" not in row:
         return None
     ids = [int(token) for token in row["input_ids"]]
     labels = [int(token) for token in row.get("labels", ids)]
-    for mask in ("completion_mask", "assistant_masks"):  # as TRL's collator reads them
+    # As TRL reads them: labels that are there already hold the masks, whose columns may stay at their full length.
+    masks = (
+        () if "labels" in row else ("completion_mask", "assistant_masks") if completion_only else ("assistant_masks",)
+    )
+    for mask in masks:
         if row.get(mask) is not None:
             labels = [token if keep else -100 for token, keep in zip(labels, row[mask], strict=True)]
     first = next((place for place, token in enumerate(labels) if token != -100 and place > 0), None)

@@ -28,6 +28,7 @@ from misa_engine.trainer import checkpoints, resume_options
 from misa_engine.trainer.compat import check_arguments, config_from_arguments
 from misa_engine.trainer.lean import LossCheck
 from misa_engine.trainer.log_writer import RunLogWriter, describe_run, sampler_metrics
+from misa_engine.trainer.model_config import restored_config, training_fields
 from misa_engine.trainer.resuming import ExactResume
 
 logger = logging.getLogger(__name__)
@@ -109,6 +110,7 @@ class MisaMixin(ExactResume):
                 f"{type(self).__name__} makes its own optimizer; leave out optimizers and optimizer_cls_and_kwargs, or "
                 "use a plain Trainer with optimizer_cls_and_kwargs=(MisaFactory, {...})."
             )
+        self._own_config = training_fields(kwargs.get("model", args[0] if args else None))
         super().__init__(*args, **kwargs)
         self.misa_config = config_from_arguments(self.args, misa)
         self.optimizer_name = optimizer
@@ -190,7 +192,7 @@ class MisaMixin(ExactResume):
     # ---- saving ----
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        with checkpoints.sharded_saving(self.model):
+        with checkpoints.sharded_saving(self.model), restored_config(self.model, self._own_config):
             super()._save(output_dir, state_dict)
 
     def _get_output_dir(self, trial: Any) -> str:
