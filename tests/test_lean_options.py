@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import types
 
@@ -17,11 +18,12 @@ from misa_engine.trainer.lean import lean_options
 def liger(monkeypatch):
     """A liger-kernel that knows llama only, and a way to take it out."""
     package = types.SimpleNamespace(MODEL_TYPE_TO_APPLY_LIGER_FN={"llama": None})
-    real = lean.importlib.import_module
     monkeypatch.setattr(lean, "find_spec", lambda name: object())
-    monkeypatch.setattr(
-        lean.importlib, "import_module", lambda name: package if name.startswith("liger") else real(name)
-    )
+
+    def load(name: str) -> object:
+        return package if name.startswith("liger") else importlib.import_module(name)
+
+    monkeypatch.setattr(lean, "importlib", types.SimpleNamespace(import_module=load))
     return monkeypatch
 
 
@@ -60,7 +62,7 @@ def test_a_liger_that_cannot_be_imported_is_a_warning_or_the_users_error(monkeyp
         raise ImportError("cannot import name 'LlamaFoo' from transformers")
 
     monkeypatch.setattr(lean, "find_spec", lambda name: object())
-    monkeypatch.setattr(lean.importlib, "import_module", broken)
+    monkeypatch.setattr(lean, "importlib", types.SimpleNamespace(import_module=broken))
     with caplog.at_level(logging.WARNING, "misa_engine.trainer.lean"):
         assert lean_options("llama", "cuda", sft=False) == {}
     assert "LlamaFoo" in caplog.text and "plain layers" in caplog.text
