@@ -23,7 +23,7 @@ from torch import nn
 
 from misa_engine.bench.method import Loss, Method, Settings, Unavailable, state_bytes
 from misa_engine.method.config import MisaConfig
-from misa_engine.method.partition import check_budget, partition
+from misa_engine.method.partition import check_budget, partition_for
 from misa_engine.method.sampling import ImportanceTracker
 
 
@@ -43,8 +43,7 @@ class UnfusedMISA(torch.optim.Optimizer):
 
     def __init__(self, model: nn.Module, config: MisaConfig) -> None:
         self.config = config
-        options = {name: getattr(config, name) for name in ("always_train", "frozen", "include_outside", "family")}
-        self._parts = partition(model, config.granularity, **options)
+        self._parts = partition_for(model, config)
         self._weights = dict(model.named_parameters())
         self.budget = check_budget(self._parts, config.delta)
         self._tracker = ImportanceTracker([unit.numel for unit in self._parts.units], self.budget, config)

@@ -30,33 +30,22 @@ def preview(model: nn.Module, config: MisaConfig, *, fresh: bool = True) -> str:
     Raises:
         UserError: the model cannot be trained, a pattern matches nothing, or the budget is too small.
     """
-    import torch
-
     from misa_engine.engine.groups import build_groups
-    from misa_engine.engine.guards import check_model, check_trainable
+    from misa_engine.engine.guards import check_model, check_sparse, common_dtype
     from misa_engine.kernels.backend import choose_backend
-    from misa_engine.method.partition import check_budget, partition
+    from misa_engine.method.partition import check_budget, partition_for
     from misa_engine.method.sampling import ImportanceTracker, static_weights
     from misa_engine.planner.plan import optimizer_bytes
 
     with bad_input():
         check_model(model)
-        parts = partition(
-            model,
-            config.granularity,
-            always_train=config.always_train,
-            frozen=config.frozen,
-            include_outside=config.include_outside,
-            family=config.family,
-        )
+        parts = partition_for(model, config)
         budget = check_budget(parts, config.delta)
         named = dict(model.named_parameters())
         trained = {name: named[name] for name in (*parts.always, *(n for unit in parts.units for n in unit.params))}
-        dtype: torch.dtype | None = None
-        for name, parameter in trained.items():
-            dtype = check_trainable(name, parameter, dtype)
-            choose_backend(config.backend, parameter.device)
-        assert dtype is not None
+        dtype = common_dtype(trained)
+        check_sparse(model, trained)
+        choose_backend(config.backend, next(iter(trained.values())).device)
         build_groups(model, trained, config)
         weights = static_weights(parts.units, config.static_weights)
         tracker = ImportanceTracker([unit.numel for unit in parts.units], budget, config, weights)

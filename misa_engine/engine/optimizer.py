@@ -33,7 +33,7 @@ from misa_engine.engine.update import ArenaUpdate
 from misa_engine.engine.update_on_arrival import UpdateOnArrival
 from misa_engine.kernels.backend import choose_backend
 from misa_engine.method.config import MisaConfig
-from misa_engine.method.partition import Partition, check_budget, partition
+from misa_engine.method.partition import Partition, check_budget, partition_for
 from misa_engine.method.sampling import ImportanceTracker, static_weights
 
 
@@ -82,14 +82,7 @@ class MISA(torch.optim.Optimizer):
             raise ValueError(f"give either config or single options, not both; got config and {', '.join(options)}")
         self.config = config = config if config is not None else MisaConfig.from_dict(options)
         check_model(model)
-        self.partition: Partition = partition(
-            model,
-            config.granularity,
-            always_train=config.always_train,
-            frozen=config.frozen,
-            include_outside=config.include_outside,
-            family=config.family,
-        )
+        self.partition: Partition = partition_for(model, config)
         self.units, self.budget = self.partition.units, check_budget(self.partition, config.delta)
         named = dict(model.named_parameters())
         sampled = [name for unit in self.units for name in unit.params]

@@ -16,7 +16,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from misa_engine.method.config import CHOICES, check_choice
+from misa_engine.method.config import CHOICES, MisaConfig, check_choice
 from misa_engine.method.structure import Parameter, place_in_layers, read, recognise
 
 
@@ -152,6 +152,18 @@ def partition(
     )
     _check_places(model, result)
     return result
+
+
+def partition_for(model: nn.Module, config: MisaConfig) -> Partition:
+    """``partition`` with the options of ``config``; raises as it does."""
+    return partition(
+        model,
+        config.granularity,
+        always_train=config.always_train,
+        frozen=config.frozen,
+        include_outside=config.include_outside,
+        family=config.family,
+    )
 
 
 def _gather(table: list[Parameter], granularity: str, container: str | None, include_outside: bool) -> tuple[Unit, ...]:

@@ -16,7 +16,7 @@ from torch import nn
 
 from misa_engine.errors import UserError
 from misa_engine.method.config import MisaConfig
-from misa_engine.method.partition import Partition, Unit, check_budget, partition
+from misa_engine.method.partition import Partition, Unit, check_budget, partition_for
 from misa_engine.planner import activations
 from misa_engine.planner.activations import DecoderShape, MicroBatch, Peak
 
@@ -54,15 +54,9 @@ class MetaModel:
 
     def partition(self, misa: MisaConfig) -> Partition:
         """The partition under MISA's options."""
-        options = {
-            "always_train": misa.always_train,
-            "frozen": misa.frozen,
-            "include_outside": misa.include_outside,
-            "family": misa.family,
-        }
-        key = (misa.granularity, *options.values())
+        key = (misa.granularity, misa.always_train, misa.frozen, misa.include_outside, misa.family)
         if key not in self._partitions:
-            self._partitions[key] = partition(self.model, misa.granularity, **options)  # type: ignore[arg-type]
+            self._partitions[key] = partition_for(self.model, misa)
         return self._partitions[key]
 
     def places(self, names: Iterable[str]) -> tuple[dict[int, set[str]], bool, bool]:
