@@ -133,10 +133,11 @@ FULL = [
     RuntimeError(
         "[enforce fail at inline_container.cc:868] . PytorchStreamWriter failed writing file data/0: file write failed"
     ),
+    RuntimeError("basic_ios::clear: iostream error"),
 ]
 
 
-@pytest.mark.parametrize("failure", FULL, ids=["oserror", "quota", "safetensors", "torch"])
+@pytest.mark.parametrize("failure", FULL, ids=["oserror", "quota", "safetensors", "torch", "torch-stream"])
 def test_a_full_disk_removes_the_part_and_names_the_last_good_checkpoint(tmp_path, failure):
     good = write_checkpoint(tmp_path / "checkpoint-1")
     final = tmp_path / "checkpoint-2"

@@ -41,7 +41,7 @@ _WEIGHT_FILE = re.compile(r"^(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|b
 #: A full disk reaches us as OSError from Python's own writes, but only as text from torch's and safetensors' writers.
 _WRITE_FAILURE = re.compile(
     r"no space left|disk quota|file too large|input/output error|os error \d+|PytorchStreamWriter failed|"
-    r"file write failed|unexpected pos \d+ vs",
+    r"file write failed|unexpected pos \d+ vs|iostream error",  # the last from torch.save into a file stream
     re.IGNORECASE,
 )
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -70,7 +70,7 @@ class DiskFiller:
         with tmpfs(place, kib):
             out = place / "run"
             code, text = self.server.run(out, **OPTIONS)
-            what, last = f"a disk of {kib} KiB", text.strip().splitlines()[-1][:250] if text.strip() else ""
+            what, last = f"a disk of {kib} KiB", text.strip()[-400:]
             result = "fitted" if code == 0 else "full"
             if code not in (0, 1, 2) or "Traceback" in text:
                 raise Finding(f"{what}: exit {code}: {last}")
