@@ -127,6 +127,18 @@ def test_gradients_that_the_caller_drops_have_arrived():
     assert optimizer.events[-1].without_gradient == {"layers.0.0.weight": 3}
 
 
+def test_gradients_that_the_caller_puts_there_are_gradients():
+    model = TwoHeads()
+    optimizer = MISA(model, inner_steps=2, **OPTIONS)
+    for _ in range(2):
+        model(torch.randn(4, 6)).sum().backward()
+        for layer in model.layers:
+            layer[1].weight.grad = torch.ones_like(layer[1].weight)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert optimizer.round == 1 and optimizer.events[-1].without_gradient == {}
+
+
 class Skipping(nn.Module):
     """Leaves its first layer out unless asked."""
 

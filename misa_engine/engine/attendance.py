@@ -105,7 +105,8 @@ class Attendance:
         Raises:
             ValueError: with the parameters' names.
         """
-        missed = [name for name in self._names if name not in self._heard]
+        empty = self.without_gradient
+        missed = [name for name in self._names if name not in self._heard and empty.get(name) == self._steps]
         failed = [name for name in missed if self._ran_steps[name] == self._steps or self._failed_unseen(name)]
         silent = failed or [name for name in missed if self._ran_steps[name] or name in self._ran_alone]
         if not silent:

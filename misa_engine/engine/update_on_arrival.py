@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import torch
 from torch import nn
 
-from misa_engine.engine.arena import Arena
-from misa_engine.engine.gradients import GradientIntake, Groups, Scaler, check_dense
-from misa_engine.engine.update import ArenaUpdate
+from misa_engine.engine.gradients import GradientIntake, Scaler, check_dense
 
 
 class UpdateOnArrival(GradientIntake):
@@ -18,16 +15,7 @@ class UpdateOnArrival(GradientIntake):
 
     _holds_gradients = False
 
-    def __init__(
-        self,
-        model: nn.Module,
-        parameters: Mapping[str, nn.Parameter],
-        arena: Arena,
-        kernels: ArenaUpdate,
-        groups: Groups,
-    ):
-        super().__init__(model, parameters, arena, kernels, groups)
-        self._updated: list[bool] = []
+    _updated: list[bool]  # by slot; ``forget`` makes it, which every ``bind`` calls
 
     def forget(self) -> None:
         """Begin a new step."""
