@@ -29,6 +29,7 @@ from misa_engine.engine.groups import build_groups
 from misa_engine.engine.guards import CheckpointingGuard, check_model, check_sparse, claim, common_dtype, release
 from misa_engine.engine.host import HostStore
 from misa_engine.engine.marks import phase
+from misa_engine.engine.replicas import Replicas, built_together
 from misa_engine.engine.update import ArenaUpdate
 from misa_engine.engine.update_on_arrival import UpdateOnArrival
 from misa_engine.kernels.backend import choose_backend
@@ -64,6 +65,7 @@ class MISA(torch.optim.Optimizer):
         total_steps: steps made since the beginning.
         backend: "triton" or "reference", whichever updates the weights.
         events: the last 200 switches, as ``SwitchEvent``; ``on_switch`` sees all.
+        replicas: the processes that train this model together (rank, size, exchanged_bytes); None in one process.
         skipped_steps: steps skipped because of a non-finite gradient, as of the last switch.
         empty_steps: steps in which no active parameter received a gradient, because their layers were skipped.
 
@@ -72,9 +74,11 @@ class MISA(torch.optim.Optimizer):
             budget smaller than the largest unit. Nothing has been changed then.
     """
 
+    replicas: Replicas | None
     #: GradScaler then leaves unscaling and skipping to ``step``.
     _step_supports_amp_scaling = True
 
+    @built_together
     def __init__(self, model: nn.Module, config: MisaConfig | None = None, **options: Any):
         if config is not None and not isinstance(config, MisaConfig):
             raise TypeError(f"the second argument is a MisaConfig, options go by name (lr=...); got {config!r}")
@@ -93,6 +97,8 @@ class MISA(torch.optim.Optimizer):
         device = next(iter(self._parameters.values())).device
         self.backend = choose_backend(config.backend, device)
         groups, group_of = build_groups(model, self._parameters, config)
+        if self.replicas is not None:
+            self.replicas.agree(model, config)
         super().__init__(groups, {name: getattr(config, name) for name in ("lr", "betas", "eps", "weight_decay")})
         self._allocate(device, sampled)
         self.tracker = ImportanceTracker(
@@ -142,7 +148,10 @@ class MISA(torch.optim.Optimizer):
             self._intake = UpdateOnArrival(*intake)
         else:
             self._intake = GradientSlots(*intake, max_norm=config.max_grad_norm, gemm=config.gemm_gradients)
+        if self.replicas is not None:
+            self._intake.join(self.replicas, lambda: self.total_steps)
         self._attendance = Attendance(model, self._intake.places)
+        self._attendance.on_empty_pass = self._intake.empty_pass
         self._intake.on_arrival = self._attendance.arrived
         self._anchor = GraphAnchor(model, self._attendance)
         rounding_seed = config.seed if config.leave_rounding == "stochastic" else None
@@ -273,6 +282,8 @@ class MISA(torch.optim.Optimizer):
             self._active_set.drop_stale_bits()
             self._intake.step(Scaler.of(self))
             self._active_set.know_weights()
+            if self.replicas is not None:
+                self.replicas.after_load(self._model, self.arena, [self.round, *self._clocks(), *self.active])
             self._attendance.count(self._intake.present)
             self.empty_steps += not any(self._intake.present)
             self.total_steps += 1
@@ -327,6 +338,8 @@ class MISA(torch.optim.Optimizer):
         before = self.active
         with phase("switch (sampler)"):
             self.tracker.draw()
+        if self.replicas is not None:
+            self.replicas.at_switch(self.round, self.active, self._model)
         wanted = [*self._always, *(name for index in self.tracker.active for name in self.units[index].params)]
         fresh = wanted[len(self._always) :] if self.config.revisit == "clear" else []
         moved = self._active_set.change(wanted, steps, self.round, fresh)
@@ -370,6 +383,8 @@ class MISA(torch.optim.Optimizer):
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "misa"})
         clocks = state.unpack(self._parts, self._clocks(), state_dict["misa"])
         self.inner_step, self.total_steps, self.skipped_steps, self.empty_steps = clocks
+        if self.replicas is not None:
+            self.replicas.loaded = True
         self._attendance.bind(self.arena.names)
 
     def _clocks(self) -> state.Clocks:
