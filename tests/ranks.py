@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers.models.llama.modeling_llama  # noqa: F401  here, once, and not in every process
 
 #: After which a test that hangs fails.
 SECONDS = 120

@@ -6,6 +6,8 @@ What a process has no gradient for (skipped layers, experts without tokens) it b
 with zeros, if anybody has one.
 
     backward pass   slots in order, each as early as it can be; at the end the others
+                    (with a limit of averages under way: announced at the first, and all slots take part, since those
+                    that wait in the midst of a pass could not say what they have)
     step            all meet; whoever is there first takes part, with zeros or with what it has, in the backward passes
                     that others still make (uneven last batches), until all are there
 
@@ -87,6 +89,8 @@ class Exchange:
         if not self._expects_end:
             self._expects_end = True
             torch.autograd.Variable._execution_engine.queue_callback(self._end_of_pass)
+            if self._most_in_flight:
+                self._tell(at_step=False)
 
     def ready(self, index: int) -> None:
         """The gradient of a slot is complete as far as this backward pass goes."""
@@ -99,6 +103,8 @@ class Exchange:
         while self._begun < len(self._order) and self._order[self._begun] in self._ready:
             self._begin(self._order[self._begun])
             self._begun += 1
+            while 0 < self._most_in_flight < len(self._in_flight):
+                self._finish_one()
 
     def meet(self) -> list[bool]:
         """At a step: wait until all processes are there and all gradients are averages.
@@ -118,7 +124,7 @@ class Exchange:
 
     def _end_of_pass(self) -> None:
         with torch.no_grad():
-            self._complete(self._tell(at_step=False))
+            self._complete([] if self._most_in_flight else self._tell(at_step=False))
 
     def _tell(self, *, at_step: bool) -> list[list[int]]:
         here = self._gradients.here()
@@ -133,21 +139,23 @@ class Exchange:
         return rows
 
     def _complete(self, rows: Sequence[Sequence[int]]) -> None:
-        """Begin what has not been begun and somebody has a gradient for; wait for all."""
+        """Begin what has not been begun and somebody may have a gradient for; wait for all."""
         for index in self._order[self._begun :]:
-            if any(row[4 + index] for row in rows):
+            if self._most_in_flight or any(row[4 + index] for row in rows):
                 self._begin(index)
-        self._finish(0)
+        if self._most_in_flight:
+            rows = self._tell(at_step=False)
+        somewhere = [any(row[4 + index] for row in rows) for index in range(len(self._order))]
+        while self._in_flight:
+            self._finish_one(wanted=somewhere[self._in_flight[0][0]])
         self.forget()
 
     def _begin(self, index: int) -> None:
         gradient = self._gradients.to_average(index)
         self._in_flight.append((index, gradient, self._replicas.average(gradient)))
-        if self._most_in_flight:
-            self._finish(self._most_in_flight)
 
-    def _finish(self, left: int) -> None:
-        while len(self._in_flight) > left:
-            index, gradient, average = self._in_flight.pop(0)
-            average.wait()
+    def _finish_one(self, *, wanted: bool = True) -> None:
+        index, gradient, average = self._in_flight.pop(0)
+        average.wait()
+        if wanted:
             self._gradients.averaged(index, gradient)
