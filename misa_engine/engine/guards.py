@@ -8,9 +8,21 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
+
+from misa_engine.method.config import MisaConfig
+
+
+def one_config(config: MisaConfig | None, options: Mapping[str, Any]) -> MisaConfig:
+    """The config, or the one that single options make; TypeError or ValueError for anything else."""
+    if config is not None and not isinstance(config, MisaConfig):
+        raise TypeError(f"the second argument is a MisaConfig, options go by name (lr=...); got {config!r}")
+    if config is not None and options:
+        raise ValueError(f"give either config or single options, not both; got config and {', '.join(options)}")
+    return config if config is not None else MisaConfig.from_dict(options)
 
 
 def check_model(model: nn.Module) -> None:
