@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -36,6 +37,8 @@ REMEDY = "End all processes and resume from the last complete checkpoint."
 
 #: The default group and the gloo group beside it, made once: torch keeps every group until the end.
 _joined: dict[str, Any] = {}
+#: What gloo says when another process is gone.
+_LOST = re.compile(r"gloo/|Connection (closed|reset)|Broken pipe|Timed out waiting", re.IGNORECASE)
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -269,17 +272,33 @@ def _differences(told: Sequence[Mapping[str, Mapping[str, Any]]]) -> list[str]:
 
 
 @contextmanager
+def lost_ranks(rank: int) -> Iterator[None]:
+    """Around training: what any collective says when another process is gone becomes a ReplicaError of one line."""
+    try:
+        yield
+    except ReplicaError:
+        raise
+    except RuntimeError as error:
+        if not isinstance(error, (dist.DistBackendError, dist.DistNetworkError)) and not _LOST.search(str(error)):
+            raise
+        raise _lost(rank, "training", error) from error
+
+
+def _lost(rank: int, what: str, error: Exception) -> ReplicaError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return ReplicaError(
+        f"rank {rank} waited in vain while {what}: another process has ended or no longer answers. {REMEDY} ({reason})"
+    )
+
+
+@contextmanager
 def _speaking(what: str, rank: int) -> Iterator[None]:
     try:
         yield
     except ReplicaError:
         raise
     except RuntimeError as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ReplicaError(
-            f"rank {rank} waited in vain while {what}: another process has ended or no longer answers. {REMEDY} "
-            f"({reason})"
-        ) from error
+        raise _lost(rank, what, error) from error
 
 
 def _patience(world: dist.ProcessGroup) -> timedelta:
