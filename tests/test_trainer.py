@@ -162,12 +162,14 @@ def test_bad_input_is_refused_before_anything_is_written(options, word, misa_tra
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_several_processes_or_gpus_are_refused(misa_trainer, monkeypatch):
-    for name, word in (("world_size", "4 processes"), ("n_gpu", "4 GPUs")):
-        with monkeypatch.context() as patch:
-            patch.setattr(TrainingArguments, name, property(lambda self: 4))
-            with pytest.raises(ValueError, match=word):
-                misa_trainer()
+def test_several_gpus_in_one_process_and_sharded_weights_are_refused(misa_trainer, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingArguments, "n_gpu", property(lambda self: 4))
+        with pytest.raises(ValueError, match=r"4 GPUs.*torchrun --nproc_per_node 4"):
+            misa_trainer()
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="MISA averages the gradients"):
+        misa_trainer()
 
 
 def test_a_second_optimizer_is_refused(tmp_path, tokenizer, texts):

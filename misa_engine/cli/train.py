@@ -7,7 +7,9 @@ directory, model configuration, data, weights, budget and patterns, then the tok
 from __future__ import annotations
 
 import logging
+import os
 import sys
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -82,6 +84,13 @@ def _demo(options: list[str]) -> int:
 def train(arguments: TrainArguments, config: str | None = None) -> int:
     """One training run, from parsed options to the saved model and its report."""
     _quiet(arguments)
+    if arguments.sft.process_index:  # everything is said once, by rank 0
+        with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
+            return _train_once(arguments, config)
+    return _train_once(arguments, config)
+
+
+def _train_once(arguments: TrainArguments, config: str | None) -> int:
     _check_required(arguments)
     if arguments.run.dry_run:
         inputs = _load_inputs(arguments)
@@ -92,9 +101,11 @@ def train(arguments: TrainArguments, config: str | None = None) -> int:
         print("dry run: nothing was trained, nothing was written")
         return DONE
     out = Path(str(arguments.sft.output_dir))
+    first = arguments.sft.process_index == 0
     output_directory.check_place(out)
-    with lock_run(out):
-        arguments, checkpoint = _claim_directory(arguments, config, out)
+    with lock_run(out) if first else nullcontext():
+        with arguments.sft.main_process_first(local=False):
+            arguments, checkpoint = _claim_directory(arguments, config, out)
         if checkpoint is not None:
             step = finished_at(checkpoint, out, arguments)
             if step is not None:
@@ -104,7 +115,7 @@ def train(arguments: TrainArguments, config: str | None = None) -> int:
         inputs = _load_inputs(arguments)
         print(_describe(inputs, fresh=checkpoint is None), flush=True)
         trainer = _checked_trainer(inputs)
-        if arguments.run.overwrite_output_dir and checkpoint is None:
+        if arguments.run.overwrite_output_dir and checkpoint is None and first:
             deleted = output_directory.delete_run(out)
             if deleted:
                 print(f"deleted the run in {out}: {', '.join(deleted)}")
@@ -135,7 +146,7 @@ def _check_required(arguments: TrainArguments) -> None:
 def _claim_directory(arguments: TrainArguments, config: str | None, out: Path) -> tuple[TrainArguments, Path | None]:
     """Check that the run may write to ``out``; find the checkpoint that it goes on from, and with which options."""
     sft, overwrite = arguments.sft, arguments.run.overwrite_output_dir
-    restored = recover(out)
+    restored = recover(out) if sft.process_index == 0 else []
     checkpoint = resume_point(sft.resume_from_checkpoint, out)
     if restored and overwrite and checkpoint is None:
         raise UserError(
@@ -296,7 +307,7 @@ def _train(trainer: Any, checkpoint: Path | None, out: Path) -> None:
     """
     from misa_engine.cli.stopping import StopOnSignal
 
-    stop = StopOnSignal(out)
+    stop = StopOnSignal(out, lambda: getattr(trainer.misa, "replicas", None))
     trainer.add_callback(stop)
     with stop.watching():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
