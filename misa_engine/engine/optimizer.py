@@ -128,6 +128,7 @@ class MISA(torch.optim.Optimizer):
             pack=config.revisit == "offload",
             residual=config.leave_rounding == "keep",
             backend=self.backend,
+            numels=[sizes[name] for name in sampled],
         )
         self._kernels = ArenaUpdate(self.arena, len(self.param_groups), config, self.backend)
 
