@@ -246,6 +246,22 @@ def test_autograd_does_it_where_the_gemm_is_not_the_whole_story(when):
         assert torch.equal(by_gemm[name], gradient), name
 
 
+def test_compiled_layers_follow_the_draw():
+    """torch 2.11 gives no gradients where ``requires_grad`` was switched on after the first call."""
+    model = tiny()
+    for layer in model.model.layers:
+        layer.compile(backend="eager")
+    optimizer = MISA(model, lr=1e-3, delta=0.2, inner_steps=1, cold_start="none", rule="cyclic")
+    seen = set()
+    for _ in range(12):
+        loss_of(model, next(batches())).backward()
+        assert {name for name, p in model.named_parameters() if p.grad is not None} == set(optimizer.active)
+        seen |= set(optimizer.active)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert len(seen) > 8
+
+
 def test_a_replaced_forward_of_someone_else_stays():
     model = tiny()
     layer = model.model.layers[0].mlp.up_proj
