@@ -16,6 +16,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, is_dataclass, make_dataclass
+from importlib.metadata import version
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
@@ -28,6 +29,7 @@ from misa_engine.trainer.compat import (
     NON_REENTRANT,
     asks_reentrant,
     checkpointing_option,
+    compiled_modules_follow,
     shared_options,
 )
 
@@ -311,6 +313,11 @@ def _check_together(given: Mapping[str, Any]) -> None:
             raise UserError(
                 f"--{name}: use_reentrant=True cannot run backward past frozen layers; leave it out (it is False)."
             )
+    if given.get("torch_compile") and optimizer == "misa" and not compiled_modules_follow(version("torch")):
+        raise UserError(
+            f"--torch_compile needs torch 2.13 or newer; this is {version('torch')}, whose compiled layers may miss "
+            "that other matrices are active in the next round: leave it out, or upgrade torch."
+        )
     if optimizer == "misa":
         for name in ("optim", "optim_args", "optim_target_modules", "deepspeed"):
             if given.get(name):
