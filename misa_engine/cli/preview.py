@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from misa_engine.errors import bad_input
 from misa_engine.method.config import MisaConfig
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from misa_engine.planner.coverage import Coverage
 
 
 def preview_adamw(model: nn.Module) -> str:
@@ -63,6 +65,29 @@ def preview(model: nn.Module, config: MisaConfig, *, fresh: bool = True) -> str:
         lines += [f"  {unit.name}  {unit.numel:,}" for unit in drawn]
     memory = {"weights": sum(p.nbytes for p in model.parameters()), **optimizer_bytes(parts, config, dtype)}
     return "\n".join([*lines, "", memory_table(memory)])
+
+
+def coverage_of(trainer: Any) -> Coverage:
+    """How often a trainer's run will visit its weights.
+
+    Args:
+        trainer: a MisaMixin with its data prepared; a stream needs ``max_steps``.
+    """
+    from misa_engine.method.partition import check_budget, partition_for
+    from misa_engine.planner.coverage import Coverage, run_length
+
+    args, misa, data = trainer.args, trainer.misa_config, trainer.train_dataset
+    steps = run_length(
+        len(data) if hasattr(data, "__len__") else 0,
+        args.train_batch_size,
+        accumulation=args.gradient_accumulation_steps,
+        epochs=args.num_train_epochs,
+        drop_last=args.dataloader_drop_last,
+        steps=args.max_steps,
+    )
+    parts = partition_for(trainer.model, misa)
+    drawable = sum(unit.numel for unit in parts.units)
+    return Coverage.of(misa, steps, drawable=drawable, budget=check_budget(parts, misa.delta))
 
 
 def memory_table(categories: dict[str, int]) -> str:

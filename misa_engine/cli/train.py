@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from misa_engine.cli import loading, output_directory
 from misa_engine.cli.command_trainer import build_trainer
-from misa_engine.cli.preview import preview, preview_adamw
+from misa_engine.cli.preview import coverage_of, preview, preview_adamw
 from misa_engine.cli.report import show_table, write_pictures
 from misa_engine.cli.resume import adopt, finished_at, resume_point
 from misa_engine.errors import DONE, UserError, bad_input
@@ -88,7 +88,7 @@ def train(arguments: TrainArguments, config: str | None = None) -> int:
         print(_describe(inputs, fresh=True), flush=True)
         with TemporaryDirectory() as nowhere:  # transformers' Trainer makes its output directory at once
             arguments.sft.output_dir = nowhere
-            _checked_trainer(inputs)
+            _show_coverage(_checked_trainer(inputs))
         print("dry run: nothing was trained, nothing was written")
         return DONE
     out = Path(str(arguments.sft.output_dir))
@@ -104,6 +104,7 @@ def train(arguments: TrainArguments, config: str | None = None) -> int:
         inputs = _load_inputs(arguments)
         print(_describe(inputs, fresh=checkpoint is None), flush=True)
         trainer = _checked_trainer(inputs)
+        _show_coverage(trainer)
         if arguments.run.overwrite_output_dir and checkpoint is None:
             deleted = output_directory.delete_run(out)
             if deleted:
@@ -204,6 +205,12 @@ def _checked_trainer(inputs: Inputs) -> Any:
 
         vram.dry_step(trainer, inputs.plan)
     return trainer
+
+
+def _show_coverage(trainer: Any) -> None:
+    """Say how often the run will visit its weights, as soon as the data, and so its length, are known."""
+    if trainer.optimizer_name == "misa":
+        print(coverage_of(trainer).describe() + "\n", flush=True)
 
 
 def _quiet(arguments: TrainArguments) -> None:
