@@ -124,18 +124,15 @@ class MISA(torch.optim.Optimizer):
         self._intake.on_arrival = self._attendance.arrived
         self._rest: RestRule | None = None
         if resting:
-            order = [name for name, _ in model.named_parameters()]
-            matrices = {name: self._parameters[name] for name in resting}
             seen = (config, lambda: self.param_groups, self._intake.places)
-            self._rest = RestRule(matrices, order, group_of, *seen, backend=self.backend)
+            self._rest = RestRule(model, resting, group_of, *seen, backend=self.backend)
             self._intake.on_inactive = self._rest.take
         self._anchor = GraphAnchor(model, self._attendance)
         rounding_seed = config.seed if config.leave_rounding == "stochastic" else None
         bound = (self._parameters, group_of, self.arena, self.host, self._intake)
         self._active_set = ActiveSet(*bound, rounding_seed=rounding_seed, backend=self.backend)
-        self._parts = state.Parts(
-            config, self.partition, self.dtype, self.tracker, self.arena, kernels, self.host, self._active_set
-        )
+        parts = (config, self.partition, self.dtype, self.tracker, self.arena, kernels, self.host)
+        self._parts = state.Parts(*parts, self._active_set, self._rest)
         model.requires_grad_(False)
         model.zero_grad(set_to_none=True)
         claim(self._parameters.values())
@@ -274,9 +271,7 @@ class MISA(torch.optim.Optimizer):
         return loss
 
     def _scaler(self) -> Scaler | None:
-        """What torch.amp.GradScaler says, if one makes the step; ValueError where that comes too late."""
-        scaler = Scaler.of(self)
-        if scaler is not None and self.config.rest == "sgd":
+        if (scaler := Scaler.of(self)) is not None and self.config.rest == "sgd":  # too late, but not unsaid
             raise ValueError(
                 "GradScaler with rest='sgd': what rests has moved by gradients still multiplied by the scale. Train "
                 "without a scaler, or use rest='sign' or 'row_norm', which scale does not change."
@@ -316,6 +311,8 @@ class MISA(torch.optim.Optimizer):
                 [sum(report.sums[slot] for slot in unit) for unit in slots],
                 [max(report.measured[slot] for slot in unit) for unit in slots],
             )
+            if self._rest is not None:
+                self._rest.observe(self.tracker, self.units, self._attendance.repeated)
         return dict(zip(self.arena.names, report.steps, strict=True))
 
     def _open_round(self, steps: dict[str, int], started: float) -> None:

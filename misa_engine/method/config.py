@@ -60,12 +60,20 @@ class Preset:
     """k: they move at every k-th step, k times as far."""
     rest_outside: bool = False
     """Embeddings and head, which otherwise stay frozen, move by the rest rule too."""
+    rest_scores: bool = False
+    """Their gradients enter the scores: every unit is measured in every round, and none needs a cold start."""
 
 
 #: Rules for the matrices outside the draw -> their learning rate as a multiple of lr, where ``rest_lr`` is None.
 REST_RATES = {"sign": 0.3, "row_norm": 0.3, "sinkhorn": 0.3, "sgd": 5.0}
 #: What the options of the rest rule are without one.
-NO_REST: dict[str, Any] = {"rest_lr": None, "rest_scope": "all", "rest_every": 1, "rest_outside": False}
+NO_REST: dict[str, Any] = {
+    "rest_lr": None,
+    "rest_scope": "all",
+    "rest_every": 1,
+    "rest_outside": False,
+    "rest_scores": False,
+}
 
 #: Names of the options that a preset fills in.
 PRESET_OPTIONS = tuple(entry.name for entry in fields(Preset))
@@ -321,6 +329,11 @@ class MisaConfig(Preset):
             )
         if not isinstance(self.rest_every, int) or self.rest_every < 1:
             raise ValueError(f"rest_every is a number of steps, an integer of at least 1; got {self.rest_every!r}")
+        if self.rest_scores and self.score != "mean_square":
+            raise ValueError(
+                f"rest_scores needs score='mean_square'; score={self.score!r} is of norms after clipping, which what "
+                "rests does not have."
+            )
         if self.leave_rounding == "keep":
             raise ValueError(
                 "leave_rounding='keep' keeps on the host 16 more bits of weights that do not change while they are not "

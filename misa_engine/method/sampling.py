@@ -199,7 +199,7 @@ class ImportanceTracker:
         """Units that the cold start still has to visit, in random order; none for rules without scores."""
         if self.config.cold_start == "none" or not self._rule.needs_scores:
             return []
-        unseen = [unit for unit, visits in enumerate(self.visits) if not visits]
+        unseen = [unit for unit, visits in enumerate(self.visits) if not visits and not self._updates[unit]]
         if self.config.cold_start == "probe":
             again = range(1, PROBE_ATTEMPTS)
             unseen += [u for u, missed in enumerate(self._missed) if missed in again and not self._updates[u]]
@@ -234,6 +234,11 @@ class ImportanceTracker:
                 self._missed[unit] += 1
             else:
                 self._absorb(unit, total / measured)
+
+    def observe(self, unit: int, norm_sum: float, steps: int) -> None:
+        """Let what was measured of a unit that was not active enter its score; arguments as in ``update``."""
+        if steps >= 1 and math.isfinite(norm_sum):
+            self._absorb(unit, norm_sum / steps)
 
     def _absorb(self, unit: int, mean: float) -> None:
         """One step of Eq. (4) for one unit."""
