@@ -21,6 +21,7 @@ from misa_engine.cli.report import show_table, write_pictures
 from misa_engine.cli.resume import adopt, finished_at, resume_point
 from misa_engine.errors import DONE, UserError, bad_input
 from misa_engine.trainer.checkpoints import recover
+from misa_engine.trainer.compat import checkpointing_option
 from misa_engine.trainer.completeness import checkpoint_step
 from misa_engine.trainer.run_lock import lock_run
 
@@ -118,7 +119,14 @@ def _describe(inputs: Inputs, *, fresh: bool) -> str:
     if inputs.arguments.run.optimizer == "adamw":
         summary = preview_adamw(inputs.model)
     else:
-        summary = preview(inputs.model, inputs.arguments.misa, fresh=fresh)
+        sft = inputs.arguments.sft
+        summary = preview(
+            inputs.model,
+            inputs.arguments.misa,
+            fresh=fresh,
+            checkpointing=bool(getattr(sft, checkpointing_option(sft))),
+            accumulation=sft.gradient_accumulation_steps,
+        )
     # records are counted when they have been tokenized: misa_engine.cli.data_report
     stream = "" if hasattr(inputs.train_data, "__len__") else "\n\ntraining data: a stream, not counted"
     return f"{summary}{stream}\n"

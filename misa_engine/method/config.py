@@ -286,7 +286,12 @@ class MisaConfig(Preset):
             ("eta", self.eta, self.eta >= 0, "at least 0"),
             ("score_beta", self.score_beta, 0 <= self.score_beta < 1, "in [0, 1)"),
             ("epsilon", self.epsilon, 0 <= self.epsilon <= 1, "in [0, 1]"),
-            ("cold_start_share", self.cold_start_share, 0 < self.cold_start_share <= 1, "in (0, 1] (cold_start='none')"),
+            (
+                "cold_start_share",
+                self.cold_start_share,
+                0 < self.cold_start_share <= 1,
+                "in (0, 1] (cold_start='none')",
+            ),
             ("probability_floor", self.probability_floor, 0 <= self.probability_floor <= 1, "in [0, 1]"),
             ("exponent_cap", self.exponent_cap, self.exponent_cap > 0, "larger than 0"),
             ("sample_last", self.sample_last, self.sample_last >= 0, "at least 0"),

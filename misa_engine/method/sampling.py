@@ -309,8 +309,8 @@ class ImportanceTracker:
             return
         self._warned = True
         logger.warning(
-            "round %d is drawn from collapsed probabilities: their normalised entropy is %.2g (1 is uniform), so that a "
-            "few units get nearly all visits. Set probability_floor=0.5, which leaves every unit half of a uniform "
+            "round %d is drawn from collapsed probabilities: their normalised entropy is %.2g (1 is uniform), so a few "
+            "units get nearly all visits. Set probability_floor=0.5, which leaves every unit half of a uniform "
             "draw's chance, or lower eta (now %g).",
             self.round,
             entropy,
