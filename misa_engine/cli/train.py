@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 from misa_engine.cli import loading, output_directory
 from misa_engine.cli.command_trainer import build_trainer
-from misa_engine.cli.preview import preview, preview_adamw
+from misa_engine.cli.preview import coverage_of, preview, preview_adamw
 from misa_engine.cli.report import show_table, write_pictures
 from misa_engine.cli.resume import adopt, finished_at, resume_point
 from misa_engine.errors import DONE, UserError, bad_input
 from misa_engine.trainer.checkpoints import recover
+from misa_engine.trainer.compat import checkpointing_option
 from misa_engine.trainer.completeness import checkpoint_step
 from misa_engine.trainer.run_lock import lock_run
 
@@ -97,7 +98,7 @@ def _train_once(arguments: TrainArguments, config: str | None) -> int:
         print(_describe(inputs, fresh=True), flush=True)
         with TemporaryDirectory() as nowhere:  # transformers' Trainer makes its output directory at once
             arguments.sft.output_dir = nowhere
-            _checked_trainer(inputs)
+            _show_coverage(_checked_trainer(inputs))
         print("dry run: nothing was trained, nothing was written")
         return DONE
     out = Path(str(arguments.sft.output_dir))
@@ -115,6 +116,7 @@ def _train_once(arguments: TrainArguments, config: str | None) -> int:
         inputs = _load_inputs(arguments)
         print(_describe(inputs, fresh=checkpoint is None), flush=True)
         trainer = _checked_trainer(inputs)
+        _show_coverage(trainer)
         if arguments.run.overwrite_output_dir and checkpoint is None and first:
             deleted = output_directory.delete_run(out)
             if deleted:
@@ -128,7 +130,14 @@ def _describe(inputs: Inputs, *, fresh: bool) -> str:
     if inputs.arguments.run.optimizer == "adamw":
         summary = preview_adamw(inputs.model)
     else:
-        summary = preview(inputs.model, inputs.arguments.misa, fresh=fresh)
+        sft = inputs.arguments.sft
+        summary = preview(
+            inputs.model,
+            inputs.arguments.misa,
+            fresh=fresh,
+            checkpointing=bool(getattr(sft, checkpointing_option(sft))),
+            accumulation=sft.gradient_accumulation_steps,
+        )
     # records are counted when they have been tokenized: misa_engine.cli.data_report
     stream = "" if hasattr(inputs.train_data, "__len__") else "\n\ntraining data: a stream, not counted"
     return f"{summary}{stream}\n"
@@ -215,6 +224,12 @@ def _checked_trainer(inputs: Inputs) -> Any:
 
         vram.dry_step(trainer, inputs.plan)
     return trainer
+
+
+def _show_coverage(trainer: Any) -> None:
+    """Say how often the run will visit its weights, as soon as the data, and so its length, are known."""
+    if trainer.optimizer_name == "misa":
+        print(coverage_of(trainer).describe() + "\n", flush=True)
 
 
 def _quiet(arguments: TrainArguments) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,12 @@ class MisaMixin(ExactResume):
         """The MISA optimizer, out of accelerate's wrapper; None before training and for the baseline."""
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         return optimizer if isinstance(optimizer, MISA) else None
+
+    def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
+        """As in Trainer; tells MISA the run's length, of which the cold start gets a share."""
+        if self.misa_config.run_steps is None:
+            self.misa_config = replace(self.misa_config, run_steps=num_training_steps)
+        super().create_optimizer_and_scheduler(num_training_steps)
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
         """Build MISA, or the baseline's AdamW, over the model."""
