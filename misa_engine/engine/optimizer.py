@@ -26,7 +26,15 @@ from misa_engine.engine.events import CallbackHandle, SwitchEvent, describe_swit
 from misa_engine.engine.gradient_slots import GradientSlots
 from misa_engine.engine.gradients import GradientIntake, Scaler
 from misa_engine.engine.groups import build_groups
-from misa_engine.engine.guards import CheckpointingGuard, check_model, check_sparse, claim, common_dtype, release
+from misa_engine.engine.guards import (
+    CheckpointingGuard,
+    announce_new,
+    check_model,
+    check_sparse,
+    claim,
+    common_dtype,
+    release,
+)
 from misa_engine.engine.host import HostStore
 from misa_engine.engine.marks import phase
 from misa_engine.engine.update import ArenaUpdate
@@ -104,6 +112,7 @@ class MISA(torch.optim.Optimizer):
         self._callbacks: list[Callable[[SwitchEvent], None]] = []
         self._model_bytes = sum(parameter.nbytes for parameter in named.values())  # tied ones are listed once
 
+        announce_new(self.partition.new)
         self._attach(model, group_of)
         self._open_round({}, started=time.perf_counter())
 
