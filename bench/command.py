@@ -1,4 +1,4 @@
-"""``misa bench``: memory, speed and held-out loss of MISA beside what one would use instead, in one run."""
+"""``misa bench``: memory, speed and learning of MISA beside what one would use instead."""
 
 from __future__ import annotations
 
@@ -27,6 +27,10 @@ ROUND_OPTIONS = {"suite", "device", "vram_gib", "delta", "sizes"}
 
 def run(words: list[str]) -> int:
     """The whole command; returns its exit code."""
+    if words[:1] == ["learning"]:  # a matrix of many short runs has settings of its own
+        from misa_engine.bench.matrix import run as run_learning
+
+        return run_learning(words[1:])
     options = _parser().parse_args(words)
     into = Path(options.into) if options.into else None
     if options.render:
@@ -114,8 +118,7 @@ def settings_of(options: argparse.Namespace) -> Bench:
     bench = Bench(**{**PRESETS[preset], **given})
     for method in bench.methods:
         known(method, BASELINES, "method")
-    for shape in (bench.model, bench.loss_model):
-        known(shape.strip().lower(), [*SMALL_SHAPES, *MODELS], "model")
+    known(bench.model.strip().lower(), [*SMALL_SHAPES, *MODELS], "model")
     check_device(bench.device)
     if bench.delta > 1:
         raise UserError(f"--delta {bench.delta:g}: a share of the model above 0 and at most 1.")
@@ -126,13 +129,12 @@ def settings_of(options: argparse.Namespace) -> Bench:
         bench = replace(bench, delta=delta)
     if bench.suite == "profile" and "steps" not in given:
         bench = replace(bench, steps=PROFILED_STEPS)
-    if bench.suite in ("throughput", "all") and bench.steps < 2 * bench.inner_steps:
+    if bench.suite == "throughput" and bench.steps < 2 * bench.inner_steps:
         if "inner_steps" not in given:
             bench = replace(bench, inner_steps=max(1, bench.steps // 2))
         print(f"{bench.steps} timed steps: a switch every {bench.inner_steps} of them")
     try:
-        for source in {bench.data, bench.loss_data}:
-            documents(source)
+        documents(bench.data)
     except ValueError as error:
         raise UserError(str(error)) from error
     return bench
@@ -190,7 +192,7 @@ def _parser() -> Parser:
         "misa bench", usage=USAGE, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("suite", nargs="?", default="all", help="what to run (default: all)")
+    add("suite", nargs="?", default="throughput", help="what to run (default: throughput)")
     add("--output", metavar="DIR", help="where results.json, its page and pictures go")
     add("--overwrite", action="store_true", help="replace the results in DIR")
     add("--resume", action="store_true", help="run what DIR has no result of yet")
