@@ -46,7 +46,7 @@ LEARNERS: dict[str, Learner] = {
     "lisa-layers": Learner("lisa-layers", 3.0),
     "uniform": Learner("uniform", 3.0),
     "misa": _misa(),
-    "misa-paper": _misa(preset="paper"),
+    "misa-paper": _misa(1.0, preset="paper"),
     "misa-official": _misa(preset="official"),
     "misa-engine": _misa(preset="engine"),
 }

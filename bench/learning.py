@@ -6,6 +6,7 @@ held-out loss, the loss on text of the base's own kind, answers, the curve, byte
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import time
@@ -24,16 +25,14 @@ from misa_engine.bench.cases import Case, Report, Row
 from misa_engine.bench.learners import Learner, learner_of
 from misa_engine.bench.measure import environment, memory_counters, resident_bytes, spread, timed
 from misa_engine.bench.method import Method, Settings, Unavailable
-from misa_engine.bench.tasks import Task, final_number, load_task
+from misa_engine.bench.tasks import IGNORED, Task, final_number, load_task
 from misa_engine.bench.workload import batches
 from misa_engine.method.partition import partition
 
 #: Tokens that an answer may have.
 ANSWER_TOKENS = 96
 #: Rows of a batch of an evaluation.
-EVALUATED = 16
-#: Share of the held-out rows behind each point of the curve; the last point is of all.
-SAMPLED = 0.25
+EVALUATED = 8
 #: Bytes a parameter of what MISA keeps of its active part: gradient and two moments; of an adapter: itself and these.
 MISA_BYTES, ADAPTER_BYTES = 12, 16
 
@@ -86,10 +85,10 @@ class LearningCase(Case, Settings):
             ours["settings"] = asdict(settings)
             model = method.model
             self._train(method, task, ours, partial(report, row))
+        curve = ours.get("curve")
+        ours["heldout_loss"] = curve[-1]["heldout_loss"] if curve else evaluate(model, loss, task.held_out)
         ours |= measure(model, loss, task, words)
         ours["seconds"] = ours.get("train_seconds", 0.0)
-        if method is not None:
-            ours["curve"][-1]["heldout_loss"] = ours["heldout_loss"]
         row |= memory_counters(torch.device("cpu"))
         ours["resident_before_bytes"] = before
         row |= peft_shape(self, row, method, created, time.perf_counter() - started)
@@ -98,7 +97,6 @@ class LearningCase(Case, Settings):
         """All steps; ``ours`` gets the curve, training losses, times, bytes and what the sampler did."""
         device = torch.device("cpu")
         stream = batches(task.train, self.batch, device)
-        sample = task.held_out[: max(1, round(SAMPLED * len(task.held_out)))]
         rates = [group["lr"] for group in method.optimizer.param_groups]
         losses: list[float] = []
         times: list[float] = []
@@ -113,8 +111,7 @@ class LearningCase(Case, Settings):
             if (step + 1) % every == 0 or step + 1 == self.steps:
                 done = step + 1
                 point: Row = {"step": done, "tokens": done * self.batch * self.length, "seconds": sum(times)}
-                if done < self.steps:  # the last is of all rows
-                    point["sampled_loss"] = evaluate(method.model, method.loss, sample)
+                point["heldout_loss"] = evaluate(method.model, method.loss, task.held_out)
                 ours["curve"].append(point)
                 report()
         ours |= {"train_seconds": sum(times), "step_time_s": spread(times), "trained_tokens": ours["curve"][-1]["tokens"]}
@@ -128,8 +125,8 @@ class LearningCase(Case, Settings):
 def settings_of(case: LearningCase, learner: Learner, model: nn.Module) -> Settings:
     """A case's settings with the learner's own, low ranks chosen by bytes.
 
-    LoRA's rank is the largest whose adapters, gradients and moments take no more bytes than MISA's gradients and
-    moments; GaLore's is a quarter of the width, as published.
+    LoRA's rank is the least whose adapters, gradients and moments take as many bytes as MISA's gradients and moments, so
+    that it is never short of memory beside MISA; GaLore's is a quarter of the width, as published.
     """
     names = ("lr", "delta", "inner_steps", "max_grad_norm", "seed")
     shared = {name: getattr(case, name) for name in names} | {"misa": dict(learner.misa)} | dict(learner.settings)
@@ -139,12 +136,14 @@ def settings_of(case: LearningCase, learner: Learner, model: nn.Module) -> Setti
     each = sum(sum(shape) for shape in shapes)  # parameters of a rank-1 adapter of all of them
     budget = MISA_BYTES * shared["delta"] * parts.total
     width = min(min(shape) for shape in shapes)
-    shared |= {"lora_rank": max(1, int(budget / (ADAPTER_BYTES * each))), "galore_rank": max(1, width // 4)}
+    shared |= {"lora_rank": math.ceil(budget / (ADAPTER_BYTES * each)), "galore_rank": max(1, width // 4)}
     return Settings(**shared)
 
 
 def labelled_loss(model: Any, pair: Tensor) -> Tensor:
-    """Mean loss of the labelled tokens of (batch, 2, length) ids and labels."""
+    """Mean loss of the labelled tokens of (batch, 2, length) ids and labels; columns after the last label are left
+    out."""
+    pair = pair[:, :, : int((pair[:, 1] != IGNORED).any(0).nonzero().max()) + 1]
     return model(input_ids=pair[:, 0], labels=pair[:, 1], use_cache=False).loss
 
 
@@ -190,13 +189,8 @@ def evaluate(model: nn.Module, loss: Callable[[Tensor], Tensor], data: Tensor) -
 
 
 def measure(model: Any, loss: Callable[[Tensor], Tensor], task: Task, words: Words) -> Row:
-    """Held-out loss, loss on the base's own kind of text, and the share of problems solved."""
-    sample = task.held_out[: max(1, round(SAMPLED * len(task.held_out)))]
-    found: Row = {
-        "heldout_loss": evaluate(model, loss, task.held_out),
-        "sampled_loss": evaluate(model, loss, sample),
-        "own_kind_loss": evaluate(model, loss, task.own_kind),
-    }
+    """Loss on the base's own kind of text, and the share of problems solved."""
+    found: Row = {"own_kind_loss": evaluate(model, loss, task.own_kind)}
     if task.questions:
         right = solved(model, words, task.questions)
         found |= {"accuracy": sum(right) / len(right), "questions": len(right)}

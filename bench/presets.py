@@ -106,10 +106,10 @@ class Learning:
 
 #: ``misa bench learning --preset NAME``: what it runs, and how long that takes.
 LEARNING: dict[str, dict[str, Any]] = {
-    "quick": {"base": "quick", "steps": 60, "batch": 4, "inner_steps": 1, "rows": 32, "factors": (1.0,)},
+    "quick": {"base": "quick", "steps": 60, "delta": 0.1, "inner_steps": 2, "rows": 32, "factors": (1.0,)},
     "small": {"seeds": (0, 1, 2, 3, 4)},
     "real": {
-        "base": "", "tasks": tuple(("text", "instruct", "math")), "base_lr": 1e-4, "seeds": (0, 1, 2), "steps": 80,
-        "batch": 4, "inner_steps": 1, "rows": 32, "questions": 48,
+        "base": "", "tasks": ("text", "instruct", "math"), "base_lr": 1e-4, "seeds": (0, 1, 2), "steps": 60,
+        "delta": 0.1, "inner_steps": 2, "rows": 24, "questions": 32, "points": 2,
     },
 }  # fmt: skip

@@ -91,6 +91,7 @@ def load_task(name: str, words: Words, work: str, *, length: int, seed: int, row
     own = packed(documents("stdlib")[: round(300 * HELD_OUT)], words, length, most=rows)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
     held_out = held_out[:rows]
+    held_out = held_out[(held_out[:, 1] != IGNORED).sum(1).argsort(stable=True)]  # rows of a length together
     digest = hashlib.sha256(held_out.numpy().tobytes()).hexdigest()[:12]
     return Task(train[order], held_out, own, asked, digest)
 
