@@ -39,7 +39,8 @@ class Scaler:
 class GradientIntake(ABC):
     """Takes the gradients of all active parameters, and makes the step that uses them.
 
-    ``on_arrival`` is called with the parameter's name for each gradient that arrives, used or not.
+    ``on_arrival`` is called with the parameter's name for each gradient that arrives, used or not. ``on_inactive`` is
+    offered those of parameters that hold no slot, and says whether it took them.
 
     Args:
         model: the model, for the modules whose forward passes can help.
@@ -65,6 +66,7 @@ class GradientIntake(ABC):
         self.places = Places(model, parameters)
         self.slot_of: dict[str, int] = {}
         self.on_arrival: Callable[[str], None] = lambda name: None
+        self.on_inactive: Callable[[str, nn.Parameter], bool] = lambda name, parameter: False
         self._present: list[bool] = []
         self._handles = [
             parameter.register_post_accumulate_grad_hook(self._hook(name)) for name, parameter in parameters.items()
@@ -140,14 +142,16 @@ class GradientIntake(ABC):
     def _hook(self, name: str) -> Callable[[nn.Parameter], None]:
         def on_gradient(parameter: nn.Parameter) -> None:
             index = self.slot_of.get(name)
-            if index is None:
+            if index is None and self.on_inactive(name, parameter):
+                self.on_arrival(name)
+            elif index is None:
                 parameter.grad = None
                 raise RuntimeError(
                     f"{name} received a gradient while it is inactive: something set requires_grad on it, or the graph "
                     "is from before the last switch. MISA decides which parameters train; leave requires_grad alone "
                     "after building the optimizer, and call backward() before the step() that ends the round."
                 )
-            if parameter.grad is not None:  # torch 2.13 calls the hook for a gradient of None too
+            elif parameter.grad is not None:  # torch 2.13 calls the hook for a gradient of None too
                 self.on_arrival(name)
                 with phase("hooks"):
                     self._arrived(name, index, parameter)

@@ -26,7 +26,7 @@ from misa_engine.engine.arena import Arena, padded
 from misa_engine.engine.host import HostStore
 from misa_engine.engine.update import ArenaUpdate
 from misa_engine.kernels.tiles import BLOCK
-from misa_engine.method.config import FREE_ON_LOAD, RETIRED, MisaConfig
+from misa_engine.method.config import FREE_ON_LOAD, RETIRED, YOUNGER, MisaConfig
 from misa_engine.method.partition import Partition
 from misa_engine.method.sampling import ImportanceTracker
 
@@ -133,10 +133,11 @@ def check(parts: Parts, groups: Sequence[Mapping[str, Any]], state_dict: dict[st
 
 def _differences(here: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
     """What a checkpoint does not share with the optimizer that loads it, one a line."""
+    options = {**YOUNGER, **saved["config"]}
     differences = [
-        f"{option}: {saved['config'].get(option)!r} in the checkpoint, {value!r} here"
+        f"{option}: {options.get(option)!r} in the checkpoint, {value!r} here"
         for option, value in here["config"].items()
-        if saved["config"].get(option) != value
+        if options.get(option) != value
     ]
     differences += [
         f"{option}: {saved['config'][option]!r} in the checkpoint, always {only!r} here"

@@ -43,7 +43,23 @@ class Preset:
     on the host: an exact float32 master over the whole run)."""
     fill: str = "carry"
     """What happens when a drawn unit does not fit: carry (it opens the next round), stop, or skip (draw on)."""
+    rest: str = "none"
+    """How matrices outside the draw move, without state, as their gradients appear in backward: not at all (none), by
+    sign, row_norm (each output unit's gradient divided by its rms), sinkhorn (rows and columns in turn), or sgd."""
+    rest_lr: float | None = None
+    """Their learning rate as a multiple of lr; None is the rule's own (see ``REST_RATES``)."""
+    rest_scope: str = "all"
+    """Which of them: all, or those above the lowest trained matrix, to which the backward pass goes anyway."""
+    rest_every: int = 1
+    """k: they move at every k-th step, k times as far."""
+    rest_outside: bool = False
+    """Embeddings and head, which otherwise stay frozen, move by the rest rule too."""
 
+
+#: Rules for the matrices outside the draw -> their learning rate as a multiple of lr, where ``rest_lr`` is None.
+REST_RATES = {"sign": 0.3, "row_norm": 0.3, "sinkhorn": 0.3, "sgd": 5.0}
+#: What the options of the rest rule are without one.
+NO_REST: dict[str, Any] = {"rest_lr": None, "rest_scope": "all", "rest_every": 1, "rest_outside": False}
 
 #: Names of the options that a preset fills in.
 PRESET_OPTIONS = tuple(entry.name for entry in fields(Preset))
@@ -86,6 +102,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "revisit": ("keep_adjacent", "clear", "keep", "offload"),
     "leave_rounding": ("stochastic", "nearest", "keep"),
     "fill": ("carry", "stop", "skip"),
+    "rest": ("none", *REST_RATES),
+    "rest_scope": ("all", "above"),
     "master": ("split", "none"),
     "state_dtype": ("float32", "int8"),
     "grad_dtype": ("weight", "float32"),
@@ -106,10 +124,13 @@ FREE_ON_LOAD = (
     "grad_dtype",
     "gemm_gradients",
     "update_in",
+    "rest_lr",
 )
 
 #: Options of former versions and the only value that they may still have, in the state of an older run for instance.
 RETIRED: dict[str, Any] = {"skip_nonfinite": True, "stale_after": 0}
+#: Options that the state of an older run does not name, and what it ran with.
+YOUNGER: dict[str, Any] = {"rest": "none", **NO_REST}
 
 
 def check_choice(option: str, value: object, choices: Iterable[str]) -> None:
@@ -204,6 +225,9 @@ class MisaConfig(Preset):
         for option in PRESET_OPTIONS:
             if option not in self.given:
                 object.__setattr__(self, option, getattr(PRESETS[self.preset], option))
+        if self.rest == "none":  # a preset's companions of a rest rule that the user has switched off
+            for option in NO_REST.keys() - self.given:
+                object.__setattr__(self, option, NO_REST[option])
         for option in ("always_train", "frozen"):
             value = getattr(self, option)
             object.__setattr__(self, option, (value,) if isinstance(value, str) else tuple(value))
@@ -255,6 +279,7 @@ class MisaConfig(Preset):
             raise ValueError(
                 f"grad_dtype={self.grad_dtype!r} is the dtype of gradient slots, which update_in='backward' has none of"
             )
+        self._check_rest()
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be two numbers in [0, 1); got {self.betas}")
         if not all(0 < weight < math.inf for weight in self.static_weights.values()):
@@ -262,6 +287,33 @@ class MisaConfig(Preset):
                 f"static_weights must be positive and finite; got {dict(self.static_weights)}. What is never to train "
                 "belongs into frozen."
             )
+
+    def _check_rest(self) -> None:
+        if self.rest == "none":
+            without = [option for option, neutral in NO_REST.items() if getattr(self, option) != neutral]
+            if without:
+                raise ValueError(
+                    f"{without[0]}={getattr(self, without[0])!r} says how matrices outside the draw move, but rest is "
+                    f"'none', so they do not. Set rest to one of {', '.join(REST_RATES)}, or leave it out."
+                )
+            return
+        if self.rest_lr is not None and not 0 < self.rest_lr < math.inf:
+            raise ValueError(
+                f"rest_lr is a multiple of lr, positive and finite; got {self.rest_lr}. To move nothing: rest='none'."
+            )
+        if not isinstance(self.rest_every, int) or self.rest_every < 1:
+            raise ValueError(f"rest_every is a number of steps, an integer of at least 1; got {self.rest_every!r}")
+        if self.leave_rounding == "keep":
+            raise ValueError(
+                "leave_rounding='keep' keeps on the host 16 more bits of weights that do not change while they are not "
+                f"drawn, but rest={self.rest!r} moves them. Use leave_rounding='stochastic'."
+            )
+
+    @property
+    def rest_rate(self) -> float:
+        """What the rest rule multiplies lr with: ``rest_lr`` or the rule's own; 0 without a rule."""
+        own = REST_RATES.get(self.rest, 0.0)
+        return own if self.rest_lr is None else self.rest_lr
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> MisaConfig:
