@@ -44,7 +44,7 @@ def _curves(results: Sequence[Row]) -> Figure:
     for axes in (by_tokens, by_time):  # what diverged must not flatten all others
         axes.set_ylim(low - 0.05 * (start - low), start + 0.3 * abs(start - low))
     by_tokens.set_xlabel("tokens")
-    by_time.set_xlabel("s of training steps")
+    by_time.set_xlabel("CPU s of training steps")
     by_tokens.set_ylabel("held-out loss, median of the seeds")
     figure.suptitle(f"{results[0]['task']}: each at its best learning rate")
     figure.legend(loc="outside right center", frameon=False, fontsize=7)

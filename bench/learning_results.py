@@ -163,7 +163,7 @@ COLUMNS: tuple[Column, ...] = (
     ("solved", field("accuracy"), ".1%"),
     ("forgetting", field("forgetting"), "+.4f"),
     ("held MiB", field("total_held_bytes", scale=1 / MIB), ".1f"),
-    ("s a step", field("step_s"), ".3f"),
+    ("CPU s a step", field("step_s"), ".3f"),
     ("lr", _lr, ""),
     ("rates", field("rates"), ""),
     ("seeds", field("seeds"), ""),
@@ -173,7 +173,7 @@ COLUMNS: tuple[Column, ...] = (
 TEXT = (
     "Each method at the learning rate with the lowest median over the seeds, among as many rates for every method (* the "
     "best is the lowest or highest of them: more may be had). *Minus* is paired by seed, median and range. *Gap closed*: "
-    "0% is MISA's preset `engine`, 100% full AdamW. *At equal time*: where the curve stands after the seconds of the "
+    "0% is MISA's preset `engine`, 100% full AdamW. *At equal time*: where the curve stands after the CPU seconds of the "
     "fastest method's whole run; its schedule was not made for that end. *Forgetting*: loss on the standard library's "
     "sources, after - before. *Held*: gradients, optimizer state and adapters at a step, exact, without weights and "
     "activations. Visits are rounds in which a weight was drawn, median over the units."
