@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Iterable
 from dataclasses import fields, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from misa_engine.cli.parsing import MODEL_FLAGS, Parser, names, positive, positi
 from misa_engine.errors import DONE, FAILED, UserError, did_you_mean
 
 USAGE = """misa bench [SUITE] --output DIR [--preset NAME] [options]
+       misa bench learning --help
        misa bench --render DIR/results.json [--into README.md]
 
 suites:
@@ -150,16 +152,19 @@ def render(path: Path, into: Path | None = None) -> None:
     Raises:
         UserError: the file cannot be read or is none of them, or ``into`` has no markers.
     """
-    from misa_engine.bench import tables
+    from misa_engine.bench import learning_results, tables
 
     drawn: list[Path] = []
+    made, marker = tables.page, "misa bench"
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         if "benchmarks" in document:
             text = tables.kernel_page(document)
         else:
-            drawn = _pictures(document, path)
-            text = tables.page(document, [Path(name.name) for name in drawn])
+            if learning := document.get("kind") == "learning":
+                made, marker = learning_results.page, f"misa bench learning {document['settings']['base']}"
+            drawn = _pictures(document, path, "learning_pictures" if learning else "pictures")
+            text = made(document, [Path(name.name) for name in drawn])
     except OSError as error:
         raise UserError(f"--render {path}: {error}") from error
     except (json.JSONDecodeError, KeyError, TypeError) as error:
@@ -167,10 +172,11 @@ def render(path: Path, into: Path | None = None) -> None:
     path.with_suffix(".md").write_text(text, encoding="utf-8")
     if into is not None:
         try:
-            tables.insert(document, drawn, into)
+            tables.insert(lambda links: made(document, links), drawn, into, marker)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"--into {into}: {error}") from error
-    for table in [] if "benchmarks" in document else tables.tables(document):
+    shown = tables.tables if made is tables.page else lambda document: learning_results.tables(document["results"])
+    for table in [] if "benchmarks" in document else shown(document):
         table.show()
     print("\n".join(str(name) for name in (path, path.with_suffix(".md"), *drawn)))
     kernels = path.with_name("kernels.json")
@@ -178,13 +184,14 @@ def render(path: Path, into: Path | None = None) -> None:
         render(kernels)
 
 
-def _pictures(document: dict[str, Any], path: Path) -> list[Path]:
+def _pictures(document: dict[str, Any], path: Path, module: str) -> list[Path]:
     try:
-        from misa_engine.bench.pictures import pictures
+        drawer = import_module(f"misa_engine.bench.{module}")
     except ModuleNotFoundError as error:
         print(f"no pictures: {error}; pip install 'misa_engine[bench]', then --render {path}", file=sys.stderr)
         return []
-    return pictures(document, path.parent)
+    drawn: list[Path] = drawer.pictures(document, path.parent)
+    return drawn
 
 
 def _parser() -> Parser:

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from misa_engine import MISA
-from misa_engine.bench.bases import Words, cosine, digest_of, load_base
 from misa_engine.bench.baselines import BASELINES, build
+from misa_engine.bench.bases import Words, cosine, digest_of, load_base
 from misa_engine.bench.cases import Case, Report, Row
 from misa_engine.bench.learners import Learner, learner_of
 from misa_engine.bench.measure import environment, memory_counters, resident_bytes, spread
@@ -119,7 +119,7 @@ class LearningCase(Case, Settings):
                 point["heldout_loss"] = evaluate(method.model, method.loss, task.held_out)
                 ours["curve"].append(point)
                 report()
-        ours |= {"train_seconds": sum(times), "step_time_s": spread(times), "trained_tokens": ours["curve"][-1]["tokens"]}
+        ours |= {"train_seconds": sum(times), "step_time_s": spread(times)}
         ours |= bytes_of(method)
         ours |= sampler_of(method)
 
@@ -130,8 +130,8 @@ class LearningCase(Case, Settings):
 def settings_of(case: LearningCase, learner: Learner, model: nn.Module) -> Settings:
     """A case's settings with the learner's own, low ranks chosen by bytes.
 
-    LoRA's rank is the least whose adapters, gradients and moments take as many bytes as MISA's gradients and moments, so
-    that it is never short of memory beside MISA; GaLore's is a quarter of the width, as published.
+    LoRA's rank is the least whose adapters, gradients and moments take as many bytes as MISA's gradients and moments,
+    so that it is never short of memory beside MISA; GaLore's is a quarter of the width, as published.
     """
     names = ("lr", "delta", "inner_steps", "max_grad_norm", "seed")
     shared = {name: getattr(case, name) for name in names} | {"misa": dict(learner.misa)} | dict(learner.settings)
@@ -146,10 +146,10 @@ def settings_of(case: LearningCase, learner: Learner, model: nn.Module) -> Setti
 
 
 def labelled_loss(model: Any, pair: Tensor) -> Tensor:
-    """Mean loss of the labelled tokens of (batch, 2, length) ids and labels; columns after the last label are left
-    out."""
+    """Mean loss of the labelled tokens of (batch, 2, length) ids and labels, without columns after the last label."""
     pair = pair[:, :, : int((pair[:, 1] != IGNORED).any(0).nonzero().max()) + 1]
-    return model(input_ids=pair[:, 0], labels=pair[:, 1], use_cache=False).loss
+    loss: Tensor = model(input_ids=pair[:, 0], labels=pair[:, 1], use_cache=False).loss
+    return loss
 
 
 def bytes_of(method: Method) -> Row:
@@ -203,7 +203,7 @@ def measure(model: Any, loss: Callable[[Tensor], Tensor], task: Task, words: Wor
 
 
 @torch.no_grad()
-def solved(model: Any, words: Words, questions: list[tuple[list[int], str]]) -> list[bool]:
+def solved(model: Any, words: Words, questions: list[tuple[list[int], str | None]]) -> list[bool]:
     """Which questions greedy generation ends with the right number, in order of the prompts' lengths."""
     model.eval()
     right = []

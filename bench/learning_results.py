@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -89,7 +88,7 @@ def _method(task: str, name: str, runs: list[Row], base: Row | None) -> dict[str
     return result
 
 
-def _curve(curves: Sequence[Sequence[Row]], base: Row | None) -> list[dict[str, float]]:
+def _curve(curves: Sequence[Sequence[Row]], base: Row | None) -> list[dict[str, Any]]:
     """Medians over the seeds, from the base on."""
     start = base and base["learning"]["heldout_loss"]
     points = [{"tokens": 0, "seconds": 0.0, "loss": start}] if start is not None else []
@@ -105,7 +104,8 @@ def _compare(results: list[dict[str, Any]]) -> None:
     engine, full, low = by_name.get(FROM), by_name.get(TO), by_name.get(MEMORY_OF)
     for result in by_name.values():
         for name, other in (("to_engine", engine), ("to_adamw", full)):
-            pairs = [result["losses"][s] - other["losses"][s] for s in result["losses"] if s in other["losses"]] if other else []
+            theirs = other["losses"] if other else {}
+            pairs = [loss - theirs[seed] for seed, loss in result["losses"].items() if seed in theirs]
             result[name] = {"median": statistics.median(pairs), "range": [min(pairs), max(pairs)]} if pairs else None
         result["gap_closed"] = None
         if engine and full:
@@ -171,10 +171,11 @@ COLUMNS: tuple[Column, ...] = (
     ("entropy", field("entropy_median"), ".2f"),
 )
 TEXT = (
-    "Each method at the learning rate with the lowest median over the seeds, among as many rates for every method (* the "
-    "best is the lowest or highest of them: more may be had). *Minus* is paired by seed, median and range. *Gap closed*: "
-    "0% is MISA's preset `engine`, 100% full AdamW. *At equal time*: where the curve stands after the CPU seconds of the "
-    "fastest method's whole run; its schedule was not made for that end. *Forgetting*: loss on the standard library's "
+    "Each method at the learning rate with the lowest median over the seeds, among as many rates for every method (* "
+    "the best is the lowest or highest of them: more may be had). *Minus* is paired by seed, median and range. *Gap "
+    "closed*: 0% is MISA's preset `engine`, 100% full AdamW. *At equal time*: where the curve stands after the CPU "
+    "seconds of the fastest method's whole run; its schedule was not made for that end. *Forgetting*: loss on the "
+    "standard library's "
     "sources, after - before. *Held*: gradients, optimizer state and adapters at a step, exact, without weights and "
     "activations. Visits are rounds in which a weight was drawn, median over the units."
 )
@@ -210,32 +211,17 @@ def page(document: Row, pictures: Sequence[Path] = ()) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def publish(rows: Sequence[Row], settings: Row, output: Path) -> dict[str, Any]:
-    """Write results.json (summaries, no runs), its page and its pictures from the runs of a folder."""
+def publish(rows: Sequence[Row], settings: Row, output: Path) -> None:
+    """Write results.json (summaries; the runs are files of their own), its page and its pictures."""
+    from misa_engine.bench.command import render
     from misa_engine.bench.runner import write
 
     document: dict[str, Any] = {
+        "kind": "learning",
         "environment": environment(torch.device("cpu")),
         "settings": dict(settings),
         "parameters": max((row["learning"]["total_parameters"] for row in rows if "learning" in row), default=None),
-        "results": summarise(rows),
+        "results": [{name: value for name, value in one.items() if name != "runs"} for one in summarise(rows)],
     }
-    for result in document["results"]:  # the runs are files of their own
-        del result["runs"]
     write(document, output / "results.json")
-    render(document, output)
-    return document
-
-
-def render(document: Row, output: Path) -> list[Path]:
-    """Page and pictures of a stored matrix; returns the pictures."""
-    drawn: list[Path] = []
-    if any(result["loss"] is not None for result in document["results"]):
-        try:
-            from misa_engine.bench.learning_pictures import pictures
-
-            drawn = pictures(document, output)
-        except ModuleNotFoundError as error:
-            print(f"no pictures: {error}; pip install 'misa_engine[bench]'", file=sys.stderr)
-    (output / "results.md").write_text(page(document, [Path(path.name) for path in drawn]), encoding="utf-8")
-    return drawn
+    render(output / "results.json")

@@ -12,7 +12,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ def check(matrix: Learning, output: Path) -> None:
     if matrix.dtype not in ("float32", "bfloat16"):
         raise UserError(f"--dtype {matrix.dtype}: float32 or bfloat16.")
     known = output / "settings.json"
-    mine = {name: value for name, value in fixed(matrix).items()}
+    mine = fixed(matrix)
     if known.exists():
         theirs = json.loads(known.read_text(encoding="utf-8"))
         differs = [f"{name} {theirs.get(name)}" for name, value in mine.items() if theirs.get(name) != value]
@@ -96,7 +96,12 @@ def cases_of(matrix: Learning, work: str) -> Iterator[Any]:
     from misa_engine.bench.learning import LearningCase
 
     base = str(Path(matrix.base).expanduser().resolve()) if matrix.base not in RECIPES else matrix.base
-    place = {"base": base, "work": work, "threads": matrix.threads, "timeout_s": float(matrix.timeout_s)}
+    place: dict[str, Any] = {
+        "base": base,
+        "work": work,
+        "threads": matrix.threads,
+        "timeout_s": float(matrix.timeout_s),
+    }
     yield BaseCase(name=f"base {Path(base).name}", **place)
     names = ("dtype", "batch", "length", "points", "rows", "questions", "delta", "inner_steps")
     shared: dict[str, Any] = {name: getattr(matrix, name) for name in names} | place

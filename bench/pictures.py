@@ -53,6 +53,7 @@ def save(drawn: Mapping[str, Figure], folder: Path, where: Row) -> list[Path]:
 
 
 def new_figure(width: float, height: float, panels: int) -> tuple[Figure, list[Any]]:
+    """An empty figure of the house style and its panels, side by side."""
     room = ConstrainedLayoutEngine(rect=(0, 0.05, 1, 0.95))  # below it is the footnote
     figure = Figure(figsize=(width, height), layout=room)
     FigureCanvasAgg(figure)

@@ -16,7 +16,7 @@ PROFILED_STEPS = 3
 SUITES = {
     "throughput": "step time, phases, peak memory and MISA's own overhead, one process a method",
     "profile": "trace, memory snapshot, time and bytes by phase of a few steps; also: misa profile",
-    "learning": "methods x learning rates x seeds from a pretrained base, one file a run: --preset quick, small or real",
+    "learning": "methods x learning rates x seeds from a pretrained base: misa bench learning --help",
     "round": "everything that wants a GPU: tests, kernels, memory limits, speed, a profile (bench/gpu_round.sh)",
 }
 
@@ -45,7 +45,7 @@ class Bench:
     max_grad_norm: float = 1.0
     warm_up: int = option(3, "steps before the timed ones")
     steps: int = option(20, "timed steps; of a profile 3, a switch among them")
-    data: str = option("stdlib", "stdlib, arithmetic or a text file: of time and memory")
+    data: str = option("stdlib", "stdlib or a text file: of time and memory")
     timeout_s: int = option(300, "seconds that a case may take")
     sizes: str = option("", "round: parameters of the kernel benchmarks, as in 4M,64M")
 

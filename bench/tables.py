@@ -250,22 +250,25 @@ PHASE_TEXT = (
 )
 
 
-#: Between these lines of a Markdown file ``insert`` puts the page.
-BEGIN, END = "<!-- misa bench: begin -->", "<!-- misa bench: end -->"
+def insert(made: Callable[[Sequence[Path]], str], pictures: Sequence[Path], target: Path, name: str) -> None:
+    """Replace what stands between the markers of ``target`` by a page, with pictures linked from there.
 
-
-def insert(document: Row, pictures: Sequence[Path], target: Path) -> None:
-    """Replace what stands between the markers of ``target`` by the page, with pictures linked from there.
+    Args:
+        made: the page with these pictures; its first line is a title and left out.
+        pictures: where they are.
+        target: a Markdown file.
+        name: of the markers.
 
     Raises:
         ValueError: the file has no markers; nothing is written then.
     """
+    begin, end = (f"<!-- {name}: {word} -->" for word in ("begin", "end"))
     text = target.read_text(encoding="utf-8")
     links = [Path(os.path.relpath(path, target.parent)) for path in pictures]
-    body = page(document, links).partition("\n")[2].strip()
-    text, found = re.subn(f"{BEGIN}.*?{END}", lambda old: f"{BEGIN}\n\n{body}\n\n{END}", text, flags=re.DOTALL)
+    body = made(links).partition("\n")[2].strip()
+    text, found = re.subn(f"{begin}.*?{end}", lambda old: f"{begin}\n\n{body}\n\n{end}", text, flags=re.DOTALL)
     if not found:
-        raise ValueError(f"{target} has no lines {BEGIN} and {END}, between which the page goes")
+        raise ValueError(f"{target} has no lines {begin} and {end}, between which the page goes")
     target.write_text(text, encoding="utf-8")
 
 

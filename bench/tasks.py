@@ -16,10 +16,11 @@ import os
 import random
 import re
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,6 @@ from torch import Tensor
 from misa_engine.bench.bases import Words
 from misa_engine.bench.method import Unavailable
 from misa_engine.bench.workload import HELD_OUT, documents
-from misa_engine.cli.demo_data import standard_library
 
 #: Label of a token that counts in no loss.
 IGNORED = -100
@@ -56,7 +56,7 @@ class Task:
     """(m, 2, length); the same for every seed."""
     own_kind: Tensor
     """(k, 2, length), text like the base's own."""
-    questions: list[tuple[list[int], str]]
+    questions: list[tuple[list[int], str | None]]
     """Prompts of held-out problems and what they should answer."""
     digest: str
     """Of the held-out rows: two results compare only where it is the same."""
@@ -78,7 +78,7 @@ def load_task(name: str, words: Words, work: str, *, length: int, seed: int, row
         Unavailable: the task needs a package that is not here.
         ValueError: its text is shorter than one row.
     """
-    asked: list[tuple[list[int], str]] = []
+    asked: list[tuple[list[int], str | None]] = []
     if name == "text":
         train, held_out = (packed(texts, words, length) for texts in split(documentation_file(Path(work))))
     elif name == "instruct":
@@ -114,8 +114,7 @@ def packed(texts: Iterable[str], words: Words, length: int, most: int | None = N
 
 
 def answers(pairs: Iterable[tuple[str, str]], words: Words, length: int) -> Tensor:
-    """Questions with their answers, one a row (n, 2, length), only the answer's tokens labelled; longer ones are left
-    out."""
+    """Questions with answers that fit, one a row (n, 2, length), only the answer's tokens labelled."""
     ids, labels = [], []
     for question, answer in pairs:
         prompt, reply = words.prompt(question), [*words.encode(answer), words.end]
@@ -128,9 +127,9 @@ def answers(pairs: Iterable[tuple[str, str]], words: Words, length: int) -> Tens
     return torch.stack((torch.tensor(ids), torch.tensor(labels)), dim=1)
 
 
-def split(items: Iterable, by=str) -> tuple[list, list]:
+def split(items: Iterable[Any], by: Callable[[Any], str] = str) -> tuple[list[Any], list[Any]]:
     """What is trained on and what is held out, by a hash of each item, so that neither depends on order or seed."""
-    parts: tuple[list, list] = ([], [])
+    parts: tuple[list[Any], list[Any]] = ([], [])
     for item in items:
         share = int.from_bytes(hashlib.sha256(by(item).encode()).digest()[:4], "big") / 2**32
         parts[share < HELD_OUT].append(item)

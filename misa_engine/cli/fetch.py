@@ -150,7 +150,8 @@ def write_model(gguf: Path, directory: Path, *, dtype: str, origin: str) -> None
             del read.config.quantization_config
         config = type(read.config).from_dict(read.config.to_dict())
         config.dtype = dtype
-        model = LlamaForCausalLM(config).to(getattr(torch, dtype))
+        model: Any = LlamaForCausalLM(config)  # type: ignore[arg-type]
+        model = model.to(getattr(torch, dtype))
         model.load_state_dict(read.state_dict())
         if not all(torch.equal(a, b.to(a.dtype)) for a, b in zip(model.parameters(), read.parameters(), strict=True)):
             raise UserError(f"the copy of {gguf.name} differs from what was read; this is a fault of misa fetch.")
