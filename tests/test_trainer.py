@@ -273,7 +273,8 @@ def test_the_run_log_and_the_metrics_tell_what_happened(misa_trainer, texts, cap
     switches = [entry for entry in entries if entry["type"] == "switch"]
     assert [entry["step"] for entry in switches] == [0, 4, 8]
     assert switches[0]["came"] == switches[0]["active"] and switches[0]["left"] == []
-    lines = [record.message for record in caplog.records if record.message.startswith("round ")]
+    told = [record.message for record in caplog.records if record.levelno == logging.INFO]
+    lines = [message for message in told if message.startswith("round ")]
     assert len(lines) == 3 and lines[1].startswith("round 1 at step 4: left ") and lines[1].endswith(" ms")
     assert all(name in lines[1] for name in (*switches[1]["came"], *switches[1]["left"]))
 

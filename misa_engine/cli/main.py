@@ -18,9 +18,11 @@ USAGE = """\
 usage: misa <command> [options]
 
   misa train    train a causal language model with MISA     (misa train --help)
+  misa data     what becomes of your records, before any training (misa data --help)
   misa plan     bytes by category and what fits a card   (misa plan --help)
   misa bench    memory, speed and loss beside the baselines (misa bench --help)
   misa profile  trace, time and bytes by phase, overhead    (misa profile --help)
+  misa fetch    a small real model to try things on      (misa fetch --help)
   misa report   draw the pictures of a run again            (misa report OUT)
 
   --version     print the version
@@ -32,9 +34,11 @@ Try it without any model or data: misa train --demo"""
 #: By name: the benchmarks stand above the command line and are imported by it only when they are asked for.
 COMMANDS: dict[str, tuple[str, str, str | None]] = {
     "train": ("misa_engine.cli.train", "command", None),
+    "data": ("misa_engine.cli.data_command", "command", "trl"),
     "plan": ("misa_engine.cli.plan", "command", None),
     "bench": ("misa_engine.bench.command", "run", None),
     "profile": ("misa_engine.bench.command", "profile", "transformers"),
+    "fetch": ("misa_engine.cli.fetch", "command", None),
     "report": ("misa_engine.cli.report", "command", None),
 }
 

@@ -5,15 +5,19 @@ All of them raise ValueError (what is wrong, what was found, what to do) before 
 
 from __future__ import annotations
 
+import logging
 import math
 import weakref
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from misa_engine.method.config import MisaConfig
+from misa_engine.method.partition import describe_new
+
+logger = logging.getLogger(__name__)
 
 
 def one_config(config: MisaConfig | None, options: Mapping[str, Any]) -> MisaConfig:
@@ -23,6 +27,12 @@ def one_config(config: MisaConfig | None, options: Mapping[str, Any]) -> MisaCon
     if config is not None and options:
         raise ValueError(f"give either config or single options, not both; got config and {', '.join(options)}")
     return config if config is not None else MisaConfig.from_dict(options)
+
+
+def announce_new(names: Sequence[str]) -> None:
+    """Say, at level warning, which parameters are trained in every step because their checkpoint did not hold them."""
+    if names:
+        logger.warning("%s trained in every step. frozen=[...] leaves them out.", describe_new(names))
 
 
 def check_model(model: nn.Module) -> None:

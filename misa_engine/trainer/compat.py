@@ -5,7 +5,7 @@
     replicas     prepare_unwrapped, mark_prepared        accelerate wraps in DistributedDataParallel
     names        checkpointing_option, NON_REENTRANT     gradient_checkpointing was renamed in transformers 5.18
     tensors      check_same_model, renamed_tensors       files whose tensor names are not the model's
-    versions     fused_head_in_trl, warn_of_versions     what the installed TRL does; what the planner describes
+    versions     fused_head_in_trl, compiled_modules_follow, warn_of_versions     what the installed packages do
 
 Importing this file imports neither torch nor transformers: ``misa train --help`` reads FROM_ARGUMENTS.
 """
@@ -225,6 +225,17 @@ def load_renamed(checkpoint: Path, model: Any) -> None:
 def fused_head_in_trl() -> bool:
     """Whether the installed SFTTrainer projects hidden states to losses in chunks by itself (TRL 1.15 and later)."""
     return hasattr(import_module("trl.trainer.sft_trainer"), "add_fused_lm_head")
+
+
+#: Compiled modules of torch 2.11 do not see that ``requires_grad`` was switched on after their first call: gradients
+#: are None and whole rounds train nothing. 2.13 is right, and the oldest for which that was seen.
+COMPILED_MODULES_FOLLOW_SINCE = (2, 13)
+
+
+def compiled_modules_follow(torch_version: str) -> bool:
+    """Whether compiled modules of this torch follow ``requires_grad`` from round to round."""
+    numbers = re.match(r"(\d+)\.(\d+)", torch_version)
+    return numbers is None or (int(numbers[1]), int(numbers[2])) >= COMPILED_MODULES_FOLLOW_SINCE
 
 
 @functools.cache

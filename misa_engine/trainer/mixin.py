@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,7 @@ class MisaMixin(ExactResume):
         self._max_norm = self.misa_config.max_grad_norm or self.args.max_grad_norm or math.inf
         self._staged_checkpoint: Path | None = None
         self._push_later: list[str] = []
-        self._loss_checked = False
+        self._loss_checked = self._filters_loss = False
         self._changed_options: tuple[str, ...] = ()
         self.add_callback(_RunCallback(self))
 
@@ -134,6 +135,12 @@ class MisaMixin(ExactResume):
         """The MISA optimizer, out of accelerate's wrapper; None before training and for the baseline."""
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         return optimizer if isinstance(optimizer, MISA) else None
+
+    def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
+        """As in Trainer; tells MISA the run's length, of which the cold start gets a share."""
+        if self.misa_config.run_steps is None:
+            self.misa_config = replace(self.misa_config, run_steps=num_training_steps)
+        super().create_optimizer_and_scheduler(num_training_steps)
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
         """Build MISA, or the baseline's AdamW, over the model."""
@@ -159,7 +166,31 @@ class MisaMixin(ExactResume):
         """One micro-batch, as in Trainer; tells MISA whether it is the last of its step."""
         if self.misa is not None:
             self.misa.last_micro_batch = self.accelerator.sync_gradients
-        return super().training_step(*args, **kwargs)
+        return self._finite_for_the_log(super().training_step(*args, **kwargs))
+
+    def _finite_for_the_log(self, loss: Tensor) -> Tensor:
+        """``logging_nan_inf_filter`` without its two waits for the device in every micro-batch, to the same numbers.
+
+        Where it is on, Trainer reads the loss to see whether it is finite, and if not logs the mean so far instead.
+        """
+        mean_of = getattr(self, "_tr_loss", None)
+        if mean_of is None:  # an older transformers, which keeps the sum to itself and goes on filtering
+            return loss
+        if self.args.logging_nan_inf_filter:
+            self.args.logging_nan_inf_filter, self._filters_loss = False, True
+        if not self._filters_loss:
+            return loss
+        steps = 1 + self.state.global_step - self._globalstep_last_logged
+        return torch.where(loss.isfinite(), loss, mean_of / steps)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Trainer, which leaves losses that are not finite out of the mean here too."""
+        given = self.args.logging_nan_inf_filter
+        self.args.logging_nan_inf_filter = given or self._filters_loss
+        try:
+            return super().evaluation_loop(*args, **kwargs)
+        finally:
+            self.args.logging_nan_inf_filter = given
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         misa = self.misa
