@@ -14,6 +14,8 @@ from misa_engine import MisaConfig, plan
 from misa_engine.cli.arguments import attribute_docs
 from misa_engine.method.config import CHOICES
 from misa_engine.planner.cards import CARDS, published_config
+from misa_engine.planner.replicas import LINKS, replica_traffic, scaling
+from misa_engine.planner.worst_case import MetaModel
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench/results/cpu/results.json"
@@ -64,6 +66,21 @@ def by_presets() -> dict[str, list[object]]:
     return {name: found for name, found in differ.items() if name != "preset"}
 
 
+def replicas(model: str = "llama-3-8b", tokens: int = 4096, flops: float = 80e12) -> str:
+    """Derived, not measured: milliseconds of a step's averages, and the share of K cards' speed that is left."""
+    config = published_config(model)
+    meta = MetaModel(config)
+    misa = MisaConfig()
+    compute = 6 * plan(meta, misa=misa).parameters * tokens / flops
+    rows = []
+    for gpus in (2, 4, 8, 16, 32, 64):
+        traffic = replica_traffic(meta.partition(misa), misa, meta.dtype, gpus)
+        shares = scaling(traffic, compute)
+        cells = [f"{1e3 * traffic.seconds(speed):,.0f} ms, {shares[link]:.0%}" for link, speed in LINKS.items()]
+        rows.append([str(gpus), *cells])
+    return table(["cards", *LINKS], rows)
+
+
 def options() -> str:
     """Every field of MisaConfig: its default and its docstring."""
     docs, default, presets = attribute_docs(MisaConfig), MisaConfig(), by_presets()
@@ -89,6 +106,7 @@ TABLES = {
     (ROOT / "README.md", "what fits"): what_fits,
     (ROOT / "README.md", "peers"): peers,
     (ROOT / "docs/guide/options.md", "options"): options,
+    (ROOT / "docs/guide/several-gpus.md", "replicas"): replicas,
     (ROOT / "docs/guide/options.md", "presets"): presets,
 }
 

@@ -30,10 +30,10 @@ class Attendance:
     Args:
         model: the model.
         places: who owns each parameter.
+        on_empty_pass: called from within a backward pass in which nothing active takes part.
 
     Attributes:
         repeated: some step of the round had gradients of more than one forward pass of the model.
-        on_empty_pass: called from within a backward pass in which nothing active takes part.
     """
 
     def __init__(self, model: nn.Module, places: Places, on_empty_pass: Callable[[], None] = lambda: None):
