@@ -114,6 +114,14 @@ def all_cases(rank: int) -> dict[str, Any]:
     return {name: run(options, part, seed=rank, **_arguments(how)) for name, (options, how) in CASES.items()}
 
 
+FOUR = ("paper", "update in backward", "torch clips", "not finite")
+
+
+def in_fours(rank: int) -> dict[str, Any]:
+    part = slice(rank, rank + 1)
+    return {name: run(CASES[name][0], part, seed=rank, **_arguments(CASES[name][1])) for name in FOUR}
+
+
 @pytest.fixture(scope="module")
 def replicas(tmp_path_factory) -> list[dict[str, Any]]:
     return run_ranks(all_cases, tmp_path_factory.mktemp("ranks"))
@@ -122,13 +130,26 @@ def replicas(tmp_path_factory) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("case", CASES)
 def test_two_replicas_equal_one_process_on_the_concatenated_batch(replicas, case):
     assert not isinstance(replicas[0], str), replicas[0]
-    first, second = (ranks[case] for ranks in replicas)
+    check([ranks[case] for ranks in replicas], case)
+
+
+def test_four_replicas_equal_one_process_on_the_concatenated_batch(tmp_path):
+    four = run_ranks(in_fours, tmp_path, size=4)
+    assert not isinstance(four[0], str), four[0]
+    for case in FOUR:
+        check([ranks[case] for ranks in four], case)
+
+
+def check(ranks: list[dict[str, Any]], case: str) -> None:
     options, how = CASES[case]
     alone = run(options, slice(0, 4), **_arguments(how))
-    assert first["draws"] == second["draws"] and len(first["draws"]) > ROUNDS
-    for name, weight in first["weights"].items():
-        assert torch.equal(weight, second["weights"][name]), name
-    assert first["norms"] == pytest.approx(second["norms"], rel=0, nan_ok=True)
+    first, *others = ranks
+    assert len(first["draws"]) > ROUNDS
+    for other in others:
+        assert first["draws"] == other["draws"]
+        assert first["norms"] == pytest.approx(other["norms"], rel=0, nan_ok=True)
+        for name, weight in first["weights"].items():
+            assert torch.equal(weight, other["weights"][name]), name
     half = how.get("dtype") == torch.bfloat16
     assert first["skipped"] == alone["skipped"] and bool(alone["skipped"]) == ("nan" in how)
     assert first["draws"] == alone["draws"]
