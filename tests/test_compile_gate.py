@@ -23,7 +23,7 @@ from misa_engine.kernels.finalise import kernel as finalise
 from misa_engine.kernels.norm import kernel as norm
 from misa_engine.kernels.norm.kernel import TILES_PER_PROGRAM
 from misa_engine.kernels.split_float import kernel as split_float
-from misa_engine.kernels.tiles import BLOCK
+from misa_engine.kernels.tiles import BLOCK, PART
 
 KERNEL_FILES = (finalise, adamw, norm, blockwise8, split_float)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -70,24 +70,27 @@ VARIANTS = {
     "int8_closing": (INT8_CLOSING, 2, 2, 2, 0),
 }
 
-COUNTS = {"n_tiles": "i32", "n_slots": "i32", "n_rows": "i32"}
+COUNTS = {"n_parts": "i32", "first_tile": "i32", "end_tile": "i32", "n_slots": "i32", "n_rows": "i32"}
 PER_SLOT = {"slot_group": "*i32", "slot_step": "*i32", "slot_coef": "*fp32", "hyper": "*fp32", "bias": "*fp32"}
-NORM = {"partial": "*fp32", "length": "*i32", "slot": "*i32", "slot_present": "*i32", "grad_norm": "*fp32"}
+NORM_PARTS = {"partial": "*fp32", "length": "*i32", "slot": "*i32", "slot_present": "*i32", "parts": "*fp64"}
+NORM_PARTS |= {"first_tile": "i32", "end_tile": "i32"}
+NORM = {"parts": "*fp64", "grad_norm": "*fp32"}
 FINALISE = {"max_norm": "*fp32", "clip_coef": "*fp32", "skip": "*i32", "skipped_steps": "*i32", "slot_measured": "*i32"}
-FINALISE = FINALISE | NORM | PER_SLOT | COUNTS
+FINALISE |= {"slot_first_tile": "*i32", "slot_present": "*i32"} | NORM | PER_SLOT | COUNTS
 CLOSING_SLOTS = PER_SLOT | {"n_slots": "i32", "n_rows": "i32"}
 SUMS = {"grad": "*bf16", "partial": "*fp32", "length": "*i32", "first_tile": "i32", "end_tile": "i32"}
 SUMS |= {"grad_tile": "i32"}
 CODEC = {"m": "*fp32", "v": "*fp32", "m8": "*i8", "v8": "*u8", "m_scale": "*fp32", "v_scale": "*fp32", "n": "i32"}
 REDUCE = {"tile_values": "*fp32", "out": "*fp32", "slot_first_tile": "*i32", "slot_n_tiles": "*i32"}
-REDUCE |= {"slot_present": "*i32", "skip": "*i32"}
+REDUCE |= {"slot_present": "*i32", "skip": "*i32", "first_slot": "i32"}
 ROUND = {"weight": "*i16", "lo": "*i16", "numel": "i32", "first_index": "i32", "key1": "i32", "key2": "i32"}
 SMALL_KERNELS = {
     "sum_of_squares_kernel": (SUMS, {"ALIGNED": True, "ROWS": TILES_PER_PROGRAM, "BLOCK": BLOCK}, {"num_warps": 4}),
-    "global_norm_kernel": (NORM | {"n_tiles": "i32"}, {}, {"num_warps": 16}),
-    "finalise_kernel": (FINALISE, {"SKIP_NONFINITE": True}, {"num_warps": 16} | PRECISE),
+    "norm_parts_kernel": (NORM_PARTS, {"PRESENT": True, "PART": PART}, {"num_warps": 8}),
+    "global_norm_kernel": (NORM | {"n_parts": "i32"}, {}, {"num_warps": 4}),
+    "finalise_kernel": (FINALISE, {"SKIP_NONFINITE": True, "PRESENT": True}, {"num_warps": 8} | PRECISE),
     "closing_coefficients_kernel": (CLOSING_SLOTS, {}, {"num_warps": 4} | PRECISE),
-    "reduce_slots_kernel": (REDUCE, {"ROOT": True}, {"num_warps": 4}),
+    "reduce_slots_kernel": (REDUCE, {"ROOT": True, "PRESENT": True}, {"num_warps": 4}),
     "round_stochastic_kernel": (ROUND, {"ALIGNED": True, "BLOCK": BLOCK}, {"num_warps": 4}),
     "compress_kernel": (CODEC, {"ALIGNED": True, "BLOCK": BLOCK}, {"num_warps": 4} | PRECISE),
     "expand_kernel": (CODEC, {"ALIGNED": True, "BLOCK": BLOCK}, {"num_warps": 4} | PRECISE),

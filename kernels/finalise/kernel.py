@@ -30,20 +30,19 @@ from ..columns import (
     HYPER_GAIN2,
     HYPER_LR,
 )
-from ..norm.kernel import norm_of_present
+from ..norm.kernel import launch_norm_parts, norm_of_parts
 from ..tiles import Control, TileTable
 
 
-@triton.jit(do_not_specialize=["n_tiles", "n_slots", "n_rows"])
+@triton.jit(do_not_specialize=["n_parts", "first_tile", "end_tile", "n_slots", "n_rows"])
 def finalise_kernel(
-    partial,  # (max_tiles,) f32; None = no norm pass
-    length,  # (max_tiles,) i32
-    slot,  # (max_tiles,) i32
+    parts,  # (n_parts,) f64; None = no norm pass
     grad_norm,  # (1,) f32, out
     max_norm,  # (1,) f32
     clip_coef,  # (1,) f32, out
     skip,  # (1,) i32, out
     skipped_steps,  # (1,) i32, in place
+    slot_first_tile,  # (max_slots,) i32
     slot_group,  # (max_slots,) i32
     slot_present,  # (max_slots,) i32
     slot_step,  # (max_slots,) i32, in place
@@ -51,17 +50,20 @@ def finalise_kernel(
     slot_coef,  # (max_slots, 8) f32, out
     hyper,  # (n_groups, 8) f32
     bias,  # (n_groups, n_rows, 2) f32
-    n_tiles,  # i32
+    n_parts,  # i32
+    first_tile,  # i32, slots that begin before it are left alone
+    end_tile,  # i32, and those that begin here or later
     n_slots,  # i32
     n_rows,  # i32
+    PRESENT: tl.constexpr,  # slots that are not present do not run
     SKIP_NONFINITE: tl.constexpr,
 ):
     """One program: norm, clip factor, skip, counts and coefficients of every slot. A third of it is its arguments."""
     SLOTS: tl.constexpr = 256
     clip = 1.0
     go = 1
-    if partial is not None:
-        norm = norm_of_present(partial, length, slot, slot_present, n_tiles)
+    if parts is not None:
+        norm = norm_of_parts(parts, n_parts)
         tl.store(grad_norm, norm)
         bound = tl.load(max_norm)
         # min(1, bound / (norm + 1e-6)), but 1 without a bound, and NaN if the norm is NaN, as in torch
@@ -77,7 +79,11 @@ def finalise_kernel(
     while first < n_slots:
         index = first + tl.arange(0, SLOTS)
         exists = index < n_slots
-        runs = tl.load(slot_present + index, mask=exists, other=0) * go
+        begins = tl.load(slot_first_tile + index, mask=exists, other=0)
+        exists = exists & (begins >= first_tile) & (begins < end_tile)
+        runs = tl.full((SLOTS,), 1, dtype=tl.int32) * go
+        if PRESENT:
+            runs *= tl.load(slot_present + index, mask=exists, other=0)
         step = tl.load(slot_step + index, mask=exists, other=0) + runs
         tl.store(slot_step + index, step, mask=exists)
         tl.store(slot_measured + index, tl.load(slot_measured + index, mask=exists) + runs, mask=exists)
@@ -106,19 +112,26 @@ def finalise_kernel(
 
 
 def launch_finalise(
-    partial: Tensor | None, hyper: Tensor, bias: Tensor, table: TileTable, control: Control, skip_nonfinite: bool
+    partial: Tensor | None,
+    hyper: Tensor,
+    bias: Tensor,
+    table: TileTable,
+    control: Control,
+    skip_nonfinite: bool,
+    tiles: range | None,
 ) -> None:
-    """Launch the one program."""
+    """Launch the parts of the norm, if it is wanted, and the one program."""
+    span, every = table.tile_range(tiles), tiles is None
+    n_parts = 0 if partial is None else launch_norm_parts(partial, table, span, all_present=not every)
     with on_device(hyper):
         finalise_kernel[(1,)](
-            partial,
-            table.length,
-            table.slot,
+            None if partial is None else table.norm_parts,
             control.grad_norm,
             control.max_norm,
             control.clip_coef,
             control.skip,
             control.skipped_steps,
+            table.slot_first_tile,
             table.slot_group,
             table.slot_present,
             table.slot_step,
@@ -126,11 +139,14 @@ def launch_finalise(
             table.slot_coef,
             hyper,
             bias,
-            table.n_tiles,
+            n_parts,
+            span.start,
+            span.stop,
             len(table.slots),
             bias.shape[1],
+            PRESENT=every,
             SKIP_NONFINITE=skip_nonfinite,
-            num_warps=16,
+            num_warps=8,
             enable_fp_fusion=False,
         )
 
