@@ -142,14 +142,13 @@ def reduce_slots_kernel(
     """One program a slot: out += sum of its tiles, or the root of that sum."""
     CHUNK: tl.constexpr = 1024
     index = first_slot + tl.program_id(0)
-    if ROOT:
-        if tl.load(skip) != 0:
-            return
-    if PRESENT:
-        if tl.load(slot_present + index) == 0:
-            return
     values = tile_values + tl.load(slot_first_tile + index)
     n = tl.load(slot_n_tiles + index)
+    before = tl.load(out + index)
+    skipped = tl.load(skip)
+    present = tl.load(slot_present + index)
+    if (ROOT and skipped != 0) or (PRESENT and present == 0):
+        return
     lane = tl.arange(0, CHUNK)
     sums = tl.zeros((CHUNK,), dtype=tl.float64)
     first = 0
@@ -159,7 +158,7 @@ def reduce_slots_kernel(
     total = tl.sum(sums, axis=0).to(tl.float32)
     if ROOT:
         total = tl.sqrt_rn(total)
-    tl.store(out + index, tl.load(out + index) + total)
+    tl.store(out + index, before + total)
 
 
 def launch_reduce_slots(
