@@ -65,7 +65,7 @@ def test_the_predicted_peak_is_that_of_a_pass_on_fake_tensors(scope, outside, ch
     predicted, names = worst.peak(micro_batch)
     options = {"length": length, "checkpointing": checkpointing, "loss": loss}
     found = measure(meta.config, names, resting=worst.resting(names), **options)
-    assert predicted.total == pytest.approx(found.peak, rel=0.01)
+    assert predicted.total == pytest.approx(found.peak, rel=0.03)  # what the product promises
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
