@@ -304,6 +304,61 @@ def test_only_one_gradient_of_what_rests_is_alive_at_a_time():
     assert most <= 1 and not alive
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("revisit", ["clear", "keep", "offload"])
+def test_it_goes_with_every_way_to_keep_moments(revisit, dtype):
+    model = tiny(dtype=dtype)
+    optimizer = build(model, rest="row_norm", revisit=revisit, inner_steps=1, rest_outside=True)
+    losses = train(model, optimizer, batches(), 12)
+    assert all(torch.isfinite(p).all() for p in model.parameters()) and losses[-1] < losses[0] + 1
+
+
+@pytest.mark.parametrize("granularity", ["block", "layer"])
+def test_in_units_of_several_parameters_only_matrices_rest(granularity):
+    model = tiny(num_hidden_layers=4)
+    optimizer = build(model, granularity=granularity, delta=0.5, rest_scores=True)
+    before, drawn = weights(model), active(optimizer)
+    train(model, optimizer, batches(), 1)
+    resting = changed(before, model) - drawn
+    assert resting == matrices(model, optimizer) - drawn and resting
+    train(model, optimizer, batches(), 5)
+
+
+def test_a_loss_that_is_not_a_number_moves_nothing():
+    model = tiny()
+    optimizer = build(model, rest_outside=True)
+    before = weights(model)
+    (loss_of(model, next(batches())) * torch.nan).backward()
+    optimizer.step()
+    assert changed(before, model) == set()
+
+
+def test_a_graph_from_before_the_move_is_refused_by_torch():
+    model = tiny()
+    build(model)
+    loss = loss_of(model, next(batches()))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_stacked_experts_are_normalised_one_by_one():
+    model, twin = tiny("mixtral"), tiny("mixtral")
+    optimizer = build(model, rest="sinkhorn")
+    before = weights(model)
+    backward(model, batches())
+    backward(twin, batches())
+    stacked = [n for n in sorted(matrices(model, optimizer) - active(optimizer)) if before[n].ndim == 3]
+    for name in stacked:
+        gradient = twin.get_parameter(name).grad
+        moved = (before[name] - model.get_parameter(name).detach()) / (1e-3 * REST_RATES["sinkhorn"])
+        for expert in range(len(gradient)):
+            if gradient[expert].abs().sum() > 0:  # an expert that saw tokens
+                assert moved[expert].square().mean().sqrt().item() == pytest.approx(1.0, abs=0.05)
+    assert stacked
+    optimizer.step()
+
+
 def test_generation_and_evaluation_do_not_move_anything():
     model = tiny()
     build(model, rest_outside=True)

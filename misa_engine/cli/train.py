@@ -7,7 +7,9 @@ directory, model configuration, data, weights, budget and patterns, then the tok
 from __future__ import annotations
 
 import logging
+import os
 import sys
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +21,7 @@ from misa_engine.cli.command_trainer import build_trainer
 from misa_engine.cli.preview import coverage_of, preview, preview_adamw
 from misa_engine.cli.report import show_table, write_pictures
 from misa_engine.cli.resume import adopt, finished_at, resume_point
+from misa_engine.cli.training_data import load_training_data
 from misa_engine.errors import DONE, UserError, bad_input
 from misa_engine.trainer.checkpoints import recover
 from misa_engine.trainer.compat import checkpointing_option
@@ -82,7 +85,14 @@ def _demo(options: list[str]) -> int:
 
 def train(arguments: TrainArguments, config: str | None = None) -> int:
     """One training run, from parsed options to the saved model and its report."""
-    _quiet(arguments)
+    quiet(arguments)
+    if arguments.sft.process_index:  # everything is said once, by rank 0
+        with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
+            return _train_once(arguments, config)
+    return _train_once(arguments, config)
+
+
+def _train_once(arguments: TrainArguments, config: str | None) -> int:
     _check_required(arguments)
     if arguments.run.dry_run:
         inputs = _load_inputs(arguments)
@@ -93,9 +103,11 @@ def train(arguments: TrainArguments, config: str | None = None) -> int:
         print("dry run: nothing was trained, nothing was written")
         return DONE
     out = Path(str(arguments.sft.output_dir))
+    first = arguments.sft.process_index == 0
     output_directory.check_place(out)
-    with lock_run(out):
-        arguments, checkpoint = _claim_directory(arguments, config, out)
+    with lock_run(out) if first else nullcontext():
+        with arguments.sft.main_process_first(local=False):
+            arguments, checkpoint = _claim_directory(arguments, config, out)
         if checkpoint is not None:
             step = finished_at(checkpoint, out, arguments)
             if step is not None:
@@ -106,7 +118,7 @@ def train(arguments: TrainArguments, config: str | None = None) -> int:
         print(_describe(inputs, fresh=checkpoint is None), flush=True)
         trainer = _checked_trainer(inputs)
         _show_coverage(trainer)
-        if arguments.run.overwrite_output_dir and checkpoint is None:
+        if arguments.run.overwrite_output_dir and checkpoint is None and first:
             deleted = output_directory.delete_run(out)
             if deleted:
                 print(f"deleted the run in {out}: {', '.join(deleted)}")
@@ -144,14 +156,15 @@ def _check_required(arguments: TrainArguments) -> None:
 def _claim_directory(arguments: TrainArguments, config: str | None, out: Path) -> tuple[TrainArguments, Path | None]:
     """Check that the run may write to ``out``; find the checkpoint that it goes on from, and with which options."""
     sft, overwrite = arguments.sft, arguments.run.overwrite_output_dir
-    restored = recover(out)
+    restored = recover(out) if sft.process_index == 0 else []
     checkpoint = resume_point(sft.resume_from_checkpoint, out)
     if restored and overwrite and checkpoint is None:
         raise UserError(
             f"--overwrite_output_dir: a run was killed while it replaced {restored[0]}, which has now been restored. "
             "Go on with --resume_from_checkpoint true, or say --overwrite_output_dir again to delete it."
         )
-    inputs = (arguments.model.model_name_or_path, arguments.data.dataset, arguments.data.eval_dataset, config)
+    data = (*arguments.data.dataset, *arguments.data.eval_dataset)
+    inputs = (arguments.model.model_name_or_path, *data, config)
     output_directory.check_output_directory(out, inputs=inputs, overwrite=overwrite, resume=checkpoint is not None)
     if checkpoint is not None:
         arguments = adopt(arguments, checkpoint)
@@ -194,7 +207,7 @@ def _load_inputs(arguments: TrainArguments) -> Inputs:
         print(vram.describe(plan, before), flush=True)
         vram.enforce(limit_gib, sft.device)
     tokenizer = loading.load_tokenizer(model_options, trust_remote_code=trust)
-    train_data, eval_data = _load_data(arguments, tokenizer)
+    train_data, eval_data = load_training_data(arguments, tokenizer)
     set_seed(sft.seed)  # --from_scratch draws its weights from the global generator
     kwargs = sft.model_init_kwargs if isinstance(sft.model_init_kwargs, dict) else {}
     for name in {"dtype", "torch_dtype", "device_map", "config", "attn_implementation"} & set(kwargs):
@@ -221,7 +234,7 @@ def _show_coverage(trainer: Any) -> None:
         print(coverage_of(trainer).describe() + "\n", flush=True)
 
 
-def _quiet(arguments: TrainArguments) -> None:
+def quiet(arguments: TrainArguments) -> None:
     """No progress bars into a log file, and no warning about pinned memory on a machine without a GPU."""
     sft, given = arguments.sft, arguments.given
     if sft.log_level in ("debug", "info"):  # every switch is a line at level info
@@ -256,53 +269,6 @@ def _choose_forward(arguments: TrainArguments, model_type: str) -> None:
         logging.getLogger("liger_kernel").setLevel(logging.ERROR)
 
 
-def _load_data(arguments: TrainArguments, tokenizer: Any) -> tuple[Any, Any]:
-    """Training and evaluation data, and the options that follow from their format."""
-    from misa_engine.cli.data import hold_out, load_data
-
-    options, sft, given = arguments.data, arguments.sft, arguments.given
-    shared = {"text_field": sft.dataset_text_field}
-    train_data = load_data(
-        str(options.dataset),
-        split=options.dataset_split,
-        config=options.dataset_config,
-        streaming=options.dataset_streaming,
-        **shared,
-    )
-    eval_data = None
-    if options.eval_dataset or options.eval_split:
-        source = options.eval_dataset or str(options.dataset)
-        config = options.dataset_config if source == options.dataset else None
-        split = options.eval_split or "train"
-        eval_data = load_data(source, split=split, config=config, streaming=options.dataset_streaming, **shared)
-    for loaded in (train_data, *([eval_data] if eval_data else [])):
-        if loaded.format.conversational and tokenizer.chat_template is None and not sft.chat_template_path:
-            raise UserError(
-                f"the data holds {loaded.format.name}, but the tokenizer has no chat template to write them with: name "
-                "one with --chat_template_path (a .jinja file, or the directory or Hub id of another tokenizer)."
-            )
-    template = sft.chat_template_path
-    looks_local = template and (template.endswith((".jinja", ".j2")) or template.startswith((".", "/", "~")))
-    if template and looks_local and not Path(template).exists():
-        raise UserError(f"--chat_template_path {template} does not exist.")
-    if sft.completion_only_loss and "completion" not in (*train_data.format.needed, *train_data.format.optional):
-        if train_data.format.convert is None and train_data.format.kinds != ("tokens",):
-            raise UserError(
-                f"--completion_only_loss needs prompts and completions; the data holds {train_data.format.name}. For "
-                "messages use --assistant_only_loss."
-            )
-    if train_data.text_only and "packing" not in given and sft.max_length is not None:
-        sft.packing = True  # full sequences, and no text lost; see misa_engine.cli.data
-        if "packing_strategy" not in given:
-            sft.packing_strategy = "wrapped"
-    train_set, eval_set = train_data.dataset, eval_data.dataset if eval_data else None
-    if options.eval_fraction is not None:
-        train_set, eval_set = hold_out(train_set, options.eval_fraction, sft.seed)
-    if eval_set is not None and options.max_eval_samples is not None:
-        eval_set = eval_set.take(options.max_eval_samples)
-    return train_set, eval_set
-
-
 def _train(trainer: Any, checkpoint: Path | None, out: Path) -> None:
     """Train until the end, or until a signal asks to stop.
 
@@ -311,7 +277,7 @@ def _train(trainer: Any, checkpoint: Path | None, out: Path) -> None:
     """
     from misa_engine.cli.stopping import StopOnSignal
 
-    stop = StopOnSignal(out)
+    stop = StopOnSignal(out, lambda: getattr(trainer.misa, "replicas", None))
     trainer.add_callback(stop)
     with stop.watching():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -52,6 +52,7 @@ class Attendance:
         self._inside = False
         self._unseen: set[str] = set()
         self._warned: set[str] = set()
+        self.on_empty_pass: Callable[[], None] = lambda: None
         self._handles: list[Any] = []
 
     def bind(self, names: Sequence[str]) -> None:
@@ -88,6 +89,7 @@ class Attendance:
         def differentiated() -> None:
             if self._round == round_:
                 self._ran |= ran
+                self.on_empty_pass()
 
         return differentiated
 
