@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from misa_engine.cli import loading, output_directory
 from misa_engine.cli.command_trainer import build_trainer
+from misa_engine.cli.early_checks import check_early
+from misa_engine.cli.embeddings import resize
 from misa_engine.cli.preview import preview, preview_adamw
 from misa_engine.cli.report import show_table, write_pictures
 from misa_engine.cli.resume import adopt, finished_at, resume_point
@@ -171,6 +173,7 @@ def _load_inputs(arguments: TrainArguments) -> Inputs:
     """Configuration, plan, tokenizer, data, weights: cheapest first."""
     from transformers import set_seed
 
+    check_early(arguments)
     model_options, sft = arguments.model, arguments.sft
     trust = sft.trust_remote_code
     model_config = loading.load_config(model_options, trust)
@@ -193,6 +196,7 @@ def _load_inputs(arguments: TrainArguments) -> Inputs:
     for name in {"dtype", "torch_dtype", "device_map", "config", "attn_implementation"} & set(kwargs):
         raise UserError(f"--model_init_kwargs: leave out {name!r}; misa train decides it (see --dtype and its like).")
     model = loading.load_model(model_options, sft.device, trust_remote_code=trust, **kwargs)
+    arguments = resize(arguments, model, tokenizer)
     loading.check_tokenizer(tokenizer, model, sft.eos_token)
     return Inputs(arguments, model, tokenizer, train_data, eval_data, plan)
 
