@@ -85,6 +85,9 @@ def _demo(options: list[str]) -> int:
 def train(arguments: TrainArguments, config: str | None = None) -> int:
     """One training run, from parsed options to the saved model and its report."""
     quiet(arguments)
+    from misa_engine.cli.stopping import take_over
+
+    take_over(arguments.sft)
     _check_required(arguments)
     if arguments.run.dry_run:
         inputs = _load_inputs(arguments)
