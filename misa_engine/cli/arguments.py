@@ -116,6 +116,10 @@ class RunArguments:
     )
     beta: float | None = option("of dpo: how far the model may move from where it starts (default: 0.1)")
     dpo_options: dict[str, Any] | str | None = option("JSON object of more options of TRL's DPOConfig")
+    resize_embeddings: bool = option(
+        "give the model a row for each token of a larger tokenizer; embedding and head are then always trained",
+        default=False,
+    )
     overwrite_output_dir: bool = option("delete the run that --output_dir holds; other files stay", default=False)
     max_vram_gb: float | None = option(
         "GiB that the run may take: fills in micro-batch, checkpointing, state_dtype and delta where they are not "

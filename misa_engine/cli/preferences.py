@@ -41,6 +41,9 @@ def check_objective(given: Mapping[str, Any]) -> None:
     objective = given.get("objective", "sft")
     if objective not in OBJECTIVES:
         raise UserError(f"--objective is one of {', '.join(OBJECTIVES)}; got {objective!r}.")
+    if given.get("resize_embeddings") and given.get("max_vram_gb") is not None:
+        raise UserError("--max_vram_gb cannot plan the larger model of --resize_embeddings: give micro-batch and delta "
+                        "yourself (misa plan helps).")  # fmt: skip
     if objective == "sft":
         for name in ("beta", "dpo_options"):
             if given.get(name) is not None:
