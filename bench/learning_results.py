@@ -173,11 +173,11 @@ COLUMNS: tuple[Column, ...] = (
 TEXT = (
     "Each method at the learning rate with the lowest median over the seeds, among as many rates for every method (* "
     "the best is the lowest or highest of them: more may be had). *Minus* is paired by seed, median and range. *Gap "
-    "closed*: 0% is `misa-none`, which moves nothing but what is drawn, 100% full AdamW. *At equal time*: where the curve stands after the CPU "
-    "seconds of the fastest method's whole run; its schedule was not made for that end. *Forgetting*: loss on the "
-    "standard library's "
-    "sources, after - before. *Held*: gradients, optimizer state and adapters at a step, exact, without weights and "
-    "activations. Visits are rounds in which a weight was drawn, median over the units."
+    "closed*: 0% is `misa-none`, which moves nothing but what is drawn, 100% full AdamW. *At equal time*: where the "
+    "curve stands after the CPU seconds of the fastest method's whole run; its schedule was not made for that end. "
+    "*Forgetting*: loss on the standard library's sources, after - before. *Held*: gradients, optimizer state, scratch "
+    "and adapters at a step, exact, without weights and activations. Visits are rounds in which a weight was drawn, "
+    "median over the units."
 )
 
 
