@@ -60,11 +60,10 @@ def peers() -> str:
 
 
 def learning() -> str:
-    """The README's short form of what was learnt: of each stored matrix, real models first, every task's methods."""
+    """The README's short form of what was learnt: every task's methods, of the quick matrix only if there is no other."""
     parts = []
-    for path in sorted(LEARNING.glob("*/results.json"), key=lambda one: one.parent.name, reverse=True):
-        if path.parent.name not in ("real", "small") and parts:
-            continue  # the quick one shows the way only where nothing better was measured
+    stored = [path for name in ("real", "small", "quick") if (path := LEARNING / name / "results.json").exists()]
+    for path in [path for path in stored if path.parent.name != "quick"] or stored:
         document = json.loads(path.read_text(encoding="utf-8"))
         where, base = document["settings"], short(document["parameters"])
         for task in dict.fromkeys(row["task"] for row in document["results"]):
