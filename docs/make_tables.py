@@ -60,7 +60,7 @@ def peers() -> str:
 
 
 def learning() -> str:
-    """The README's short form of what was learnt: every task's methods, of the quick matrix only if there is no other."""
+    """The README's short form of what was learnt, from the quick matrix only where there is no other."""
     parts = []
     stored = [path for name in ("real", "small", "quick") if (path := LEARNING / name / "results.json").exists()]
     for path in [path for path in stored if path.parent.name != "quick"] or stored:
