@@ -21,6 +21,7 @@ from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
+from misa_engine.cli.objective import check_objective
 from misa_engine.errors import UserError, bad_input, did_you_mean
 from misa_engine.method.config import CHOICES, PRESET_OPTIONS, MisaConfig
 from misa_engine.trainer.compat import (
@@ -365,8 +366,6 @@ def _check_together(given: Mapping[str, Any]) -> None:
         raise UserError("--max_eval_samples needs evaluation data: --eval_dataset, --eval_split or --eval_fraction.")
     if given.get("dataset_streaming") and not given.get("max_steps"):
         raise UserError("--dataset_streaming needs --max_steps: the length of a streamed data set is unknown.")
-    from misa_engine.cli.preferences import check_objective
-
     check_objective(given)
 
 
