@@ -113,6 +113,7 @@ def model_config(name: str) -> Any:
     Raises:
         UserError: none of them; the message lists the built-in names.
     """
+    from misa_engine.cli.hub import check_reachable
     from misa_engine.cli.loading import check_model_directory, check_unquantized
     from misa_engine.planner.cards import MODELS, published_config
 
@@ -123,6 +124,7 @@ def model_config(name: str) -> Any:
     from transformers import AutoConfig
 
     check_model_directory(name, weights=False)
+    check_reachable(name, "config.json", "--model")
     try:
         found = AutoConfig.from_pretrained(Path(name).expanduser() if Path(name).expanduser().is_dir() else name)
     except (OSError, ValueError, KeyError) as error:

@@ -67,7 +67,10 @@ class Coverage:
         cold = 0
         if misa.cold_start != "none" and RULES[misa.rule].needs_scores:
             limit = math.inf if misa.cold_start_share == 1 else max(1, int(misa.cold_start_share * steps))
-            cold = int(min(limit, -(-drawable // budget), steps))
+            rounds = -(-drawable // budget)
+            if misa.rest_scores and misa.rest_scope == "all":  # one step measures them all
+                rounds = min(rounds, misa.rest_every)
+            cold = int(min(limit, rounds, steps))
         return cls(steps, misa.delta, misa.inner_steps, min(1.0, budget / drawable), cold, misa.rest)
 
     @property

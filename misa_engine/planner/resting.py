@@ -26,7 +26,7 @@ def resting(model: nn.Module, can: Sequence[str], misa: MisaConfig, trained: Col
 
 
 def rest_bytes(model: nn.Module, parts: Partition, misa: MisaConfig) -> int:
-    """Bytes of the optimizer's own buffers for what rests: factors of the largest rows and columns, a norm each."""
+    """Bytes of the optimizer's own buffers for what rests: factors of the largest rows and columns, norms."""
     named = dict(model.named_parameters())
     shapes = [
         (named[name].numel() // named[name].shape[-1], named[name].shape[-1]) for name in can_rest(model, parts, misa)
@@ -34,7 +34,7 @@ def rest_bytes(model: nn.Module, parts: Partition, misa: MisaConfig) -> int:
     if not shapes:
         return 0
     rows, cols = (max(sizes) for sizes in zip(*shapes, strict=True))
-    return 4 * (rows + cols + max(rows, cols) + len(shapes))
+    return 4 * (rows + cols + max(rows, cols) + 3 * len(shapes) + 1)
 
 
 def step_cost(

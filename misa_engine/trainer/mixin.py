@@ -136,11 +136,12 @@ class MisaMixin(ExactResume):
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         return optimizer if isinstance(optimizer, MISA) else None
 
-    def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
+    def set_initial_training_values(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """As in Trainer; tells MISA the run's length, of which the cold start gets a share."""
+        values = super().set_initial_training_values(*args, **kwargs)
         if self.misa_config.run_steps is None:
-            self.misa_config = replace(self.misa_config, run_steps=num_training_steps)
-        super().create_optimizer_and_scheduler(num_training_steps)
+            self.misa_config = replace(self.misa_config, run_steps=values[-1])  # max_steps
+        return values
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
         """Build MISA, or the baseline's AdamW, over the model."""
