@@ -194,7 +194,7 @@ class MISA(torch.optim.Optimizer):
 
         Under accumulation set it to False before every pass but the last. With ``update_in="backward"`` gradients then
         add up in ``p.grad``, as ordinary tensors, until the last pass uses them; with a ``rest`` rule only the last
-        pass makes gradients of what rests (the first, where nobody says). Without effect otherwise.
+        pass makes gradients of what rests (the first, where nobody says). Several processes then average once a step.
         """
         return self._intake.last_micro_batch and (self._rest is None or self._rest.last_micro_batch)
 
