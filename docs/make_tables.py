@@ -144,7 +144,7 @@ TABLES = {
     (ROOT / "README.md", "peers"): peers,
     (ROOT / "README.md", "learning"): learning,
     (ROOT / "docs/guide/options.md", "options"): options,
-    (ROOT / "docs/guide/several-gpus.md", "replicas"): replicas,
+    (ROOT / "docs/guide/several_gpus.md", "replicas"): replicas,
     (ROOT / "docs/guide/options.md", "presets"): presets,
 }
 
