@@ -52,7 +52,7 @@ setup(
     ],
     python_requires=">=3.10",
     packages=find_packages(include=["misa_engine", "misa_engine.*"]),
-    package_data={"misa_engine": ["py.typed", "recipes/*.yaml"]},
+    package_data={"misa_engine": ["py.typed", "recipes/*.yaml", "templates/*.jinja"]},
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",

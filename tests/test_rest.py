@@ -6,30 +6,12 @@ import io
 import pytest
 import torch
 
-from misa_engine import MISA, MisaConfig
+from misa_engine import MISA
 from misa_engine.method.config import REST_RATES
+from resting import DELTA, active, backward, build, matrices
 from training import batches, changed, loss_of, tiny, train, weights
 
-DELTA = 0.3
 RULES = tuple(REST_RATES)
-
-
-def build(model, **options):
-    return MISA(
-        model, **{"lr": 1e-3, "delta": DELTA, "inner_steps": 3, "cold_start": "none", "rest": "sign", **options}
-    )
-
-
-def matrices(model, optimizer):
-    return {name for unit in optimizer.units for name in unit.params if model.get_parameter(name).ndim >= 2}
-
-
-def active(optimizer):
-    return {name for unit in optimizer.units if unit.name in optimizer.active for name in unit.params}
-
-
-def backward(model, data):
-    loss_of(model, next(data)).backward()
 
 
 @pytest.mark.parametrize("update_in", ["step", "backward"])
@@ -275,7 +257,7 @@ def test_remove_and_memory():
     model = tiny()
     optimizer = build(model, rest_outside=True)
     largest = max(parameter.shape[0] for parameter in model.parameters()), max(p.shape[-1] for p in model.parameters())
-    numbers = sum(largest) + max(largest) + sum(p.ndim >= 2 for p in model.parameters())
+    numbers = sum(largest) + max(largest) + 3 * sum(p.ndim >= 2 for p in model.parameters()) + 1
     assert optimizer.memory()["rest"] == 4 * numbers
     optimizer.remove()
     before = weights(model)
@@ -304,6 +286,61 @@ def test_only_one_gradient_of_what_rests_is_alive_at_a_time():
     assert most <= 1 and not alive
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("revisit", ["clear", "keep", "offload"])
+def test_it_goes_with_every_way_to_keep_moments(revisit, dtype):
+    model = tiny(dtype=dtype)
+    optimizer = build(model, rest="row_norm", revisit=revisit, inner_steps=1, rest_outside=True)
+    losses = train(model, optimizer, batches(), 12)
+    assert all(torch.isfinite(p).all() for p in model.parameters()) and losses[-1] < losses[0] + 1
+
+
+@pytest.mark.parametrize("granularity", ["block", "layer"])
+def test_in_units_of_several_parameters_only_matrices_rest(granularity):
+    model = tiny(num_hidden_layers=4)
+    optimizer = build(model, granularity=granularity, delta=0.5, rest_scores=True)
+    before, drawn = weights(model), active(optimizer)
+    train(model, optimizer, batches(), 1)
+    resting = changed(before, model) - drawn
+    assert resting == matrices(model, optimizer) - drawn and resting
+    train(model, optimizer, batches(), 5)
+
+
+def test_a_loss_that_is_not_a_number_moves_nothing():
+    model = tiny()
+    optimizer = build(model, rest_outside=True)
+    before = weights(model)
+    (loss_of(model, next(batches())) * torch.nan).backward()
+    optimizer.step()
+    assert changed(before, model) == set()
+
+
+def test_a_graph_from_before_the_move_is_refused_by_torch():
+    model = tiny()
+    build(model)
+    loss = loss_of(model, next(batches()))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_stacked_experts_are_normalised_one_by_one():
+    model, twin = tiny("mixtral"), tiny("mixtral")
+    optimizer = build(model, rest="sinkhorn")
+    before = weights(model)
+    backward(model, batches())
+    backward(twin, batches())
+    stacked = [n for n in sorted(matrices(model, optimizer) - active(optimizer)) if before[n].ndim == 3]
+    for name in stacked:
+        gradient = twin.get_parameter(name).grad
+        moved = (before[name] - model.get_parameter(name).detach()) / (1e-3 * REST_RATES["sinkhorn"])
+        for expert in range(len(gradient)):
+            if gradient[expert].abs().sum() > 0:  # an expert that saw tokens
+                assert moved[expert].square().mean().sqrt().item() == pytest.approx(1.0, abs=0.05)
+    assert stacked
+    optimizer.step()
+
+
 def test_generation_and_evaluation_do_not_move_anything():
     model = tiny()
     build(model, rest_outside=True)
@@ -329,22 +366,3 @@ def test_a_grad_scaler_is_refused_for_sgd_and_makes_no_difference_to_the_others(
     assert all(torch.equal(plain[name], scaled[name]) for name in plain)
     with pytest.raises(ValueError, match="rest='sgd'"):
         run(True, "sgd")
-
-
-@pytest.mark.parametrize(
-    ("options", "complaint"),
-    [
-        ({"rest_lr": 0.1}, "rest is 'none'"),
-        ({"rest_outside": True}, "rest is 'none'"),
-        ({"rest_scope": "above"}, "rest is 'none'"),
-        ({"rest_every": 2}, "rest is 'none'"),
-        ({"rest": "sing"}, "Did you mean 'sign'"),
-        ({"rest": "sign", "rest_lr": 0.0}, "positive and finite"),
-        ({"rest": "sign", "rest_lr": float("nan")}, "positive and finite"),
-        ({"rest": "sign", "rest_every": 0}, "at least 1"),
-        ({"rest": "sign", "leave_rounding": "keep"}, "leave_rounding"),
-    ],
-)
-def test_what_cannot_be_is_said_at_construction(options, complaint):
-    with pytest.raises(ValueError, match=complaint):
-        MisaConfig(**options)

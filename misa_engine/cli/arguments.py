@@ -16,10 +16,13 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, is_dataclass, make_dataclass
+from importlib.metadata import version
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
+from misa_engine.cli.evaluation_data import EVAL_DATA, check_evaluation_data
+from misa_engine.cli.objective import check_objective
 from misa_engine.errors import UserError, bad_input, did_you_mean
 from misa_engine.method.config import CHOICES, PRESET_OPTIONS, MisaConfig
 from misa_engine.trainer.compat import (
@@ -28,6 +31,7 @@ from misa_engine.trainer.compat import (
     NON_REENTRANT,
     asks_reentrant,
     checkpointing_option,
+    compiled_modules_follow,
     shared_options,
 )
 
@@ -46,9 +50,6 @@ SFT_DEFAULTS: dict[str, Any] = {
 
 #: Names under which torch's allocator is configured; the older two are read first, so ours must not hide behind them.
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
-
-#: Any of these gives a run evaluation data.
-EVAL_DATA = ("eval_dataset", "eval_split", "eval_fraction")
 
 
 def option(help: str, default: Any = None, **metadata: Any) -> Any:
@@ -79,13 +80,25 @@ class ModelArguments:
 class DataArguments:
     """Data."""
 
-    dataset: str | None = option(
-        "a .jsonl, .json, .parquet, .csv or plain text file, a directory of such files, or a Hub id (required)"
+    dataset: list[str] = option(
+        "a .jsonl, .json, .parquet, .csv, .tsv or plain text file (also .gz), a directory of such files, or a Hub id; "
+        "several, or the option again, are put together (required)",
+        default=[],
+        action="extend",
     )
+    dataset_weights: list[float] = option(
+        "how many times each record of each --dataset is taken, one number a data set; 0.5: half of its records, "
+        "drawn by --seed",
+        default=[],
+        action="extend",
+    )
+    columns: str | None = option("which columns of the data are which: prompt=q,completion=a")
     dataset_config: str | None = option("name of the Hub data set's configuration")
     dataset_split: str = option("split to train on", default="train")
     dataset_streaming: bool = option("read a Hub data set while training on it; needs --max_steps", default=False)
-    eval_dataset: str | None = option("evaluate on this file, directory or Hub id, before, during and after training")
+    eval_dataset: list[str] = option(
+        "evaluate on this file, directory or Hub id, before, during and after training", default=[], action="extend"
+    )
     eval_split: str | None = option("evaluate on this split of --eval_dataset, or else of --dataset")
     eval_fraction: float | None = option("hold out this share of the training data for evaluation, drawn by --seed")
     max_eval_samples: int | None = option("evaluate on the first this many records only")
@@ -96,6 +109,16 @@ class RunArguments:
     """Run."""
 
     optimizer: str = option("misa, or adamw: torch's fused AdamW on all weights, to compare with", default="misa")
+    objective: str = option(
+        "sft (next tokens of texts, prompts with completions, messages), or dpo: preferences (chosen, rejected)",
+        default="sft",
+    )
+    beta: float | None = option("of dpo: how far the model may move from where it starts (default: 0.1)")
+    dpo_options: dict[str, Any] | str | None = option("JSON object of more options of TRL's DPOConfig")
+    resize_embeddings: bool = option(
+        "give the model a row for each token of a larger tokenizer; embedding and head are then always trained",
+        default=False,
+    )
     overwrite_output_dir: bool = option("delete the run that --output_dir holds; other files stay", default=False)
     max_vram_gb: float | None = option(
         "GiB that the run may take: fills in micro-batch, checkpointing, state_dtype and delta where they are not "
@@ -181,7 +204,12 @@ def parse_train(argv: Sequence[str], config: str | None = None) -> TrainArgument
     _fill_defaults(merged, parser)
     with bad_input():
         model, data, run, misa, sft = parser.parse_dict(merged)
-    for text, where in ((model, "config_overrides"), (misa, "parameter_groups"), (misa, "static_weights")):
+    for text, where in (
+        (model, "config_overrides"),
+        (run, "dpo_options"),
+        (misa, "parameter_groups"),
+        (misa, "static_weights"),
+    ):
         setattr(text, where, _from_json(where, getattr(text, where)))
     return TrainArguments(model, data, run, misa_config(misa, sft), sft, given)
 
@@ -311,6 +339,11 @@ def _check_together(given: Mapping[str, Any]) -> None:
             raise UserError(
                 f"--{name}: use_reentrant=True cannot run backward past frozen layers; leave it out (it is False)."
             )
+    if given.get("torch_compile") and optimizer == "misa" and not compiled_modules_follow(version("torch")):
+        raise UserError(
+            f"--torch_compile needs torch 2.13 or newer; this is {version('torch')}, whose compiled layers may miss "
+            "that other matrices are active in the next round: leave it out, or upgrade torch."
+        )
     if optimizer == "misa":
         for name in ("optim", "optim_args", "optim_target_modules", "deepspeed"):
             if given.get(name):
@@ -318,19 +351,10 @@ def _check_together(given: Mapping[str, Any]) -> None:
     for name in ("gradient_accumulation_steps", "per_device_train_batch_size", "per_device_eval_batch_size"):
         if given.get(name) is not None and given[name] < 1:
             raise UserError(f"--{name} must be at least 1; got {given[name]}")
-    fraction = given.get("eval_fraction")
-    if fraction is not None and not 0 < fraction < 1:
-        raise UserError(f"--eval_fraction is the share held out for evaluation, between 0 and 1; got {fraction}")
-    if given.get("max_eval_samples") is not None and given["max_eval_samples"] < 1:
-        raise UserError(f"--max_eval_samples must be at least 1; got {given['max_eval_samples']}")
-    if fraction is not None and (given.get("eval_dataset") or given.get("eval_split")):
-        raise UserError("--eval_fraction and --eval_dataset or --eval_split both name the evaluation data: keep one.")
-    if given.get("eval_strategy", "no") != "no" and not any(given.get(name) for name in EVAL_DATA):
-        raise UserError("--eval_strategy needs evaluation data: --eval_dataset, --eval_split or --eval_fraction.")
-    if given.get("max_eval_samples") and not any(given.get(name) for name in EVAL_DATA):
-        raise UserError("--max_eval_samples needs evaluation data: --eval_dataset, --eval_split or --eval_fraction.")
+    check_evaluation_data(given)
     if given.get("dataset_streaming") and not given.get("max_steps"):
         raise UserError("--dataset_streaming needs --max_steps: the length of a streamed data set is unknown.")
+    check_objective(given)
 
 
 def _fill_defaults(merged: dict[str, Any], parser: Any) -> None:

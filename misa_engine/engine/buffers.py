@@ -52,5 +52,6 @@ def buffers_for(
         pack=config.revisit == "offload",
         residual=config.leave_rounding == "keep",
         backend=backend,
+        numels=[sizes[name] for name in sampled],
     )
     return arena, host, ArenaUpdate(arena, n_groups, config, backend)

@@ -18,18 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from misa_engine.engine import state
+from misa_engine.engine import guards, state
 from misa_engine.engine.active_set import ActiveSet
 from misa_engine.engine.attendance import Attendance, GraphAnchor
 from misa_engine.engine.buffers import buffers_for
 from misa_engine.engine.events import CallbackHandle, SwitchEvent, describe_switch
-from misa_engine.engine.gradient_slots import GradientSlots
-from misa_engine.engine.gradients import GradientIntake, Scaler
+from misa_engine.engine.gradients import Scaler
 from misa_engine.engine.groups import build_groups
-from misa_engine.engine.guards import CheckpointingGuard, check_model, check_sparse, claim, common_dtype, release
+from misa_engine.engine.intake import intake_for
 from misa_engine.engine.marks import phase
+from misa_engine.engine.replicas import Replicas, built_together
 from misa_engine.engine.rest import RestRule, can_rest
-from misa_engine.engine.update_on_arrival import UpdateOnArrival
 from misa_engine.kernels.backend import choose_backend
 from misa_engine.method.config import MisaConfig
 from misa_engine.method.partition import Partition, check_budget, partition_for
@@ -63,6 +62,7 @@ class MISA(torch.optim.Optimizer):
         total_steps: steps made since the beginning.
         backend: "triton" or "reference", whichever updates the weights.
         events: the last 200 switches, as ``SwitchEvent``; ``on_switch`` sees all.
+        replicas: the processes that train this model together (rank, size, exchanged_bytes); None in one process.
         skipped_steps: steps skipped because of a non-finite gradient, as of the last switch.
         empty_steps: steps in which no active parameter received a gradient, because their layers were skipped.
 
@@ -71,16 +71,14 @@ class MISA(torch.optim.Optimizer):
             budget smaller than the largest unit. Nothing has been changed then.
     """
 
+    replicas: Replicas | None
     #: GradScaler then leaves unscaling and skipping to ``step``.
     _step_supports_amp_scaling = True
 
+    @built_together
     def __init__(self, model: nn.Module, config: MisaConfig | None = None, **options: Any):
-        if config is not None and not isinstance(config, MisaConfig):
-            raise TypeError(f"the second argument is a MisaConfig, options go by name (lr=...); got {config!r}")
-        if config is not None and options:
-            raise ValueError(f"give either config or single options, not both; got config and {', '.join(options)}")
-        self.config = config = config if config is not None else MisaConfig.from_dict(options)
-        check_model(model)
+        self.config = config = guards.one_config(config, options)
+        guards.check_model(model)
         self.partition: Partition = partition_for(model, config)
         self.units, self.budget = self.partition.units, check_budget(self.partition, config.delta)
         named = dict(model.named_parameters())
@@ -88,11 +86,13 @@ class MISA(torch.optim.Optimizer):
         self._always = self.partition.always
         resting = can_rest(model, self.partition, config)
         self._parameters = {name: named[name] for name in dict.fromkeys((*self._always, *sampled, *resting))}
-        self.dtype = common_dtype(self._parameters)
-        check_sparse(model, self._parameters)
+        self.dtype = guards.common_dtype(self._parameters)
+        guards.check_sparse(model, self._parameters)
         device = next(iter(self._parameters.values())).device
         self.backend = choose_backend(config.backend, device)
         groups, group_of = build_groups(model, self._parameters, config)
+        if self.replicas is not None:
+            self.replicas.agree(model, config)
         super().__init__(groups, {name: getattr(config, name) for name in ("lr", "betas", "eps", "weight_decay")})
         self.arena, self.host, self._kernels = buffers_for(
             config, self._parameters, sampled, self._always, self.budget, len(groups), self.backend
@@ -106,6 +106,7 @@ class MISA(torch.optim.Optimizer):
         self._callbacks: list[Callable[[SwitchEvent], None]] = []
         self._model_bytes = sum(parameter.nbytes for parameter in named.values())  # tied ones are listed once
 
+        guards.announce_new(self.partition.new)
         self._attach(model, group_of, resting)
         self._open_round({}, started=time.perf_counter())
 
@@ -113,32 +114,25 @@ class MISA(torch.optim.Optimizer):
         """Put the hooks on the model, then freeze it: a frozen parameter takes none, and they survive the toggling."""
         config, kernels = self.config, self._kernels
         self._model = model
-        self._guard = CheckpointingGuard(model)
-        intake = (model, self._parameters, self.arena, kernels, lambda: self.param_groups)
-        self._intake: GradientIntake
-        if config.update_in == "backward":
-            self._intake = UpdateOnArrival(*intake)
-        else:
-            self._intake = GradientSlots(*intake, max_norm=config.max_grad_norm, gemm=config.gemm_gradients)
-        self._attendance = Attendance(model, self._intake.places)
+        self._guard = guards.CheckpointingGuard(model)
+        where = (model, self._parameters, self.arena, kernels, lambda: self.param_groups)
+        self._intake = intake_for(config, *where, self.replicas, lambda: self.total_steps)
+        self._attendance = Attendance(model, self._intake.places, self._intake.empty_pass)
         self._intake.on_arrival = self._attendance.arrived
         self._rest: RestRule | None = None
         if resting:
-            order = [name for name, _ in model.named_parameters()]
-            matrices = {name: self._parameters[name] for name in resting}
             seen = (config, lambda: self.param_groups, self._intake.places)
-            self._rest = RestRule(matrices, order, group_of, *seen, backend=self.backend)
+            self._rest = RestRule(model, resting, group_of, *seen, backend=self.backend)
             self._intake.on_inactive = self._rest.take
         self._anchor = GraphAnchor(model, self._attendance)
         rounding_seed = config.seed if config.leave_rounding == "stochastic" else None
         bound = (self._parameters, group_of, self.arena, self.host, self._intake)
         self._active_set = ActiveSet(*bound, rounding_seed=rounding_seed, backend=self.backend)
-        self._parts = state.Parts(
-            config, self.partition, self.dtype, self.tracker, self.arena, kernels, self.host, self._active_set
-        )
+        parts = (config, self.partition, self.dtype, self.tracker, self.arena, kernels, self.host)
+        self._parts = state.Parts(*parts, self._active_set, self._rest)
         model.requires_grad_(False)
         model.zero_grad(set_to_none=True)
-        claim(self._parameters.values())
+        guards.claim(self._parameters.values())
 
     def __repr__(self) -> str:
         """Budget, clocks and active units."""
@@ -262,6 +256,8 @@ class MISA(torch.optim.Optimizer):
             self._active_set.drop_stale_bits()
             self._intake.step(self._scaler())
             self._active_set.know_weights()
+            if self.replicas is not None:
+                self.replicas.after_load(self._model, self.arena, [self.round, *self._clocks(), *self.active])
             self._attendance.count(self._intake.present)
             self.empty_steps += not any(self._intake.present)
             self.total_steps += 1
@@ -274,9 +270,7 @@ class MISA(torch.optim.Optimizer):
         return loss
 
     def _scaler(self) -> Scaler | None:
-        """What torch.amp.GradScaler says, if one makes the step; ValueError where that comes too late."""
-        scaler = Scaler.of(self)
-        if scaler is not None and self.config.rest == "sgd":
+        if (scaler := Scaler.of(self)) is not None and self.config.rest == "sgd":  # too late, but not unsaid
             raise ValueError(
                 "GradScaler with rest='sgd': what rests has moved by gradients still multiplied by the scale. Train "
                 "without a scaler, or use rest='sign' or 'row_norm', which scale does not change."
@@ -316,6 +310,8 @@ class MISA(torch.optim.Optimizer):
                 [sum(report.sums[slot] for slot in unit) for unit in slots],
                 [max(report.measured[slot] for slot in unit) for unit in slots],
             )
+            if self._rest is not None:
+                self._rest.observe(self.tracker, self.units, self._attendance.repeated)
         return dict(zip(self.arena.names, report.steps, strict=True))
 
     def _open_round(self, steps: dict[str, int], started: float) -> None:
@@ -328,6 +324,8 @@ class MISA(torch.optim.Optimizer):
         before = self.active
         with phase("switch (sampler)"):
             self.tracker.draw()
+        if self.replicas is not None:
+            self.replicas.at_switch(self.round, self.active, self._model)
         wanted = [*self._always, *(name for index in self.tracker.active for name in self.units[index].params)]
         fresh = wanted[len(self._always) :] if self.config.revisit == "clear" else []
         moved = self._active_set.change(wanted, steps, self.round, fresh)
@@ -371,6 +369,8 @@ class MISA(torch.optim.Optimizer):
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "misa"})
         clocks = state.unpack(self._parts, self._clocks(), state_dict["misa"])
         self.inner_step, self.total_steps, self.skipped_steps, self.empty_steps = clocks
+        if self.replicas is not None:
+            self.replicas.loaded = True
         self._bind_round()
 
     def _bind_round(self) -> None:
@@ -396,5 +396,5 @@ class MISA(torch.optim.Optimizer):
         for hooks in (self._guard, self._anchor, self._attendance, self._intake):
             hooks.remove()
         self._active_set.release()
-        release(self._parameters.values())
+        guards.release(self._parameters.values())
         self._model.requires_grad_(True)

@@ -26,7 +26,8 @@ from misa_engine.engine.marks import phase
 from misa_engine.engine.places import Places
 from misa_engine.kernels.rest import RestScratch, passes, rest_step
 from misa_engine.method.config import MisaConfig
-from misa_engine.method.partition import Partition, partition_for
+from misa_engine.method.partition import Partition, Unit, partition_for
+from misa_engine.method.sampling import ImportanceTracker
 
 
 def can_rest(model: nn.Module, partition: Partition, config: MisaConfig) -> tuple[str, ...]:
@@ -48,8 +49,8 @@ class RestRule:
     """Decides which matrices rest, and moves each as its gradient arrives.
 
     Args:
-        parameters: name -> parameter of every matrix that can rest, in the model's order.
-        order: names of all parameters of the model, in its order: a later one lies higher.
+        model: the model; a parameter that it names later lies higher.
+        names: of every matrix that can rest (``can_rest``).
         group_of: name -> torch's parameter group, whose learning rate counts.
         config: the rule and its options.
         groups: gives torch's parameter groups.
@@ -59,8 +60,8 @@ class RestRule:
 
     def __init__(
         self,
-        parameters: Mapping[str, nn.Parameter],
-        order: Sequence[str],
+        model: nn.Module,
+        names: Sequence[str],
         group_of: Mapping[str, int],
         config: MisaConfig,
         groups: Groups,
@@ -68,8 +69,9 @@ class RestRule:
         *,
         backend: str,
     ):
-        self._parameters, self._config, self._backend = dict(parameters), config, backend
-        self._position = {name: index for index, name in enumerate(order)}
+        named = dict(model.named_parameters())
+        self._parameters, self._config, self._backend = {name: named[name] for name in names}, config, backend
+        self._position = {name: index for index, name in enumerate(named)}
         self._group_of, self._groups, self._places = group_of, groups, places
         self._index = {name: index for index, name in enumerate(self._parameters)}
         self._transposed = {name: bool(stores_transposed(places.owner(name))) for name in self._parameters}
@@ -77,15 +79,18 @@ class RestRule:
         shapes = [(p.numel() // p.shape[-1], p.shape[-1]) for p in self._parameters.values()]
         device = next(iter(self._parameters.values())).device
         self._scratch = RestScratch.allocate(max(n for n, _ in shapes), max(m for _, m in shapes), device)
-        self._sumsq = torch.zeros(len(shapes), dtype=torch.float32, device=device)  # of each one's last gradient
+        # Σ g² of each one's gradient in this step (nan: none), and over the round with how many steps entered
+        self._sumsq, self._sums, self._measured = torch.zeros(3, len(shapes), dtype=torch.float32, device=device)
+        self._part = torch.zeros(1, dtype=torch.float32, device=device)
+        self._sumsq.fill_(torch.nan)
         self.names: tuple[str, ...] = ()
         self._waiting: set[str] = set()  # what may still move in this step
-        self._step, self._last_micro_batch = 0, True
+        self._step, self._last_micro_batch, self._accumulates = 0, True, False
 
     @property
     def nbytes(self) -> int:
         """Bytes of all buffers."""
-        return self._scratch.nbytes + self._sumsq.nbytes
+        return self._scratch.nbytes + 3 * self._sumsq.nbytes + self._part.nbytes
 
     @property
     def last_micro_batch(self) -> bool:
@@ -96,6 +101,7 @@ class RestRule:
     def last_micro_batch(self, value: bool) -> None:
         if value != self._last_micro_batch:
             self._last_micro_batch = value
+            self._accumulates |= not value
             self._show()
 
     def bind(self, trained: Sequence[str]) -> None:
@@ -105,14 +111,40 @@ class RestRule:
         resting = tuple(name for name in self._parameters if name not in taken and self._position[name] > lowest)
         for name in set(self.names) - taken - set(resting):  # no longer above the lowest one
             self._parameters[name].requires_grad_(False)
-        self.names, self._waiting = resting, set()
+        self.names, self._waiting, self._accumulates = resting, set(), False
 
     def begin_step(self, step: int) -> None:
         """Begin step number ``step`` of the training, counted from 0."""
+        if self._config.rest_scores:
+            finite = self._sumsq.isfinite()
+            self._sums += torch.where(finite, self._sumsq, 0.0)
+            self._measured += finite
+            self._sumsq.fill_(torch.nan)
         self._step = step
         moves = (step + 1) % self._config.rest_every == 0
         self._waiting = set(self.names) if moves else set()
         self._show()
+
+    def round_tensors(self) -> dict[str, Tensor]:
+        """What the round has accumulated so far, for a checkpoint; nothing where nothing is wanted of it."""
+        return {"rest_sums": self._sums, "rest_measured": self._measured} if self._config.rest_scores else {}
+
+    def observe(self, tracker: ImportanceTracker, units: Sequence[Unit], repeated: bool) -> None:
+        """At the end of a round, with ``rest_scores``: let what was measured enter the scores of units that rested.
+
+        One micro-batch's gradient cannot be compared with the sum of several, so nothing enters after a round with
+        accumulation (``repeated``, where nobody named the last micro-batch).
+        """
+        if not self._config.rest_scores:
+            return
+        self.begin_step(self._step)  # the last step's sums
+        sums, measured = torch.stack([self._sums, self._measured]).tolist()  # one wait for the device
+        self._sums.zero_()
+        self._measured.zero_()
+        for index, unit in enumerate(units):
+            matrices = [self._index[name] for name in unit.params if name in self._index]
+            if index not in tracker.active and matrices and not (repeated or self._accumulates):
+                tracker.observe(index, sum(sums[i] for i in matrices), int(min(measured[i] for i in matrices)))
 
     @torch.no_grad()
     def take(self, name: str, parameter: nn.Parameter) -> bool:
@@ -138,11 +170,12 @@ class RestRule:
         weight, gradient = parameter.detach(), gradient.detach().contiguous()
         stacked = weight.ndim == 3 and passes(self._config.rest, transposed) not in ((), ("rows",))
         seed = (self._streams[name] + 0x9E3779B97F4A7C15 * (self._step + 1)) % (1 << 63)
+        total = self._sumsq[index : index + 1].zero_()
         for part, (w, g) in enumerate(zip(weight, gradient, strict=True) if stacked else [(weight, gradient)]):
             rest_step(
                 w.view(-1, w.shape[-1]),
                 g.view(-1, g.shape[-1]),
-                self._sumsq[index : index + 1],
+                self._part,
                 self._scratch,
                 rule=self._config.rest,
                 rate=rate,
@@ -150,6 +183,7 @@ class RestRule:
                 transposed=transposed,
                 backend=self._backend,
             )
+            total += self._part
 
     def _show(self) -> None:
         """Let autograd make gradients of exactly what may move in the next backward pass."""

@@ -27,8 +27,14 @@ class Preset:
     """corrected_on_read (true bias correction), plain (Eq. 4), or official (corrected value fed back)."""
     exponent_cap: float = math.inf
     """Upper bound of the exponent η·G_u (official: of η·G_u²)."""
+    probability_floor: float = 0.0
+    """Share of P that is uniform: no unit's probability falls below this share of 1/B, nor P's normalised entropy
+    below this. 0 lets P follow the scores alone."""
     cold_start: str = "probe"
     """probe: one-step rounds until every unit was seen once; official: the same, divided by T; none."""
+    cold_start_share: float = 0.1
+    """Most of the run (see ``run_steps``) that the cold start's one-step rounds may take; what was not seen by then
+    counts as average. 1 is no limit."""
     revisit: str = "keep_adjacent"
     """Moments of a unit: keep_adjacent (while it stays active), clear (every round), keep or offload (for ever, on the
     host: keep as they are, offload in 8 bits)."""
@@ -54,12 +60,20 @@ class Preset:
     """k: they move at every k-th step, k times as far."""
     rest_outside: bool = False
     """Embeddings and head, which otherwise stay frozen, move by the rest rule too."""
+    rest_scores: bool = False
+    """Their gradients enter the scores: every unit is measured in every round, and none needs a cold start."""
 
 
 #: Rules for the matrices outside the draw -> their learning rate as a multiple of lr, where ``rest_lr`` is None.
 REST_RATES = {"sign": 0.3, "row_norm": 0.3, "sinkhorn": 0.3, "sgd": 5.0}
 #: What the options of the rest rule are without one.
-NO_REST: dict[str, Any] = {"rest_lr": None, "rest_scope": "all", "rest_every": 1, "rest_outside": False}
+NO_REST: dict[str, Any] = {
+    "rest_lr": None,
+    "rest_scope": "all",
+    "rest_every": 1,
+    "rest_outside": False,
+    "rest_scores": False,
+}
 
 #: Names of the options that a preset fills in.
 PRESET_OPTIONS = tuple(entry.name for entry in fields(Preset))
@@ -83,6 +97,7 @@ PRESETS: dict[str, Preset] = {
         ema="official",
         exponent_cap=5.0,
         cold_start="official",
+        cold_start_share=1.0,
         revisit="keep",
         sample_last=2,
         leave_rounding="nearest",
@@ -125,12 +140,14 @@ FREE_ON_LOAD = (
     "gemm_gradients",
     "update_in",
     "rest_lr",
+    "run_steps",
+    "cold_start_share",
 )
 
 #: Options of former versions and the only value that they may still have, in the state of an older run for instance.
 RETIRED: dict[str, Any] = {"skip_nonfinite": True, "stale_after": 0}
 #: Options that the state of an older run does not name, and what it ran with.
-YOUNGER: dict[str, Any] = {"rest": "none", **NO_REST}
+YOUNGER: dict[str, Any] = {"rest": "none", **NO_REST, "probability_floor": 0.0}
 
 
 def check_choice(option: str, value: object, choices: Iterable[str]) -> None:
@@ -162,6 +179,8 @@ class MisaConfig(Preset):
     """Budget δ: the active units together hold at most ``floor(delta * N)`` of the model's N parameters."""
     inner_steps: int = 50
     """T: optimizer steps between two draws."""
+    run_steps: int | None = None
+    """Optimizer steps of the whole run, for ``cold_start_share``; None is unknown. The Trainer fills it in."""
     eta: float = 1.0
     """η in P_u ∝ exp(η·G_u); 0 is uniform, larger is greedier. Scale depends on ``score_normalisation``."""
     score_beta: float = 0.8
@@ -255,6 +274,11 @@ class MisaConfig(Preset):
                 f"inner_steps (T) is the number of optimizer steps between two draws, an integer of at least 1; "
                 f"got {self.inner_steps!r}. 50 is the published setting."
             )
+        if self.run_steps is not None and (not isinstance(self.run_steps, int) or self.run_steps < 1):
+            raise ValueError(
+                f"run_steps is the number of optimizer steps of the whole run, an integer of at least 1, or None where "
+                f"that is unknown; got {self.run_steps!r}"
+            )
         ranges: tuple[tuple[str, float, bool, str], ...] = (
             ("lr", self.lr, self.lr >= 0, "at least 0"),
             ("eps", self.eps, self.eps > 0, "larger than 0"),
@@ -262,6 +286,13 @@ class MisaConfig(Preset):
             ("eta", self.eta, self.eta >= 0, "at least 0"),
             ("score_beta", self.score_beta, 0 <= self.score_beta < 1, "in [0, 1)"),
             ("epsilon", self.epsilon, 0 <= self.epsilon <= 1, "in [0, 1]"),
+            (
+                "cold_start_share",
+                self.cold_start_share,
+                0 < self.cold_start_share <= 1,
+                "in (0, 1] (cold_start='none')",
+            ),
+            ("probability_floor", self.probability_floor, 0 <= self.probability_floor <= 1, "in [0, 1]"),
             ("exponent_cap", self.exponent_cap, self.exponent_cap > 0, "larger than 0"),
             ("sample_last", self.sample_last, self.sample_last >= 0, "at least 0"),
             ("max_grad_norm", self.max_grad_norm or 1.0, self.max_grad_norm is None or self.max_grad_norm > 0, "> 0"),
@@ -303,6 +334,11 @@ class MisaConfig(Preset):
             )
         if not isinstance(self.rest_every, int) or self.rest_every < 1:
             raise ValueError(f"rest_every is a number of steps, an integer of at least 1; got {self.rest_every!r}")
+        if self.rest_scores and self.score != "mean_square":
+            raise ValueError(
+                f"rest_scores needs score='mean_square'; score={self.score!r} is of norms after clipping, which what "
+                "rests does not have."
+            )
         if self.leave_rounding == "keep":
             raise ValueError(
                 "leave_rounding='keep' keeps on the host 16 more bits of weights that do not change while they are not "
