@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 #: What every comparison should hold, in the order of its tables.
-METHODS = ("adamw", "lora", "galore", "badam", "lisa", "uniform", "unfused-misa", "misa", "misa-int8")
+METHODS = ("adamw", "lora", "galore", "badam", "lisa", "uniform", "unfused-misa", "misa-none", "misa", "misa-int8")
 GIB = 1 << 30
 #: An RTX 4090's memory as its driver states it, 24,564 MiB.
 CARD_GIB = 24564 / 1024

@@ -49,7 +49,7 @@ class Preset:
     on the host: an exact float32 master over the whole run)."""
     fill: str = "carry"
     """What happens when a drawn unit does not fit: carry (it opens the next round), stop, or skip (draw on)."""
-    rest: str = "none"
+    rest: str = "row_norm"
     """How matrices outside the draw move, without state, as their gradients appear in backward: not at all (none), by
     sign, row_norm (each output unit's gradient divided by its rms), sinkhorn (rows and columns in turn), or sgd."""
     rest_lr: float | None = None
@@ -90,6 +90,7 @@ PRESETS: dict[str, Preset] = {
         closing_momentum=True,
         leave_rounding="nearest",
         fill="stop",
+        rest="none",
     ),
     "official": Preset(
         score="squared_mean_norm",
@@ -102,6 +103,7 @@ PRESETS: dict[str, Preset] = {
         sample_last=2,
         leave_rounding="nearest",
         fill="skip",
+        rest="none",
     ),
 }
 
@@ -342,7 +344,7 @@ class MisaConfig(Preset):
         if self.leave_rounding == "keep":
             raise ValueError(
                 "leave_rounding='keep' keeps on the host 16 more bits of weights that do not change while they are not "
-                f"drawn, but rest={self.rest!r} moves them. Use leave_rounding='stochastic'."
+                f"drawn, but rest={self.rest!r} moves them. Use leave_rounding='stochastic', or rest='none'."
             )
 
     @property
