@@ -27,7 +27,7 @@ from misa_engine.engine.gradients import Scaler
 from misa_engine.engine.groups import build_groups
 from misa_engine.engine.intake import intake_for
 from misa_engine.engine.marks import phase
-from misa_engine.engine.replicas import Replicas, built_together
+from misa_engine.engine.replicas import Replicas, built_together, for_replicas
 from misa_engine.engine.rest import RestRule, can_rest
 from misa_engine.kernels.backend import choose_backend
 from misa_engine.method.config import MisaConfig
@@ -77,7 +77,7 @@ class MISA(torch.optim.Optimizer):
 
     @built_together
     def __init__(self, model: nn.Module, config: MisaConfig | None = None, **options: Any):
-        self.config = config = guards.one_config(config, options)
+        self.config = config = for_replicas(guards.one_config(config, options), self.replicas)
         guards.check_model(model)
         self.partition: Partition = partition_for(model, config)
         self.units, self.budget = self.partition.units, check_budget(self.partition, config.delta)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,7 +27,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from misa_engine.engine.arena import Arena
-from misa_engine.method.config import MisaConfig
+from misa_engine.method.config import NO_REST, MisaConfig
+
+logger = logging.getLogger(__name__)
 
 #: Rounds between two comparisons of all weights: one read of the model, 20 ms for 16 GB, every 10 · T steps.
 CHECKSUM_ROUNDS = 10
@@ -243,6 +246,22 @@ def built_together(init: Callable[..., None]) -> Callable[..., None]:
             raise
 
     return together
+
+
+def for_replicas(config: MisaConfig, replicas: Replicas | None) -> MisaConfig:
+    """The config that several processes train with: a preset's own rest rule is for one, and off, which rank 0 says.
+
+    A rule that the caller named stays, and is refused by ``agree``.
+    """
+    if replicas is None or config.rest == "none" or {"rest", *NO_REST} & config.given:
+        return config
+    if replicas.rank == 0:
+        logger.warning(
+            "rest is 'none' with %d processes: what rests would take its step by the gradients of one process. "
+            "Matrices outside the draw stand still.",
+            replicas.size,
+        )
+    return MisaConfig.from_dict({**config.to_dict(), "rest": "none", **NO_REST})
 
 
 def _describe(model: nn.Module, config: MisaConfig) -> dict[str, dict[str, str]]:
