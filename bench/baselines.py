@@ -123,6 +123,10 @@ BASELINES: dict[str, Baseline] = {
     ),
     # low ranks
     "lora": Baseline(peers.adapters, {}, "LoRA on all linear layers (peft), AdamW", ("peft",)),
+    "rslora": Baseline(
+        peers.adapters, {"use_rslora": True, "lora_alpha": 16},
+        "rsLoRA on all linear layers (peft; scaled by 16/√r), AdamW", ("peft",),
+    ),
     "dora": Baseline(peers.adapters, {"use_dora": True}, "DoRA on all linear layers (peft), AdamW", ("peft",)),
     "galore": Baseline(
         peers.packaged,

@@ -29,6 +29,7 @@ from kernel_arena import (
     random_weights,
     same_bits,
 )
+from kernel_rest import rest_moves_nothing, rest_rules
 from misa_engine.kernels import tiles
 from misa_engine.kernels.adamw import adamw
 from misa_engine.kernels.blockwise8 import GROUP, compress, expand
@@ -339,6 +340,8 @@ DEVICE_CASES: dict[str, Callable[..., str]] = {
     "own_gradients": own_gradients,
     "compress_and_expand": compress_and_expand,
     "padding_in_8_bits_becomes_zero": padding_in_8_bits_becomes_zero,
+    "rest_rules": rest_rules,
+    "rest_moves_nothing": rest_moves_nothing,
     "norm_in_parts": norm_in_parts,
 }
 

@@ -22,10 +22,11 @@ from misa_engine.kernels.blockwise8 import kernel as blockwise8
 from misa_engine.kernels.finalise import kernel as finalise
 from misa_engine.kernels.norm import kernel as norm
 from misa_engine.kernels.norm.kernel import TILES_PER_PROGRAM
+from misa_engine.kernels.rest import kernel as rest
 from misa_engine.kernels.split_float import kernel as split_float
 from misa_engine.kernels.tiles import BLOCK, PART
 
-KERNEL_FILES = (finalise, adamw, norm, blockwise8, split_float)
+KERNEL_FILES = (finalise, adamw, norm, blockwise8, split_float, rest)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 #: Datacentre and consumer cards of Ampere, Ada, Hopper and Blackwell.
 ARCHITECTURES = {80: "sm_80", 86: "sm_86", 89: "sm_89", 90: "sm_90a", 100: "sm_100a", 120: "sm_120a"}
@@ -84,7 +85,18 @@ CODEC = {"m": "*fp32", "v": "*fp32", "m8": "*i8", "v8": "*u8", "m_scale": "*fp32
 REDUCE = {"tile_values": "*fp32", "out": "*fp32", "slot_first_tile": "*i32", "slot_n_tiles": "*i32"}
 REDUCE |= {"slot_present": "*i32", "skip": "*i32", "first_slot": "i32"}
 ROUND = {"weight": "*i16", "lo": "*i16", "numel": "i32", "first_index": "i32", "key1": "i32", "key2": "i32"}
+ROW_SUMS = {"grad": "*bf16", "col_factor": "*fp32", "sums": "*fp32", "cols": "i32"}
+COL_SUMS = {"grad": "*bf16", "row_factor": "*fp32", "sums": "*fp32", "rows": "i32", "cols": "i32"}
+FACTORS = {"sums": "*fp32", "factor": "*fp32", "total": "*fp32", "n": "i32", "each": "i32"}
+MOVE = {"weight": "*i16", "grad": "*bf16", "total": "*fp32", "row_factor": "*fp32", "col_factor": "*fp32"}
+MOVE |= {"cols": "i32", "rate": "fp32", "key1": "i32", "key2": "i32"}
+PIECE = {"PIECE_ROWS": rest.PIECE_ROWS, "PIECE_COLS": rest.PIECE_COLS}
+MOVES = {"SIGN": False, "ROWS": True, "COLS": True, "BF16": True, "ALIGNED": True, "WIDTH": rest.WIDTH}
 SMALL_KERNELS = {
+    "row_sums_kernel": (ROW_SUMS, {"ALIGNED": True, "SCALED": True, "WIDTH": rest.WIDTH}, {"num_warps": 4} | PRECISE),
+    "col_sums_kernel": (COL_SUMS, {"ALIGNED": True, "SCALED": True} | PIECE, {"num_warps": 4} | PRECISE),
+    "factors_kernel": (FACTORS, {"FACTOR": True, "TOTAL": True, "TINY": 1e-36, "WIDTH": rest.WIDTH}, {"num_warps": 4}),
+    "move_kernel": (MOVE, MOVES, {"num_warps": 4} | PRECISE),
     "sum_of_squares_kernel": (SUMS, {"ALIGNED": True, "ROWS": TILES_PER_PROGRAM, "BLOCK": BLOCK}, {"num_warps": 4}),
     "norm_parts_kernel": (NORM_PARTS, {"PRESENT": True, "PART": PART}, {"num_warps": 8}),
     "global_norm_kernel": (NORM | {"n_parts": "i32"}, {}, {"num_warps": 4}),
@@ -98,6 +110,8 @@ SMALL_KERNELS = {
 #: 16-byte and 8-byte loads and stores of a thread, in the kernels that move much.
 WIDE_ACCESSES = {
     "sum_of_squares_kernel": {"ld.global.v4.b32": TILES_PER_PROGRAM},
+    "row_sums_kernel": {"ld.global.v4.b32": 3},  # 8 bf16 and 8 float32 factors
+    "move_kernel": {"ld.global.v4.b32": 4, "st.global.v4.b32": 1},
     "round_stochastic_kernel": {"ld.global.v4.b32": 2, "st.global.v4.b32": 2},
     "compress_kernel": {"ld.global.v4.b32": 4, "st.global.v2.b32": 2},
     "expand_kernel": {"ld.global.v2.b32": 2, "st.global.v4.b32": 4},
@@ -247,7 +261,7 @@ def test_other_kernels_stay_within_their_limits(kernel, architecture, tmp_path):
     accesses = global_accesses(compiled.asm["ptx"])
     wide = {name: number for name, number in accesses.items() if ".v" in name}
     assert wide == WIDE_ACCESSES.get(kernel, wide), accesses
-    if kernel in ("compress_kernel", "expand_kernel"):
+    if kernel in ("compress_kernel", "expand_kernel", "move_kernel"):
         precise_arithmetic(compiled.asm["ptx"])
 
 
@@ -257,6 +271,7 @@ def test_other_kernels_stay_within_their_limits(kernel, architecture, tmp_path):
         ("adamw_kernel", ("grad", "m", "v", "lo", "m_scale", "v_scale")),
         ("sum_of_squares_kernel", ("grad",)),
         ("round_stochastic_kernel", ("weight", "lo")),
+        ("move_kernel", ("weight", "grad")),
         ("compress_kernel", ("m", "v", "m8", "v8", "m_scale", "v_scale")),
         ("expand_kernel", ("m", "v", "m8", "v8", "m_scale", "v_scale")),
     ],

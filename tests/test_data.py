@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import lzma
 from pathlib import Path
 
 import pytest
 
-from misa_engine.cli.data import TEXT_RECORD, LoadedData, check_prepared, hold_out, load_data, text_records
+from misa_engine.cli.data import LoadedData, Reading, check_prepared, hold_out, load_data
+from misa_engine.cli.data_files import TEXT_RECORD, text_records
 from misa_engine.cli.record_formats import FORMATS
 from misa_engine.errors import UserError
 
@@ -28,7 +32,7 @@ def rows(loaded: LoadedData) -> list[dict]:
     return [dict(row) for row in loaded.dataset]
 
 
-def error(source: str, **options: str) -> str:
+def error(source: str, **options: object) -> str:
     with pytest.raises(UserError) as caught:
         load_data(source, **options)  # type: ignore[arg-type]
     return str(caught.value)
@@ -88,12 +92,12 @@ def test_a_stray_prompt_column_beside_messages_is_dropped(tmp_path: Path) -> Non
 
 
 def test_text_field_names_another_column(tmp_path: Path) -> None:
-    loaded = load_data(write(tmp_path / "a.jsonl", {"content": "x", "text": 5}), text_field="content")
+    loaded = load_data(write(tmp_path / "a.jsonl", {"content": "x", "text": 5}), reading=Reading("content"))
     assert rows(loaded) == [{"content": "x"}]
     both = write(tmp_path / "b.jsonl", {"content": "x", "messages": [USER, BOT]})
-    assert rows(load_data(both, text_field="content")) == [{"content": "x"}]
+    assert rows(load_data(both, reading=Reading("content"))) == [{"content": "x"}]
     assert "there is no column 'body' (--dataset_text_field); found: 'content', 'messages'" in error(
-        both, text_field="body"
+        both, reading=Reading("body")
     )
 
 
@@ -329,3 +333,86 @@ def test_csv_is_read_and_an_empty_cell_is_named(tmp_path: Path) -> None:
     assert rows(load_data(str(file))) == expected
     file.write_text("question,answer\na,b\nc,\n")
     assert "record 2: column 'answer' is null" in error(str(file))
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "tsv", "txt"])
+@pytest.mark.parametrize("packing", ["gz", "bz2", "xz"])
+def test_packed_files_are_read_and_damaged_ones_named(tmp_path: Path, ending: str, packing: str) -> None:
+    content = {"jsonl": '{"text": "ab c"}\n', "csv": "text\nab c\n", "tsv": "text\tn\nab c\t1\n", "txt": "ab c\n"}[
+        ending
+    ]
+    packed = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}[packing](content.encode())
+    file = tmp_path / f"data.{ending}.{packing}"
+    file.write_bytes(packed)
+    assert [row["text"].strip() for row in rows(load_data(str(file)))] == ["ab c"]
+    assert [row["text"].strip() for row in rows(load_data(str(tmp_path)))] == ["ab c"]
+    file.write_bytes(packed[: len(packed) // 2])
+    assert str(file) in error(str(file)) and "cannot be" in error(str(file))
+    file.write_text("not packed at all")
+    assert str(file) in error(str(file)) and "cannot be" in error(str(file))
+
+
+def test_columns_says_which_is_which_in_every_kind_of_file(tmp_path: Path) -> None:
+    reading = Reading.of("text", "sft", "prompt=q, completion=a")
+    record = {"q": "one", "a": "two", "prompt": "another column of that name"}
+    lines = write(tmp_path / "a.jsonl", record)
+    (tmp_path / "a.csv").write_text("q,a,prompt\none,two,other\n")
+    for source in (lines, str(tmp_path / "a.csv")):
+        assert rows(load_data(source, reading=reading)) == [{"prompt": "one", "completion": "two"}]
+    swapped = Reading.of("text", "sft", "prompt=completion,completion=prompt")
+    both = write(tmp_path / "b.jsonl", {"prompt": "x", "completion": "y"})
+    assert rows(load_data(both, reading=swapped)) == [{"prompt": "y", "completion": "x"}]
+    missing = Reading.of("text", "sft", "prompt=qq,completion=a")
+    assert "no column 'qq' (--columns prompt=qq); found: 'q', 'a', 'prompt'. Did you mean q?" in error(
+        lines, reading=missing
+    )
+
+
+@pytest.mark.parametrize(
+    ("columns", "text"),
+    [
+        ("prompt", "takes known=yours"),
+        ("promt=q", "no format has a column 'promt'. Did you mean prompt?"),
+        ("prompt=a,prompt=b", "names prompt twice"),
+    ],
+)
+def test_columns_that_cannot_be_meant_are_refused(columns: str, text: str) -> None:
+    with pytest.raises(UserError, match=text.replace("?", "[?]")):
+        Reading.of("text", "sft", columns)
+
+
+PREFERRED: dict[str, tuple[dict, dict]] = {
+    "texts": (
+        {"prompt": "a", "chosen": "b", "rejected": "c", "score": 1},
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+    ),
+    "messages": (
+        {"prompt": [USER], "chosen": [BOT], "rejected": [USER]},
+        {"prompt": [USER], "chosen": [BOT], "rejected": [USER]},
+    ),
+    "whole texts": ({"chosen": "a b", "rejected": "a c"}, {"chosen": "a b", "rejected": "a c"}),
+    "a text prompt that the answers repeat": (
+        {"prompt": "hello", "chosen": [USER, BOT], "rejected": [USER, USER]},
+        {"prompt": [USER], "chosen": [BOT], "rejected": [USER]},
+    ),
+    "a text prompt that they do not repeat": (
+        {"prompt": "hello", "chosen": [BOT], "rejected": [{"role": "assistant", "content": "no"}]},
+        {"prompt": [USER], "chosen": [BOT], "rejected": [{"role": "assistant", "content": "no"}]},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PREFERRED)
+def test_preferences_arrive_in_the_columns_that_trl_knows(name: str, tmp_path: Path) -> None:
+    record, expected = PREFERRED[name]
+    loaded = load_data(write(tmp_path / "a.jsonl", record, record), reading=Reading(objective="dpo"))
+    assert rows(loaded) == [expected, expected]
+
+
+def test_preferences_and_texts_are_told_apart_with_the_remedy(tmp_path: Path) -> None:
+    pairs = write(tmp_path / "pairs.jsonl", {"prompt": "a", "chosen": "b", "rejected": "c"})
+    assert "train on them with --objective dpo" in error(pairs)
+    text = write(tmp_path / "text.jsonl", {"text": "a"})
+    assert "--objective dpo needs 'chosen' and 'rejected'" in error(text, reading=Reading(objective="dpo"))
+    (tmp_path / "book.txt").write_text("words")
+    assert "is plain text" in error(str(tmp_path / "book.txt"), reading=Reading(objective="dpo"))

@@ -20,7 +20,7 @@ from training import batches, loss_of, tiny
 READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")
 
 
-OPERATIONS = ("adamw", "blockwise8", "finalise", "norm", "split_float")
+OPERATIONS = ("adamw", "blockwise8", "finalise", "norm", "rest", "split_float")
 
 
 class Recorder:
@@ -182,6 +182,17 @@ def test_updates_in_backward_are_four_launches_for_each_active_matrix(device):
     n = len(optimizer.active)
     expected = {**dict.fromkeys(CLIPPED, n), "norm_parts_kernel": n + 1, "global_norm_kernel": 1}
     assert one_step(model, optimizer, device) == (expected, {})
+
+
+@pytest.mark.parametrize(("rule", "sums"), [("sign", 1), ("row_norm", 1), ("sinkhorn", 5)])
+def test_a_matrix_that_rests_is_three_launches_and_eight_more_by_sinkhorn(device, rule, sums):
+    model, optimizer = build(max_grad_norm=1.0, rest=rule)
+    device.launches.clear()
+    launches, reads = one_step(model, optimizer, device)
+    resting = len(optimizer.units) - len(optimizer.active)
+    moves = {name: launches.pop(name, 0) for name in ("row_sums_kernel", "col_sums_kernel", "factors_kernel")}
+    assert launches == {**CLIPPED, "move_kernel": resting} and reads == {}
+    assert moves["row_sums_kernel"] + moves["col_sums_kernel"] == moves["factors_kernel"] == sums * resting
 
 
 @pytest.mark.parametrize("options", [{}, {"revisit": "offload", "leave_rounding": "keep"}], ids=str)

@@ -81,13 +81,25 @@ class ModelArguments:
 class DataArguments:
     """Data."""
 
-    dataset: str | None = option(
-        "a .jsonl, .json, .parquet, .csv or plain text file, a directory of such files, or a Hub id (required)"
+    dataset: list[str] = option(
+        "a .jsonl, .json, .parquet, .csv, .tsv or plain text file (also .gz), a directory of such files, or a Hub id; "
+        "several, or the option again, are put together (required)",
+        default=[],
+        action="extend",
     )
+    dataset_weights: list[float] = option(
+        "how many times each record of each --dataset is taken, one number a data set; 0.5: half of its records, "
+        "drawn by --seed",
+        default=[],
+        action="extend",
+    )
+    columns: str | None = option("which columns of the data are which: prompt=q,completion=a")
     dataset_config: str | None = option("name of the Hub data set's configuration")
     dataset_split: str = option("split to train on", default="train")
     dataset_streaming: bool = option("read a Hub data set while training on it; needs --max_steps", default=False)
-    eval_dataset: str | None = option("evaluate on this file, directory or Hub id, before, during and after training")
+    eval_dataset: list[str] = option(
+        "evaluate on this file, directory or Hub id, before, during and after training", default=[], action="extend"
+    )
     eval_split: str | None = option("evaluate on this split of --eval_dataset, or else of --dataset")
     eval_fraction: float | None = option("hold out this share of the training data for evaluation, drawn by --seed")
     max_eval_samples: int | None = option("evaluate on the first this many records only")
@@ -98,6 +110,16 @@ class RunArguments:
     """Run."""
 
     optimizer: str = option("misa, or adamw: torch's fused AdamW on all weights, to compare with", default="misa")
+    objective: str = option(
+        "sft (next tokens of texts, prompts with completions, messages), or dpo: preferences (chosen, rejected)",
+        default="sft",
+    )
+    beta: float | None = option("of dpo: how far the model may move from where it starts (default: 0.1)")
+    dpo_options: dict[str, Any] | str | None = option("JSON object of more options of TRL's DPOConfig")
+    resize_embeddings: bool = option(
+        "give the model a row for each token of a larger tokenizer; embedding and head are then always trained",
+        default=False,
+    )
     overwrite_output_dir: bool = option("delete the run that --output_dir holds; other files stay", default=False)
     max_vram_gb: float | None = option(
         "GiB that the run may take: fills in micro-batch, checkpointing, state_dtype and delta where they are not "
@@ -183,7 +205,12 @@ def parse_train(argv: Sequence[str], config: str | None = None) -> TrainArgument
     _fill_defaults(merged, parser)
     with bad_input():
         model, data, run, misa, sft = parser.parse_dict(merged)
-    for text, where in ((model, "config_overrides"), (misa, "parameter_groups"), (misa, "static_weights")):
+    for text, where in (
+        (model, "config_overrides"),
+        (run, "dpo_options"),
+        (misa, "parameter_groups"),
+        (misa, "static_weights"),
+    ):
         setattr(text, where, _from_json(where, getattr(text, where)))
     return TrainArguments(model, data, run, misa_config(misa, sft), sft, given)
 
@@ -338,6 +365,9 @@ def _check_together(given: Mapping[str, Any]) -> None:
         raise UserError("--max_eval_samples needs evaluation data: --eval_dataset, --eval_split or --eval_fraction.")
     if given.get("dataset_streaming") and not given.get("max_steps"):
         raise UserError("--dataset_streaming needs --max_steps: the length of a streamed data set is unknown.")
+    from misa_engine.cli.preferences import check_objective
+
+    check_objective(given)
 
 
 def _fill_defaults(merged: dict[str, Any], parser: Any) -> None:

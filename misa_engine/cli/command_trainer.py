@@ -1,4 +1,4 @@
-"""The trainer of ``misa train``: MisaTrainer with data that must not vanish and layers that are compiled one by one."""
+"""The trainer of ``misa train``: its objective's, with data that must not vanish and layers compiled one by one."""
 
 from __future__ import annotations
 
@@ -14,18 +14,74 @@ if TYPE_CHECKING:
     from misa_engine.cli.arguments import TrainArguments
 
 
-def build_trainer(arguments: TrainArguments, model: Any, tokenizer: Any, train_data: Any, eval_data: Any) -> Any:
-    """MisaTrainer with two additions: data that vanished in preparation is an error; a README.md stays."""
+def build_trainer(
+    arguments: TrainArguments, model: Any, tokenizer: Any, train_data: Any, eval_data: Any, reference: Any = None
+) -> Any:
+    """The trainer of the objective, with two additions: data that vanishes is said; a README.md stays.
+
+    Args:
+        arguments: of the run.
+        model: to be trained.
+        tokenizer: of the model.
+        train_data: with the columns that TRL knows.
+        eval_data: the same, or None.
+        reference: model that DPO compares with; None stands for the model as it is now, which is measured at once.
+
+    Raises:
+        UserError: the data does not go with the options, or leaves nothing to learn from.
+    """
+    if arguments.run.objective == "dpo":
+        from misa_engine.cli.preferences import dpo_options, dpo_trainer, take_template
+
+        take_template(tokenizer, arguments.sft.chat_template_path)
+        cls = dpo_trainer(tokenizer)
+        options = {"args": dpo_options(arguments, measured=reference is None), "ref_model": reference}
+    else:
+        cls, options = _sft_trainer(arguments, tokenizer), {"args": arguments.sft}
+    try:
+        with bad_input(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="`use_liger_kernel=True` is deprecated")  # our choice, not theirs
+            trainer = cls(
+                model=model,
+                misa=arguments.misa,
+                optimizer=arguments.run.optimizer,
+                train_dataset=train_data,
+                eval_dataset=eval_data,
+                processing_class=tokenizer,
+                **options,
+            )
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] != "jinja2":
+            raise
+        raise UserError(f"the chat template cannot write the data: {error}. See --chat_template_path.") from error
+    if arguments.sft.torch_compile and arguments.run.optimizer == "misa":
+        _compile_layers(trainer, model, arguments)
+    return trainer
+
+
+class KeepsReadme:
+    """For a TRL trainer: no model card over a README.md of the user's, and none with links to a Hub model."""
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write TRL's card where the model is pushed to the Hub and there is none; TRL calls it at each checkpoint."""
+        trainer: Any = self
+        if trainer.args.push_to_hub and not Path(str(trainer.args.output_dir), "README.md").exists():
+            super().create_model_card(*args, **kwargs)  # type: ignore[misc]
+
+
+def _sft_trainer(arguments: TrainArguments, tokenizer: Any) -> type:
     from datasets import Dataset
 
     from misa_engine.cli.data import check_prepared
-    from misa_engine.cli.data_report import inspect
+    from misa_engine.cli.data_report import NAMES, inspect
     from misa_engine.trainer.sft import MisaTrainer
 
-    class CommandTrainer(MisaTrainer):
+    max_length = arguments.sft.max_length
+
+    class CommandTrainer(KeepsReadme, MisaTrainer):
         def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
             name = kwargs.get("dataset_name", args[-1] if args else "train")
-            name = {"eval": "evaluation", "train": "training"}.get(name, name)
+            name = NAMES.get(name, name)
             call = signature(super()._prepare_dataset).bind(dataset, *args, **kwargs).arguments
             if isinstance(dataset, Dataset) and not call["args"].dataset_kwargs:  # a stream cannot be counted
                 # tokens and labels of full length first, so that what is then cut and dropped can be said
@@ -36,41 +92,17 @@ def build_trainer(arguments: TrainArguments, model: Any, tokenizer: Any, train_d
                     report, dataset = inspect(
                         tokenized,
                         name,
-                        self_max_length,
+                        max_length,
                         tokenizer,
                         packing=call["packing"],
                         keep_end=getattr(call["args"], "truncation_mode", "keep_start") == "keep_end",
                     )
                     print(report, flush=True)
             prepared = super()._prepare_dataset(**{**call, "dataset": dataset})
-            check_prepared(prepared, name, self_max_length)
+            check_prepared(prepared, name, max_length)
             return prepared
 
-        def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-            # TRL writes OUT/README.md at every checkpoint, over one of the user's, with links to a Hub model
-            if self.args.push_to_hub and not Path(str(self.args.output_dir), "README.md").exists():
-                super().create_model_card(*args, **kwargs)
-
-    self_max_length = arguments.sft.max_length
-    try:
-        with bad_input(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="`use_liger_kernel=True` is deprecated")  # our choice, not theirs
-            trainer = CommandTrainer(
-                model=model,
-                args=arguments.sft,
-                misa=arguments.misa,
-                optimizer=arguments.run.optimizer,
-                train_dataset=train_data,
-                eval_dataset=eval_data,
-                processing_class=tokenizer,
-            )
-    except Exception as error:
-        if type(error).__module__.partition(".")[0] != "jinja2":
-            raise
-        raise UserError(f"the chat template cannot write the data: {error}. See --chat_template_path.") from error
-    if arguments.sft.torch_compile and arguments.run.optimizer == "misa":
-        _compile_layers(trainer, model, arguments)
-    return trainer
+    return CommandTrainer
 
 
 def _compile_layers(trainer: Any, model: Any, arguments: TrainArguments) -> None:

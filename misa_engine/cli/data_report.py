@@ -9,6 +9,8 @@ import numpy as np
 
 from misa_engine.errors import UserError
 
+#: What TRL calls a data set -> what it is called here.
+NAMES = {"train": "training", "eval": "evaluation"}
 #: Upper ends of the histogram's bins, in tokens.
 BINS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 #: Tokens of the sample that is shown.
@@ -55,15 +57,24 @@ class DataReport:
             lines.append(
                 f"  truncated to max_length={self.max_length}: {self.truncated:,} ({self.truncated / kept:.0%})"
             )
-        edges = (0, *BINS)
-        shown = [
-            f"{edges[bin] + 1}-{BINS[bin] if bin < len(BINS) else '...'}: {count:,}"
-            for bin, count in enumerate(self.lengths)
-            if count
-        ]
-        lines.append(f"  tokens a record: {'; '.join(shown)}")
+        lines.append(f"  tokens a record: {length_bins(self.lengths)}")
         lines.append(f"  tokens in the loss: {self.in_loss:,} of {self.tokens:,} ({self.in_loss / self.tokens:.0%})")
         return "\n".join([*lines, f"  a record, [what is in the loss in brackets]: {self.sample}"])
+
+
+def histogram(lengths: list[int]) -> tuple[int, ...]:
+    """How many of the lengths are in each bin of BINS, and beyond."""
+    return tuple(np.bincount(np.searchsorted(BINS, lengths), minlength=len(BINS) + 1).tolist())
+
+
+def length_bins(counts: tuple[int, ...]) -> str:
+    """A histogram in words, without its empty bins."""
+    edges = (0, *BINS)
+    return "; ".join(
+        f"{edges[bin] + 1}-{BINS[bin] if bin < len(BINS) else '...'}: {count:,}"
+        for bin, count in enumerate(counts)
+        if count
+    )
 
 
 def inspect(
@@ -111,12 +122,9 @@ def inspect(
             f"nothing to predict and {beyond:,} only beyond it (a prompt alone may fill it). Raise --max_length, "
             "shorten the prompts, or fill the empty texts."
         )
-    histogram = np.bincount(np.searchsorted(BINS, lengths), minlength=len(BINS) + 1)
     first = dataset[kept[0]]
     sample = _marked(tokenizer, first["input_ids"][part], first["labels"][part])
-    report = DataReport(
-        name, place, empty, beyond, truncated, tokens, in_loss, tuple(histogram.tolist()), sample, max_length
-    )
+    report = DataReport(name, place, empty, beyond, truncated, tokens, in_loss, histogram(lengths), sample, max_length)
     return report, dataset if len(kept) == place else dataset.select(kept)
 
 

@@ -1,6 +1,6 @@
-"""What a record may look like: the shapes that TRL knows and two that become one of them, and checks with a remedy.
+"""What a record may look like: the shapes that TRL knows and some that become one of them, and checks with a remedy.
 
-A new format of record is one row in FORMATS.
+A new format of record is one row in FORMATS (supervised) or PREFERENCES (DPO).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class RecordFormat:
     @property
     def conversational(self) -> bool:
         """Whether a chat template is needed."""
-        return self.kinds[0] in ("messages", "turns")
+        return any(kind in ("messages", "turns") for kind in self.kinds)
 
 
 def instruction_to_prompt(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -41,6 +41,19 @@ def instruction_to_prompt(record: Mapping[str, Any]) -> dict[str, Any]:
     if (record.get("input") or "").strip():
         parts.append(f"### Input:\n{record['input'].strip()}")
     return {"prompt": "\n\n".join(parts) + "\n\n### Response:\n", "completion": record["output"].strip()}
+
+
+def explicit_prompt(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Preferences whose answers may repeat the conversation before them: what both begin with is the prompt.
+
+    Where they share nothing, the prompt's own column, a text, is what the user said.
+    """
+    chosen, rejected = record["chosen"], record["rejected"]
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
+        shared += 1
+    prompt = chosen[:shared] if shared else [{"role": "user", "content": record["prompt"]}]
+    return {"prompt": prompt, "chosen": chosen[shared:], "rejected": rejected[shared:]}
 
 
 def pair_to_prompt(prompt: str, completion: str, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -83,21 +96,47 @@ FORMATS = (
     ),
     RecordFormat("text", ("{text}",), ("text",)),
 )
+#: What --objective dpo trains on, first match first.
+PREFERENCES = (
+    RecordFormat(
+        "preference messages", ("prompt", "chosen", "rejected"), ("messages", "messages", "messages"), CHAT_EXTRAS
+    ),
+    RecordFormat(
+        "preference messages after a text prompt",
+        ("prompt", "chosen", "rejected"),
+        ("text", "messages", "messages"),
+        CHAT_EXTRAS,
+        explicit_prompt,
+    ),  # fmt: skip
+    RecordFormat("preferences", ("prompt", "chosen", "rejected"), ("text", "text", "text")),
+    RecordFormat("whole conversations by preference", ("chosen", "rejected"), ("messages", "messages"), CHAT_EXTRAS),
+    RecordFormat("whole texts by preference", ("chosen", "rejected"), ("text", "text")),
+)
+OBJECTIVES = {"sft": FORMATS, "dpo": PREFERENCES}
+#: Every column that any format knows by name.
+COLUMNS = tuple(
+    dict.fromkeys(name for format in (*FORMATS[:-1], *PREFERENCES) for name in (*format.needed, *format.optional))
+) + ("text",)
 NEEDED = (
     "'text'; 'prompt' and 'completion' (or 'response'); 'question' and 'answer'; 'messages' (a list of "
     "{role, content}); 'conversations' (a list of {from, value}); or 'instruction' and 'output' with or without "
-    "'input'. --dataset_text_field names another text column."
+    "'input'. --columns prompt=q,completion=a says which of yours they are, --dataset_text_field which is the text."
 )
+NEEDED_PREFERENCES = "'chosen' and 'rejected', best with 'prompt' (--columns chosen=a,rejected=b says which of yours)."
 
 
 def check_records(
-    records: Iterable[tuple[str, Any]], source: str, text_field: str, format: RecordFormat | None = None
+    records: Iterable[tuple[str, Any]],
+    source: str,
+    text_field: str,
+    format: RecordFormat | None = None,
+    objective: str = "sft",
 ) -> RecordFormat:
     """Recognise the format from the first record and hold every other one to it."""
     for place, record in records:
         if not isinstance(record, dict):
             raise UserError(f"{source}, {place}: a record must be an object with named columns; found {_say(record)}.")
-        format = format or recognise(record, f"{source}, {place}", text_field)
+        format = format or recognise(record, f"{source}, {place}", text_field, objective)
         problem = record_problem(record, format, text_field)
         if problem:
             raise UserError(f"{source}, {place}: {problem}")
@@ -106,13 +145,15 @@ def check_records(
     return format
 
 
-def check_dataset(dataset: Any, source: str, text_field: str, format: RecordFormat | None = None) -> RecordFormat:
+def check_dataset(
+    dataset: Any, source: str, text_field: str, format: RecordFormat | None = None, objective: str = "sft"
+) -> RecordFormat:
     """The same for a data set in Arrow, where columns of strings need only a look for nulls and lengths."""
     from pyarrow import compute
 
     if len(dataset) == 0:
         raise UserError(f"{source} holds no records.")
-    format = format or recognise(dataset[0], source, text_field)
+    format = format or recognise(dataset[0], source, text_field, objective)
     columns = needed_columns(format, text_field)
     if set(columns) <= set(dataset.column_names) and all(
         getattr(dataset.features[name], "dtype", "") == "string"
@@ -124,14 +165,17 @@ def check_dataset(dataset: Any, source: str, text_field: str, format: RecordForm
     return check_records(((f"record {n}", row) for n, row in enumerate(dataset, 1)), source, text_field, format)
 
 
-def recognise(record: Mapping[str, Any], place: str, text_field: str = "text") -> RecordFormat:
-    """The first row of FORMATS whose columns are there in the right kind; a text column the user named comes first."""
+def recognise(record: Mapping[str, Any], place: str, text_field: str = "text", objective: str = "sft") -> RecordFormat:
+    """The first format of the objective whose columns are there in the right kind.
+
+    A text column that the user named comes before all.
+    """
     partly: str | None = None
-    chosen = text_field != "text"
+    chosen = text_field != "text" and objective == "sft"
     if chosen and text_field not in record:
         found = ", ".join(map(repr, record)) or "nothing"
         raise UserError(f"{place}: there is no column {text_field!r} (--dataset_text_field); found: {found}.")
-    for format in FORMATS[-1:] if chosen else FORMATS:
+    for format in FORMATS[-1:] if chosen else OBJECTIVES[objective]:
         columns = needed_columns(format, text_field)
         if all(name in record for name in columns):
             problem = record_problem(record, format, text_field)
@@ -141,6 +185,10 @@ def recognise(record: Mapping[str, Any], place: str, text_field: str = "text") -
     if partly:
         raise UserError(f"{place}: {partly}")
     found = ", ".join(map(repr, record)) or "nothing"
+    if objective == "dpo":
+        raise UserError(f"{place}: columns found: {found}; --objective dpo needs {NEEDED_PREFERENCES}")
+    if {"chosen", "rejected"} <= set(record):
+        raise UserError(f"{place} holds preferences ({found}): train on them with --objective dpo.")
     hint = did_you_mean(next(iter(record), ""), ("text", "prompt", "messages", "conversations", "instruction"))
     raise UserError(f"{place}: columns found: {found}; needed: {NEEDED}{hint}")
 
@@ -154,7 +202,7 @@ def record_problem(record: Mapping[str, Any], format: RecordFormat, text_field: 
         problem = KINDS[kind](record[column])
         if problem:
             return f"column {column!r} {problem}"
-    if format.convert is not None and not isinstance(record.get("input") or "", str):
+    if "input" in format.optional and not isinstance(record.get("input") or "", str):
         return f"column 'input' is {_say(record['input'])}; it must be text."
     return None
 

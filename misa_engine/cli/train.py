@@ -7,7 +7,9 @@ directory, model configuration, data, weights, budget and patterns, then the tok
 from __future__ import annotations
 
 import logging
+import os
 import sys
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,11 +18,15 @@ from typing import TYPE_CHECKING, Any
 
 from misa_engine.cli import loading, output_directory
 from misa_engine.cli.command_trainer import build_trainer
-from misa_engine.cli.preview import preview, preview_adamw
+from misa_engine.cli.early_checks import check_early
+from misa_engine.cli.embeddings import resize
+from misa_engine.cli.preview import coverage_of, preview, preview_adamw
 from misa_engine.cli.report import show_table, write_pictures
 from misa_engine.cli.resume import adopt, finished_at, resume_point
+from misa_engine.cli.training_data import load_training_data
 from misa_engine.errors import DONE, UserError, bad_input
 from misa_engine.trainer.checkpoints import recover
+from misa_engine.trainer.compat import checkpointing_option
 from misa_engine.trainer.completeness import checkpoint_step
 from misa_engine.trainer.run_lock import lock_run
 
@@ -81,20 +87,32 @@ def _demo(options: list[str]) -> int:
 
 def train(arguments: TrainArguments, config: str | None = None) -> int:
     """One training run, from parsed options to the saved model and its report."""
-    _quiet(arguments)
+    quiet(arguments)
+    from misa_engine.cli.stopping import take_over
+
+    take_over(arguments.sft)
+    if arguments.sft.process_index:  # everything is said once, by rank 0
+        with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
+            return _train_once(arguments, config)
+    return _train_once(arguments, config)
+
+
+def _train_once(arguments: TrainArguments, config: str | None) -> int:
     _check_required(arguments)
     if arguments.run.dry_run:
         inputs = _load_inputs(arguments)
         print(_describe(inputs, fresh=True), flush=True)
         with TemporaryDirectory() as nowhere:  # transformers' Trainer makes its output directory at once
             arguments.sft.output_dir = nowhere
-            _checked_trainer(inputs)
+            _show_coverage(_checked_trainer(inputs))
         print("dry run: nothing was trained, nothing was written")
         return DONE
     out = Path(str(arguments.sft.output_dir))
+    first = arguments.sft.process_index == 0
     output_directory.check_place(out)
-    with lock_run(out):
-        arguments, checkpoint = _claim_directory(arguments, config, out)
+    with lock_run(out) if first else nullcontext():
+        with arguments.sft.main_process_first(local=False):
+            arguments, checkpoint = _claim_directory(arguments, config, out)
         if checkpoint is not None:
             step = finished_at(checkpoint, out, arguments)
             if step is not None:
@@ -104,7 +122,8 @@ def train(arguments: TrainArguments, config: str | None = None) -> int:
         inputs = _load_inputs(arguments)
         print(_describe(inputs, fresh=checkpoint is None), flush=True)
         trainer = _checked_trainer(inputs)
-        if arguments.run.overwrite_output_dir and checkpoint is None:
+        _show_coverage(trainer)
+        if arguments.run.overwrite_output_dir and checkpoint is None and first:
             deleted = output_directory.delete_run(out)
             if deleted:
                 print(f"deleted the run in {out}: {', '.join(deleted)}")
@@ -117,7 +136,14 @@ def _describe(inputs: Inputs, *, fresh: bool) -> str:
     if inputs.arguments.run.optimizer == "adamw":
         summary = preview_adamw(inputs.model)
     else:
-        summary = preview(inputs.model, inputs.arguments.misa, fresh=fresh)
+        sft = inputs.arguments.sft
+        summary = preview(
+            inputs.model,
+            inputs.arguments.misa,
+            fresh=fresh,
+            checkpointing=bool(getattr(sft, checkpointing_option(sft))),
+            accumulation=sft.gradient_accumulation_steps,
+        )
     # records are counted when they have been tokenized: misa_engine.cli.data_report
     stream = "" if hasattr(inputs.train_data, "__len__") else "\n\ntraining data: a stream, not counted"
     return f"{summary}{stream}\n"
@@ -135,14 +161,15 @@ def _check_required(arguments: TrainArguments) -> None:
 def _claim_directory(arguments: TrainArguments, config: str | None, out: Path) -> tuple[TrainArguments, Path | None]:
     """Check that the run may write to ``out``; find the checkpoint that it goes on from, and with which options."""
     sft, overwrite = arguments.sft, arguments.run.overwrite_output_dir
-    restored = recover(out)
+    restored = recover(out) if sft.process_index == 0 else []
     checkpoint = resume_point(sft.resume_from_checkpoint, out)
     if restored and overwrite and checkpoint is None:
         raise UserError(
             f"--overwrite_output_dir: a run was killed while it replaced {restored[0]}, which has now been restored. "
             "Go on with --resume_from_checkpoint true, or say --overwrite_output_dir again to delete it."
         )
-    inputs = (arguments.model.model_name_or_path, arguments.data.dataset, arguments.data.eval_dataset, config)
+    data = (*arguments.data.dataset, *arguments.data.eval_dataset)
+    inputs = (arguments.model.model_name_or_path, *data, config)
     output_directory.check_output_directory(out, inputs=inputs, overwrite=overwrite, resume=checkpoint is not None)
     if checkpoint is not None:
         arguments = adopt(arguments, checkpoint)
@@ -169,6 +196,7 @@ def _load_inputs(arguments: TrainArguments) -> Inputs:
     """Configuration, plan, tokenizer, data, weights: cheapest first."""
     from transformers import set_seed
 
+    check_early(arguments)
     model_options, sft = arguments.model, arguments.sft
     trust = sft.trust_remote_code
     model_config = loading.load_config(model_options, trust)
@@ -185,12 +213,13 @@ def _load_inputs(arguments: TrainArguments) -> Inputs:
         print(vram.describe(plan, before), flush=True)
         vram.enforce(limit_gib, sft.device)
     tokenizer = loading.load_tokenizer(model_options, trust_remote_code=trust)
-    train_data, eval_data = _load_data(arguments, tokenizer)
+    train_data, eval_data = load_training_data(arguments, tokenizer)
     set_seed(sft.seed)  # --from_scratch draws its weights from the global generator
     kwargs = sft.model_init_kwargs if isinstance(sft.model_init_kwargs, dict) else {}
     for name in {"dtype", "torch_dtype", "device_map", "config", "attn_implementation"} & set(kwargs):
         raise UserError(f"--model_init_kwargs: leave out {name!r}; misa train decides it (see --dtype and its like).")
     model = loading.load_model(model_options, sft.device, trust_remote_code=trust, **kwargs)
+    arguments = resize(arguments, model, tokenizer)
     loading.check_tokenizer(tokenizer, model, sft.eos_token)
     return Inputs(arguments, model, tokenizer, train_data, eval_data, plan)
 
@@ -206,7 +235,13 @@ def _checked_trainer(inputs: Inputs) -> Any:
     return trainer
 
 
-def _quiet(arguments: TrainArguments) -> None:
+def _show_coverage(trainer: Any) -> None:
+    """Say how often the run will visit its weights, as soon as the data, and so its length, are known."""
+    if trainer.optimizer_name == "misa":
+        print(coverage_of(trainer).describe() + "\n", flush=True)
+
+
+def quiet(arguments: TrainArguments) -> None:
     """No progress bars into a log file, and no warning about pinned memory on a machine without a GPU."""
     sft, given = arguments.sft, arguments.given
     if sft.log_level in ("debug", "info"):  # every switch is a line at level info
@@ -241,53 +276,6 @@ def _choose_forward(arguments: TrainArguments, model_type: str) -> None:
         logging.getLogger("liger_kernel").setLevel(logging.ERROR)
 
 
-def _load_data(arguments: TrainArguments, tokenizer: Any) -> tuple[Any, Any]:
-    """Training and evaluation data, and the options that follow from their format."""
-    from misa_engine.cli.data import hold_out, load_data
-
-    options, sft, given = arguments.data, arguments.sft, arguments.given
-    shared = {"text_field": sft.dataset_text_field}
-    train_data = load_data(
-        str(options.dataset),
-        split=options.dataset_split,
-        config=options.dataset_config,
-        streaming=options.dataset_streaming,
-        **shared,
-    )
-    eval_data = None
-    if options.eval_dataset or options.eval_split:
-        source = options.eval_dataset or str(options.dataset)
-        config = options.dataset_config if source == options.dataset else None
-        split = options.eval_split or "train"
-        eval_data = load_data(source, split=split, config=config, streaming=options.dataset_streaming, **shared)
-    for loaded in (train_data, *([eval_data] if eval_data else [])):
-        if loaded.format.conversational and tokenizer.chat_template is None and not sft.chat_template_path:
-            raise UserError(
-                f"the data holds {loaded.format.name}, but the tokenizer has no chat template to write them with: name "
-                "one with --chat_template_path (a .jinja file, or the directory or Hub id of another tokenizer)."
-            )
-    template = sft.chat_template_path
-    looks_local = template and (template.endswith((".jinja", ".j2")) or template.startswith((".", "/", "~")))
-    if template and looks_local and not Path(template).exists():
-        raise UserError(f"--chat_template_path {template} does not exist.")
-    if sft.completion_only_loss and "completion" not in (*train_data.format.needed, *train_data.format.optional):
-        if train_data.format.convert is None and train_data.format.kinds != ("tokens",):
-            raise UserError(
-                f"--completion_only_loss needs prompts and completions; the data holds {train_data.format.name}. For "
-                "messages use --assistant_only_loss."
-            )
-    if train_data.text_only and "packing" not in given and sft.max_length is not None:
-        sft.packing = True  # full sequences, and no text lost; see misa_engine.cli.data
-        if "packing_strategy" not in given:
-            sft.packing_strategy = "wrapped"
-    train_set, eval_set = train_data.dataset, eval_data.dataset if eval_data else None
-    if options.eval_fraction is not None:
-        train_set, eval_set = hold_out(train_set, options.eval_fraction, sft.seed)
-    if eval_set is not None and options.max_eval_samples is not None:
-        eval_set = eval_set.take(options.max_eval_samples)
-    return train_set, eval_set
-
-
 def _train(trainer: Any, checkpoint: Path | None, out: Path) -> None:
     """Train until the end, or until a signal asks to stop.
 
@@ -296,7 +284,7 @@ def _train(trainer: Any, checkpoint: Path | None, out: Path) -> None:
     """
     from misa_engine.cli.stopping import StopOnSignal
 
-    stop = StopOnSignal(out)
+    stop = StopOnSignal(out, lambda: getattr(trainer.misa, "replicas", None))
     trainer.add_callback(stop)
     with stop.watching():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -56,7 +56,7 @@ class GemmGradients:
         self._modules: dict[str, list[nn.Module]] = {}
         for module in model.modules():
             name = shared.get(id(getattr(module, "weight", None)))
-            if name is not None and _transposed(module) is not None:
+            if name is not None and stores_transposed(module) is not None:
                 self._modules.setdefault(name, []).append(module)
         self._replaced: list[nn.Module] = []
 
@@ -71,7 +71,7 @@ class GemmGradients:
             for module in self._modules.get(name, ()):
                 # someone else's forward (accelerate's offloading) stays
                 if module not in compiled and "forward" not in module.__dict__:
-                    transposed = _transposed(module)
+                    transposed = stores_transposed(module)
                     assert transposed is not None
                     module.forward = _ForwardIntoSlot(module, self._parameters[name], name, transposed, self)
                     self._replaced.append(module)
@@ -148,7 +148,7 @@ def _accumulates(node: Any) -> bool:
         return False
 
 
-def _transposed(module: nn.Module) -> bool | None:
+def stores_transposed(module: nn.Module) -> bool | None:
     """Whether the weight is stored (in, out), as Conv1D does; None for any other than these two kinds of module."""
     forward = type(module).forward
     if forward is nn.Linear.forward:

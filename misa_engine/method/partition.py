@@ -56,6 +56,8 @@ class Partition:
     """Name of the list of layers; None when the model has none and only outside matrices are units."""
     notes: tuple[str, ...] = ()
     """What was inferred or left out, in sentences."""
+    new: tuple[str, ...] = ()
+    """Parameters that the checkpoint did not hold (a classifier): always trained unless ``frozen`` names them."""
     numels: Mapping[str, int] = field(default_factory=dict, repr=False, hash=False)
     """Size of every parameter, by name."""
 
@@ -130,12 +132,17 @@ def partition(
             f"always_train and frozen both claim {len(both)} parameters, among them {', '.join(both[:3])}. "
             "Narrow one of the patterns."
         )
+    new = tuple(p.name for p in table if p.new and p.name not in never)
+    if new:
+        notes.append(f"{describe_new(new)} trained in every step")
+        always |= set(new)
     sampled = [p for p in table if p.name not in always and p.name not in never]
     units = _gather(sampled, granularity, container, include_outside)
     if not units:
         raise ValueError(
             f"nothing is left to be sampled: frozen={frozen} and always_train={always_train} take every matrix of "
             f"{container or 'the model'}. Narrow them."
+            + (f" ({describe_new(new)} always trained: is it the right checkpoint?)" if new else "")
         )
     inside = {key for unit in units for key in unit.params}
     result = Partition(
@@ -148,6 +155,7 @@ def partition(
         granularity=granularity,
         container=container,
         notes=tuple(notes),
+        new=new,
         numels={p.name: p.numel for p in table},
     )
     _check_places(model, result)
@@ -164,6 +172,12 @@ def partition_for(model: nn.Module, config: MisaConfig) -> Partition:
         include_outside=config.include_outside,
         family=config.family,
     )
+
+
+def describe_new(names: Sequence[str]) -> str:
+    """The beginning of a sentence about parameters that the model's checkpoint did not hold."""
+    shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    return f"not in the checkpoint that the model was loaded from, so new and untrained: {shown};"
 
 
 def _gather(table: list[Parameter], granularity: str, container: str | None, include_outside: bool) -> tuple[Unit, ...]:

@@ -42,6 +42,7 @@ class Parameter:
     layer: int | None = None
     below: str = ""  # path below its layer
     block: Block | None = None
+    new: bool = False  # the rest of the model was loaded from a checkpoint that did not hold this parameter
 
 
 def read(model: nn.Module) -> list[Parameter]:
@@ -50,6 +51,8 @@ def read(model: nn.Module) -> list[Parameter]:
     for name, tensor in model.named_parameters(remove_duplicate=False):
         names[id(tensor)].append(name)
     modules = dict(model.named_modules(remove_duplicate=False))
+    # from_pretrained marks what it loads; where nothing is marked, nothing is known (a model built from its config)
+    loaded = {name for name, tensor in model.named_parameters() if getattr(tensor, "_is_hf_initialized", False)}
     table = []
     for name, tensor in model.named_parameters():
         owners = [modules[alias.rpartition(".")[0]] for alias in names[id(tensor)]]
@@ -65,7 +68,10 @@ def read(model: nn.Module) -> list[Parameter]:
         labels = {label for label in (*outside, "norm" if norm else None, "bias" if bias else None) if label}
         kind = outside[0] or re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", paths[0])
         matrix = tensor.ndim in (2, 3) and not bias and not norm
-        table.append(Parameter(name, aliases, paths[0], tensor.numel(), matrix, lookup, kind, frozenset(labels)))
+        new = bool(loaded) and name not in loaded
+        table.append(
+            Parameter(name, aliases, paths[0], tensor.numel(), matrix, lookup, kind, frozenset(labels), new=new)
+        )
     return table
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from misa_engine.engine.optimizer import MISA
 from misa_engine.method.config import MisaConfig, check_choice
 from misa_engine.trainer import checkpoints, resume_options
-from misa_engine.trainer.compat import check_arguments, config_from_arguments
+from misa_engine.trainer.compat import check_arguments, config_from_arguments, mark_prepared, prepare_unwrapped
 from misa_engine.trainer.lean import LossCheck
 from misa_engine.trainer.log_writer import RunLogWriter, describe_run, sampler_metrics
 from misa_engine.trainer.model_config import restored_config, training_fields
@@ -43,8 +44,11 @@ class MisaFactory:
     """
 
     def __call__(self, model: nn.Module, **options: Any) -> MISA:
-        """Build the optimizer for ``model``."""
-        return MISA(model, **options)
+        """Build the optimizer for ``model``; with several processes, keep accelerate from wrapping the model."""
+        optimizer = MISA(model, **options)
+        if optimizer.replicas is not None:
+            mark_prepared(model)
+        return optimizer
 
 
 class _RunCallback(TrainerCallback):
@@ -91,7 +95,7 @@ class MisaMixin(ExactResume):
         **kwargs: the trainer's own arguments.
 
     Raises:
-        ValueError: fp16, reentrant checkpointing, several processes, or an optimizer given by other means.
+        ValueError: fp16, reentrant checkpointing, sharded weights, or an optimizer given by other means.
     """
 
     def __init__(
@@ -112,6 +116,8 @@ class MisaMixin(ExactResume):
             )
         self._own_config = training_fields(kwargs.get("model", args[0] if args else None))
         super().__init__(*args, **kwargs)
+        if optimizer == "misa" and self.args.world_size > 1:
+            prepare_unwrapped(self.accelerator)
         self.misa_config = config_from_arguments(self.args, misa)
         self.optimizer_name = optimizer
         self.log_writer = RunLogWriter(self._out, self.args.device, writer=self.is_world_process_zero())
@@ -129,6 +135,13 @@ class MisaMixin(ExactResume):
         """The MISA optimizer, out of accelerate's wrapper; None before training and for the baseline."""
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         return optimizer if isinstance(optimizer, MISA) else None
+
+    def set_initial_training_values(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """As in Trainer; tells MISA the run's length, of which the cold start gets a share."""
+        values = super().set_initial_training_values(*args, **kwargs)
+        if self.misa_config.run_steps is None:
+            self.misa_config = replace(self.misa_config, run_steps=values[-1])  # max_steps
+        return values
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
         """Build MISA, or the baseline's AdamW, over the model."""
@@ -231,6 +244,7 @@ class MisaMixin(ExactResume):
         writer, best = self.args.should_save, self.state.best_model_checkpoint
         self._push_later = []
         with checkpoints.staging(final, self._out, writer=writer) as staged:
+            self.accelerator.wait_for_everyone()  # until the folder is there: each process saves its random state
             try:
                 self._staged_checkpoint = staged
                 super()._save_checkpoint(model, trial)
