@@ -206,6 +206,7 @@ CASES: dict[str, Callable[[str, str], None]] = {
     "int8_in_backward": equals_reference(state_dtype="int8", update_in="backward"),
     "offload": equals_reference(rule="cyclic", revisit="offload", leave_rounding="keep", inner_steps=1, steps=30),
     "keep": equals_reference(rule="cyclic", revisit="keep", leave_rounding="keep", inner_steps=1, steps=30),
+    "rest": equals_reference(rest="sign"),
     "both_schedules": both_schedules,
     "float32_slots": float32_slots,
     "checkpointing": checkpointing,

@@ -120,6 +120,10 @@ WIDE_ACCESSES = {
 #: Instructions of a thread, slow paths included, about a tenth above the most that was seen; registers (with 64 a
 #: multiprocessor holds eight programs of 4 warps); trips to memory in series.
 LIMITS = {
+    "row_sums_kernel": (160, 40, 1),
+    "col_sums_kernel": (290, 48, 1),
+    "factors_kernel": (890, 64, 1),
+    "move_kernel": (350, 48, 2),
     "sum_of_squares_kernel": (260, 40, 1),
     "norm_parts_kernel": (340, 48, 1),
     "global_norm_kernel": (470, 48, 1),
