@@ -29,6 +29,8 @@ BENCH = [
     "lomo-optim>=0.1.1",
     "flashoptim>=0.1.4; platform_system == 'Linux'",
     "torchao>=0.18",
+    "reasoning-gym>=0.1.20",  # problems of misa bench learning
+    "gguf>=0.16",  # misa fetch
     *PLOTS,
 ]
 
@@ -50,7 +52,7 @@ setup(
     ],
     python_requires=">=3.10",
     packages=find_packages(include=["misa_engine", "misa_engine.*"]),
-    package_data={"misa_engine": ["py.typed", "recipes/*.yaml"]},
+    package_data={"misa_engine": ["py.typed", "recipes/*.yaml", "templates/*.jinja"]},
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",

@@ -11,6 +11,8 @@ from misa_engine.method.config import MisaConfig
 
 #: Options that are the case's own and not MisaConfig's.
 SHARED = ("delta", "inner_steps")
+#: Rest rules whose steps are as large as Adam's at the same rate.
+STATELESS = ("sign", "row_norm", "sinkhorn")
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,10 @@ LEARNERS: dict[str, Learner] = {
     "misa": _misa(),
     "misa-paper": _misa(1.0, preset="paper"),
     "misa-official": _misa(preset="official"),
-    "misa-engine": _misa(preset="engine"),
+    "misa-none": _misa(rest="none"),
+    **{f"misa-{rule}-{rate}": _misa(rest=rule, rest_lr=rate) for rule in STATELESS for rate in (0.1, 0.3)},
+    **{f"misa-{rule}-0.3-above": _misa(rest=rule, rest_lr=0.3, rest_scope="above") for rule in STATELESS[:2]},
+    "misa-sgd": _misa(rest="sgd"),
 }
 
 

@@ -130,8 +130,9 @@ class LearningCase(Case, Settings):
 def settings_of(case: LearningCase, learner: Learner, model: nn.Module) -> Settings:
     """A case's settings with the learner's own, low ranks chosen by bytes.
 
-    LoRA's rank is the least whose adapters, gradients and moments take as many bytes as MISA's gradients and moments,
-    so that it is never short of memory beside MISA; GaLore's is a quarter of the width, as published.
+    LoRA's rank is the least whose adapters, gradients and moments take as many bytes as MISA's gradients, moments and
+    a rest rule's scratch, so that it is never short of memory beside MISA; GaLore's is a quarter of the width, as
+    published.
     """
     names = ("lr", "delta", "inner_steps", "max_grad_norm", "seed")
     shared = {name: getattr(case, name) for name in names} | {"misa": dict(learner.misa)} | dict(learner.settings)
@@ -139,7 +140,7 @@ def settings_of(case: LearningCase, learner: Learner, model: nn.Module) -> Setti
     inner = {name for unit in parts.units for name in unit.params}
     shapes = [p.shape for name, p in model.named_parameters() if name in inner and p.ndim == 2]
     each = sum(sum(shape) for shape in shapes)  # parameters of a rank-1 adapter of all of them
-    budget = MISA_BYTES * shared["delta"] * parts.total
+    budget = MISA_BYTES * shared["delta"] * parts.total + 4 * max(shape.numel() for shape in shapes)
     width = min(min(shape) for shape in shapes)
     shared |= {"lora_rank": math.ceil(budget / (ADAPTER_BYTES * each)), "galore_rank": max(1, width // 4)}
     return Settings(**shared)

@@ -17,7 +17,7 @@ import torch
 import transformers.models.llama.modeling_llama  # noqa: F401  here, once, and not in every process
 
 #: After which a test that hangs fails.
-SECONDS = 120
+SECONDS = 240
 
 #: A process that has talked to a GPU cannot be forked.
 CONTEXT = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")

@@ -143,11 +143,11 @@ def build(**options):
     return model, optimizer
 
 
-CLIPPED = {"sum_of_squares_kernel": 1, "finalise_kernel": 1, "adamw_kernel": 1}
+CLIPPED = {"sum_of_squares_kernel": 1, "norm_parts_kernel": 1, "finalise_kernel": 1, "adamw_kernel": 1}
 
 
 @pytest.mark.parametrize("options", [{}, {"state_dtype": "int8"}, {"grad_dtype": "float32"}], ids=str)
-def test_a_clipped_step_is_three_launches_and_reads_nothing_back(device, options):
+def test_a_clipped_step_is_four_launches_and_reads_nothing_back(device, options):
     model, optimizer = build(max_grad_norm=1.0, **options)
     device.launches.clear()
     for _ in range(2):
@@ -158,7 +158,8 @@ def test_clipping_by_the_trainer_costs_a_norm_of_its_own(device):
     model, optimizer = build()
     optimizer.measure_on_arrival = False
     device.launches.clear()
-    expected = {**CLIPPED, "sum_of_squares_kernel": 2, "global_norm_kernel": 1}  # the step checks what it uses
+    twice = {"sum_of_squares_kernel": 2, "norm_parts_kernel": 2}
+    expected = {**CLIPPED, **twice, "global_norm_kernel": 1}  # the step checks what it uses
     assert one_step(model, optimizer, device, clip=1.0) == (expected, {})
 
 
@@ -168,14 +169,18 @@ def test_norms_on_arrival_are_one_more_launch_for_each_active_matrix(device):
     launches, reads = one_step(model, optimizer, device)
     assert reads == {}
     arrivals = launches.pop("sum_of_squares_kernel")
-    assert arrivals == len(optimizer.active) + 1 and launches == {"finalise_kernel": 1, "adamw_kernel": 1}
+    assert arrivals == len(optimizer.active) + 1 and launches == {
+        "norm_parts_kernel": 1,
+        "finalise_kernel": 1,
+        "adamw_kernel": 1,
+    }
 
 
-def test_updates_in_backward_are_three_launches_for_each_active_matrix(device):
+def test_updates_in_backward_are_four_launches_for_each_active_matrix(device):
     model, optimizer = build(update_in="backward")
     device.launches.clear()
     n = len(optimizer.active)
-    expected = {**dict.fromkeys(CLIPPED, n), "global_norm_kernel": 1}
+    expected = {**dict.fromkeys(CLIPPED, n), "norm_parts_kernel": n + 1, "global_norm_kernel": 1}
     assert one_step(model, optimizer, device) == (expected, {})
 
 

@@ -311,3 +311,17 @@ def test_sizes_of_cards():
     assert Card.smallest(20 << 30).name == "a10" and Card.smallest(1 << 40) is None
     with pytest.raises(UserError):
         Card.of("0")
+
+
+def test_a_plan_for_several_cards_states_what_they_exchange(capsys):
+    words = ["--model", "llama-3-8b", "--gpu", "rtx4090", "--gpus", "4"]
+    assert main(["plan", *words, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    traffic = told["replicas"]
+    assert (
+        traffic["step_bytes"] == 2 * told["delta_parameters"] and traffic["round_bytes"] == 50 * traffic["step_bytes"]
+    )
+    assert traffic["full_bytes"] == 2 * told["parameters"] and traffic["sent_bytes"] == traffic["step_bytes"] * 3 // 2
+    assert traffic["seconds_a_step"]["PCIe 4 x8"] == pytest.approx(traffic["sent_bytes"] / 10e9, rel=0.01)
+    assert main(["plan", *words]) == 0
+    assert "4 cards, a whole model on each: 0.45 GiB" in capsys.readouterr().out

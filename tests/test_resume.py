@@ -255,6 +255,17 @@ def test_a_signal_saves_says_how_far_it_came_and_resumes_exactly(
     assert same_model(tmp_path / "out", whole)
 
 
+def test_the_checkpoint_of_transformers_own_signal_handler_is_taken_over(
+    workplace, tmp_path, signal_at, monkeypatch, capsys
+):
+    signal_at(3, signal.SIGTERM)
+    command = words(workplace, tmp_path / "out", "--enable_jit_checkpoint", **{**OPTIONS, "save_strategy": "no"})
+    assert main(command) == 143
+    shown = capsys.readouterr()
+    assert "misa train saves a checkpoint at a signal anyway" in shown.out
+    assert "stopped at 3/6" in shown.err and not (tmp_path / "out" / "model.safetensors").exists()
+
+
 def test_asked_twice_it_stops_at_once_and_the_same_command_starts_anew(
     workplace, whole, tmp_path, signal_at, monkeypatch, capsys
 ):

@@ -58,6 +58,7 @@ def report(arguments: TrainArguments) -> None:
     """
     from misa_engine.cli import loading
     from misa_engine.cli.command_trainer import build_trainer
+    from misa_engine.cli.early_checks import check_early
     from misa_engine.cli.train import quiet
     from misa_engine.cli.training_data import load_training_data
 
@@ -65,6 +66,7 @@ def report(arguments: TrainArguments) -> None:
     if not (model.model_name_or_path or model.tokenizer_name_or_path):
         raise UserError("misa data needs --model (or --tokenizer_name_or_path): lengths are counted in its tokens.")
     quiet(arguments)
+    check_early(arguments)
     if model.model_name_or_path:
         model.from_scratch = True  # weights are not asked for
         config = loading.load_config(model, sft.trust_remote_code)

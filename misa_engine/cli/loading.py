@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from misa_engine.cli.arguments import ModelArguments
+from misa_engine.cli.hub import check_reachable
 from misa_engine.errors import UserError
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def load_config(arguments: ModelArguments, trust_remote_code: bool) -> Pretraine
     name = arguments.model_name_or_path
     assert name is not None
     check_model_directory(name, weights=not arguments.from_scratch)
+    check_reachable(name, "config.json", "--model")
     overrides = arguments.config_overrides or {}
     if not isinstance(overrides, dict):
         raise UserError(f"--config_overrides needs an object of configuration fields; got {overrides!r}")
@@ -190,6 +192,8 @@ def load_tokenizer(arguments: ModelArguments, *, trust_remote_code: bool = False
     from transformers import AutoTokenizer
 
     name = str(arguments.tokenizer_name_or_path or arguments.model_name_or_path)
+    if arguments.tokenizer_name_or_path:
+        check_reachable(name, "tokenizer_config.json", "--tokenizer_name_or_path")
     try:
         return AutoTokenizer.from_pretrained(_place(name), trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers and protobuf raise types of their own; all mean that it cannot be read
@@ -205,7 +209,8 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, 
     if len(tokenizer) > rows:
         raise UserError(
             f"the tokenizer has {len(tokenizer)} tokens and the model's embedding {rows} rows: they do not belong "
-            "together. Name the model's own with --tokenizer_name_or_path."
+            "together. Name the model's own with --tokenizer_name_or_path, or give the new tokens rows with "
+            "--resize_embeddings."
         )
     if eos_token is None and tokenizer.eos_token is None:
         raise UserError("the tokenizer has no end-of-text token, which training appends: name one with --eos_token.")

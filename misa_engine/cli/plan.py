@@ -78,17 +78,25 @@ def _run(options: argparse.Namespace) -> int:
             error = impossible(meta, limit, result)
     command = train_command(options, result) if options.max_vram_gb is not None else None
     coverage, fits = coverage_of(options, meta, result)
+    traffic = None
+    if options.gpus is not None:
+        from misa_engine.planner.replicas import replica_traffic
+
+        traffic = replica_traffic(meta.partition(result.misa), result.misa, meta.dtype, options.gpus)
     if options.plot:
         from misa_engine.planner.picture import save_picture
 
         save_picture(result, variants(meta, result), Path(options.plot))
     if options.json:
         more = {"coverage": coverage.to_dict()} if coverage else {}
+        more |= {"replicas": traffic.to_dict()} if traffic else {}
         print(json.dumps({**result.to_dict(), **more, **({"command": command} if command else {})}, indent=2))
     else:
         print(describe(result, options.accumulation))
         if coverage is not None:
             print(f"\n{coverage.describe(fits)}")
+        if traffic is not None:
+            print(f"\n{traffic.describe()}")
         if command:
             print(f"\n{command}")
         if options.plot:
@@ -105,6 +113,7 @@ def model_config(name: str) -> Any:
     Raises:
         UserError: none of them; the message lists the built-in names.
     """
+    from misa_engine.cli.hub import check_reachable
     from misa_engine.cli.loading import check_model_directory, check_unquantized
     from misa_engine.planner.cards import MODELS, published_config
 
@@ -115,6 +124,7 @@ def model_config(name: str) -> Any:
     from transformers import AutoConfig
 
     check_model_directory(name, weights=False)
+    check_reachable(name, "config.json", "--model")
     try:
         found = AutoConfig.from_pretrained(Path(name).expanduser() if Path(name).expanduser().is_dir() else name)
     except (OSError, ValueError, KeyError) as error:
@@ -281,6 +291,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--epochs", "--num_train_epochs", type=float, help=f"passes over --records (default: {EPOCHS:g})")
     add("--accumulation", "--gradient_accumulation_steps", type=positive, default=1,
         help="micro-batches of a step (default: 1)")  # fmt: skip
+    add("--gpus", type=positive, help="cards that train together, a whole model on each: what they exchange")
     add("--inner_steps", type=positive, help=f"T, steps between two draws (default: {MisaConfig.inner_steps})")
     add("--rest_lr", type=float, help="as in misa train; does not change the plan")
     add("--rest_every", type=positive, help="as in misa train (default: 1)")

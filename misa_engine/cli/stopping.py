@@ -23,6 +23,13 @@ from misa_engine.trainer.completeness import find_last_complete_checkpoint
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
+def take_over(sft: Any) -> None:
+    """Switch transformers' own handling of SIGTERM off: it would end the run as if it were complete, seconds later."""
+    if getattr(sft, "enable_jit_checkpoint", False):
+        sft.enable_jit_checkpoint = False
+        print("--enable_jit_checkpoint: misa train saves a checkpoint at a signal anyway, and says so", flush=True)
+
+
 class StopOnSignal(TrainerCallback):
     """Turns a signal into a checkpoint and an orderly end of training.
 

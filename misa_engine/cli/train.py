@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from misa_engine.cli import loading, output_directory
 from misa_engine.cli.command_trainer import build_trainer
+from misa_engine.cli.early_checks import check_early
+from misa_engine.cli.embeddings import resize
 from misa_engine.cli.preview import coverage_of, preview, preview_adamw
 from misa_engine.cli.report import show_table, write_pictures
 from misa_engine.cli.resume import adopt, finished_at, resume_point
@@ -86,6 +88,9 @@ def _demo(options: list[str]) -> int:
 def train(arguments: TrainArguments, config: str | None = None) -> int:
     """One training run, from parsed options to the saved model and its report."""
     quiet(arguments)
+    from misa_engine.cli.stopping import take_over
+
+    take_over(arguments.sft)
     if arguments.sft.process_index:  # everything is said once, by rank 0
         with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
             return _train_once(arguments, config)
@@ -191,6 +196,7 @@ def _load_inputs(arguments: TrainArguments) -> Inputs:
     """Configuration, plan, tokenizer, data, weights: cheapest first."""
     from transformers import set_seed
 
+    check_early(arguments)
     model_options, sft = arguments.model, arguments.sft
     trust = sft.trust_remote_code
     model_config = loading.load_config(model_options, trust)
@@ -213,6 +219,7 @@ def _load_inputs(arguments: TrainArguments) -> Inputs:
     for name in {"dtype", "torch_dtype", "device_map", "config", "attn_implementation"} & set(kwargs):
         raise UserError(f"--model_init_kwargs: leave out {name!r}; misa train decides it (see --dtype and its like).")
     model = loading.load_model(model_options, sft.device, trust_remote_code=trust, **kwargs)
+    arguments = resize(arguments, model, tokenizer)
     loading.check_tokenizer(tokenizer, model, sft.eos_token)
     return Inputs(arguments, model, tokenizer, train_data, eval_data, plan)
 

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from misa_engine.cli.arguments import TrainArguments
 
 
+#: Chat templates that come with the package, to be named without a path.
+TEMPLATES = Path(__file__).parents[1] / "templates"
+
+
 def load_training_data(arguments: TrainArguments, tokenizer: Any) -> tuple[Any, Any]:
     """Load, check and put together what the options name; says what was taken of several data sets.
 
@@ -38,12 +42,15 @@ def load_training_data(arguments: TrainArguments, tokenizer: Any) -> tuple[Any, 
         for source in options.eval_dataset or options.dataset:
             config = options.dataset_config if source in options.dataset else None
             eval_parts.append(load_data(source, split=options.eval_split or "train", config=config, **shared))
+    sft.chat_template_path = packaged_template(sft.chat_template_path)
     for loaded in (*train_parts, *eval_parts):
         check_template(loaded, sft.chat_template_path, tokenizer)
     mixture = mix(train_parts, options.dataset, options.dataset_weights, fraction=options.eval_fraction, seed=sft.seed)
     if mixture.lines:
         print("\n".join(mixture.lines), flush=True)
     check_loss_options(mixture.format, sft)
+    if mixture.format.conversational and sft.assistant_only_loss and tokenizer is not None:
+        check_generation_marks(sft.chat_template_path, tokenizer)
     if mixture.text_only and "packing" not in given and sft.max_length is not None:
         sft.packing = True  # full sequences, and no text lost; see misa_engine.cli.data
         if "packing_strategy" not in given:
@@ -68,6 +75,42 @@ def check_template(loaded: LoadedData, template: str | None, tokenizer: Any) -> 
     looks_local = template and (template.endswith((".jinja", ".j2")) or template.startswith((".", "/", "~")))
     if template and looks_local and not Path(template).exists():
         raise UserError(f"--chat_template_path {template} does not exist.")
+
+
+def packaged_template(name: str | None) -> str | None:
+    """The path of a template that comes with the package where ``name`` is one's; else ``name`` as it is."""
+    if name is None or Path(name).exists() or "/" in name:
+        return name
+    file = TEMPLATES / f"{name}.jinja"
+    return str(file) if file.is_file() else name
+
+
+def check_generation_marks(template: str | None, tokenizer: Any) -> None:
+    """Raise UserError where nothing says which part of a text the assistant wrote, as ``--assistant_only_loss`` needs.
+
+    TRL knows marked forms of many published templates and takes those by itself.
+    """
+    from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"--assistant_only_loss finds the assistant's tokens with a fast tokenizer, and {type(tokenizer).__name__} "
+            "is a Python one: name another with --tokenizer_name_or_path, or give prompts and completions."
+        )
+    if template is not None:
+        if template.endswith((".jinja", ".j2")) and not has_generation_markers(Path(template).read_text("utf-8")):
+            raise UserError(f"--assistant_only_loss: {template} {WITHOUT_MARKS}")
+        return
+    try:
+        get_training_chat_template(tokenizer)
+    except ValueError:
+        raise UserError(f"--assistant_only_loss: the tokenizer's chat template {WITHOUT_MARKS}") from None
+
+
+WITHOUT_MARKS = (
+    "has no {% generation %} marks around what the assistant says. Add them, or use a template that comes with "
+    f"misa: --chat_template_path {' or '.join(sorted(path.stem for path in TEMPLATES.glob('*.jinja')))}."
+)
 
 
 def check_loss_options(format: Any, sft: Any) -> None:

@@ -33,10 +33,11 @@ class Attendance:
 
     Attributes:
         repeated: some step of the round had gradients of more than one forward pass of the model.
+        on_empty_pass: called from within a backward pass in which nothing active takes part.
     """
 
-    def __init__(self, model: nn.Module, places: Places):
-        self._model, self._places = model, places
+    def __init__(self, model: nn.Module, places: Places, on_empty_pass: Callable[[], None] = lambda: None):
+        self._model, self._places, self._on_empty_pass = model, places, on_empty_pass
         self._names: Sequence[str] = ()
         self._steps = 0
         self._missed: list[int] = []
@@ -52,7 +53,6 @@ class Attendance:
         self._inside = False
         self._unseen: set[str] = set()
         self._warned: set[str] = set()
-        self.on_empty_pass: Callable[[], None] = lambda: None
         self._handles: list[Any] = []
 
     def bind(self, names: Sequence[str]) -> None:
@@ -89,7 +89,7 @@ class Attendance:
         def differentiated() -> None:
             if self._round == round_:
                 self._ran |= ran
-                self.on_empty_pass()
+                self._on_empty_pass()
 
         return differentiated
 

@@ -117,8 +117,7 @@ class MISA(torch.optim.Optimizer):
         self._guard = guards.CheckpointingGuard(model)
         where = (model, self._parameters, self.arena, kernels, lambda: self.param_groups)
         self._intake = intake_for(config, *where, self.replicas, lambda: self.total_steps)
-        self._attendance = Attendance(model, self._intake.places)
-        self._attendance.on_empty_pass = self._intake.empty_pass
+        self._attendance = Attendance(model, self._intake.places, self._intake.empty_pass)
         self._intake.on_arrival = self._attendance.arrived
         self._rest: RestRule | None = None
         if resting:

@@ -112,8 +112,17 @@ def check_arguments(args: TrainingArguments, config: MisaConfig) -> None:
 
 
 def prepare_unwrapped(accelerator: Accelerator) -> None:
-    """Let ``accelerator.prepare`` do everything to a model but wrap it: MISA averages the gradients itself."""
-    vars(accelerator)["prepare_model"] = functools.partial(accelerator.prepare_model, evaluation_mode=True)
+    """Let ``accelerator.prepare`` do everything to a model but wrap and move it.
+
+    MISA averages the gradients itself, and the Trainer has moved the model before. On a CPU accelerate would move it
+    again, to a device that it calls cpu:0, and leave the optimizer with weights that nobody uses.
+    """
+    prepare = accelerator.prepare_model
+
+    def prepare_model(model: nn.Module, *_: Any, **__: Any) -> Any:
+        return prepare(model, device_placement=False, evaluation_mode=True)
+
+    vars(accelerator)["prepare_model"] = prepare_model
 
 
 def mark_prepared(model: nn.Module) -> None:

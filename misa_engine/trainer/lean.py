@@ -38,6 +38,13 @@ LOSS_TOLERANCE = {torch.bfloat16: 0.02, torch.float32: 0.002}
 #: The same for ‖difference‖ / ‖plain gradient‖ of one matrix. 3% were seen at 12 layers in bf16, and roundings add up
 #: like a random walk: 8% at 80 layers. A missing factor, mask or term is off by more than twice that.
 GRADIENT_TOLERANCE = {torch.bfloat16: 0.2, torch.float32: 0.02}
+#: Where a gradient all but vanishes (k and q on a text of one repeated token; a loss of 0), what is left of it is
+#: rounding, and two right paths round differently. Below this share of the largest gradient in the layer, some times
+#: the dtype's own, it is not compared.
+ROUNDING = {torch.bfloat16: 2.0**-6, torch.float32: 2.0**-18}
+#: The same where all gradients vanish: nats by which the loss may move when a matrix changes by its own norm. A
+#: softmax near 1 loses 2**-24 of it in float32, in which the cross-entropy is computed for every dtype.
+VANISHED = 2.0**-20
 
 
 # ---- the decision ----
@@ -115,8 +122,11 @@ class LossCheck:
     def __init__(self, trainer: Any, batch: dict[str, Tensor]):
         self._trainer, self._batch = trainer, batch
         self._count = trainer._get_num_items_in_batch([batch, batch], batch["labels"].device)  # as if accumulating two
-        self._probe = _small_matrix(trainer.model)
-        self._plain = self._measure(lambda: plain_loss(trainer.model, batch, self._count))
+        small = _small_matrices(trainer.model)
+        self._probe = small[0] if small else None
+        loss, gradients = self._gradients(lambda: plain_loss(trainer.model, batch, self._count), small)
+        self._plain = loss, gradients[0] if gradients else None
+        self._largest = max((float(gradient.norm()) for gradient in gradients), default=0.0)
         if not math.isfinite(self._plain[0]):
             raise UserError(_not_finite(trainer.model, self._plain[0]))
 
@@ -147,7 +157,10 @@ class LossCheck:
         """
         trainer = self._trainer
         loss, gradient = self._measure(
-            lambda: trainer.compute_loss(trainer.model, dict(self._batch), num_items_in_batch=self._count)
+            lambda: (
+                trainer.compute_loss(trainer.model, dict(self._batch), num_items_in_batch=self._count)
+                / _ranks_in_loss(trainer, self._count)
+            )
         )
         plain, plain_gradient = self._plain
         dtype = torch.bfloat16 if trainer.args.bf16 else next(trainer.model.parameters()).dtype
@@ -158,7 +171,7 @@ class LossCheck:
             raise UserError(self._message(found))
         apart = 0.0
         if gradient is not None and plain_gradient is not None and float(plain_gradient.norm()) > 0:
-            apart = float((gradient - plain_gradient).norm() / plain_gradient.norm())
+            apart = float((gradient - plain_gradient).norm()) / max(float(plain_gradient.norm()), self._floor(kind))
             if not apart <= GRADIENT_TOLERANCE[kind]:
                 name = self._probe[0] if self._probe else ""
                 raise UserError(
@@ -181,14 +194,30 @@ class LossCheck:
             path, remedy = "TRL's chunked cross-entropy", "Switch it off with --loss_type nll"
         return f"{path} would train this model wrongly: {found}. {remedy}."
 
+    def _floor(self, kind: torch.dtype) -> float:
+        """Norm below which the probe's gradient is rounding."""
+        assert self._probe is not None
+        weight = float(self._probe[1].detach().float().norm())
+        return max(ROUNDING[kind] * self._largest, VANISHED / weight if weight else 0.0)
+
     def _measure(self, loss_of: Any) -> tuple[float, Tensor | None]:
         """The loss, and the gradient of the probe in float32."""
-        with _undisturbed(self._trainer, self._probe), self._trainer.compute_loss_context_manager():
+        loss, gradients = self._gradients(loss_of, [self._probe] if self._probe else [])
+        return loss, gradients[0] if gradients else None
+
+    def _gradients(self, loss_of: Any, of: list[tuple[str, nn.Parameter]]) -> tuple[float, list[Tensor]]:
+        """The loss, and the gradients of some matrices in float32."""
+        parameters = [parameter for _, parameter in of]
+        with _undisturbed(self._trainer, parameters), self._trainer.compute_loss_context_manager():
             loss = loss_of()
-            gradient = None
-            if self._probe is not None:
-                gradient = torch.autograd.grad(loss, [self._probe[1]])[0].float()
-            return float(loss.detach()), gradient
+            gradients = torch.autograd.grad(loss, parameters) if parameters else ()
+            return float(loss.detach()), [gradient.float() for gradient in gradients]
+
+
+def _ranks_in_loss(trainer: Any, count: Tensor | int | None) -> int:
+    """What the Trainer multiplies a loss by that it has divided by the tokens of all processes."""
+    counted = trainer.model_accepts_loss_kwargs and count is not None
+    return int(trainer.accelerator.num_processes) if trainer.args.average_tokens_across_devices and counted else 1
 
 
 def _not_finite(model: nn.Module, loss: float) -> str:
@@ -297,8 +326,11 @@ def _predicts_next_token(model: nn.Module) -> bool:
     return getattr(model, "loss_type", None) == "ForCausalLM" or type(model).__name__ in CAUSAL.values()
 
 
-def _small_matrix(model: nn.Module) -> tuple[str, nn.Parameter] | None:
-    """The smallest matrix of the last layer but one: every kernel of a whole layer lies between it and the loss."""
+def _small_matrices(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The four smallest matrices of the last layer but one, smallest first.
+
+    Every kernel of a whole layer lies between them and the loss.
+    """
     ends = [get() for get in (model.get_input_embeddings, model.get_output_embeddings)]  # type: ignore[operator]
     skip = {id(module.weight) for module in ends if module is not None}
     layers: dict[int, list[tuple[str, nn.Parameter]]] = {}
@@ -307,14 +339,14 @@ def _small_matrix(model: nn.Module) -> tuple[str, nn.Parameter] | None:
         if number and parameter.ndim == 2 and id(parameter) not in skip:
             layers.setdefault(int(number.group(1)), []).append((name, parameter))
     if not layers:
-        return None
+        return []
     chosen = layers[sorted(layers)[-2:][0]]
-    return min(chosen, key=lambda entry: entry[1].numel())
+    return sorted(chosen, key=lambda entry: entry[1].numel())[:4]
 
 
 @contextmanager
-def _undisturbed(trainer: Any, probe: tuple[str, nn.Parameter] | None) -> Iterator[None]:
-    """Only the probe gets a gradient and nothing is random inside; everything is as it was afterwards.
+def _undisturbed(trainer: Any, probes: list[nn.Parameter]) -> Iterator[None]:
+    """Only the probes get gradients and nothing is random inside; everything is as it was afterwards.
 
     The model itself stays in training mode, in which Liger skips the logits; its parts are in evaluation mode, without
     dropout, router noise or checkpointing. A mixture's balancing loss, which is no cross-entropy, is left out.
@@ -330,13 +362,14 @@ def _undisturbed(trainer: Any, probe: tuple[str, nn.Parameter] | None) -> Iterat
     router = model.config.get_text_config()
     routed = getattr(router, "output_router_logits", None)
     auxiliary = getattr(trainer, "aux_loss_enabled", None)
+    probed = {id(parameter) for parameter in probes}
     cuda = [trainer.args.device] if trainer.args.device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda), eager:
         try:
             model.eval()
             model.training = True
             for parameter, _ in wanted:
-                parameter.requires_grad_(probe is not None and parameter is probe[1])
+                parameter.requires_grad_(id(parameter) in probed)
             if routed:
                 router.output_router_logits = False
             if auxiliary:
