@@ -111,7 +111,7 @@ def terminated_as_interrupt() -> Iterator[None]:
     """SIGTERM (``timeout``, a batch system) ends the run as Ctrl-C does: with its results."""
 
     def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt("terminated; results so far are kept, --resume goes on")
+        raise KeyboardInterrupt("terminated; results so far are kept, --resume (learning: the same words) goes on")
 
     before = signal.signal(signal.SIGTERM, interrupt)
     try:

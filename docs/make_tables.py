@@ -74,7 +74,9 @@ def learning() -> str:
             shown = (
                 f"Preset `{path.parent.name}`, {task}, {base} parameters, {where['steps']} steps of {where['batch']} × "
             )
-            shown += f"{where['length']} tokens, {_counts(rates)} learning rates, {_counts(seeds)} seeds; {start}"
+            shown += f"{where['length']} tokens, learning rates: {_counts(rates)}, seeds: {_counts(seeds)}; {start}"
+            if path.parent.name == "quick":
+                shown += " (shows that everything runs; ranks nothing)"
             cells = [[row["method"], *_cells(row)] for row in rows]
             headings = ["method", "held-out loss", "gap closed", "forgetting", "held MiB"]
             if any(row["accuracy"] is not None for row in rows):
