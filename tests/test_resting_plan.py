@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from command import make_workplace, words
 from misa_engine import MISA, MisaConfig, plan
 from misa_engine.cli.main import main
 from misa_engine.cli.preview import preview
@@ -16,6 +17,7 @@ from misa_engine.planner.activations import DecoderShape, MicroBatch, peak
 from misa_engine.planner.probe import measure
 from misa_engine.planner.resting import rest_bytes, resting, step_cost
 from misa_engine.planner.worst_case import MetaModel, WorstCase
+from misa_engine.report.log import RunLog
 from models import TINY
 from test_probe import SMALL, names_of, profiled_peak
 
@@ -200,3 +202,31 @@ def test_the_preview_shows_the_rule_and_its_bytes():
     shown = preview(TINY["llama"](), config, accumulation=2)
     assert "rest sign: " in shown and "at every 2 steps" in shown and "\n  rest  " in shown
     assert "rest" not in preview(TINY["llama"](), MisaConfig(delta=0.2))
+
+
+# ---- a run ----
+
+
+def test_a_run_with_the_rule_says_so_before_and_after(tmp_path, tmp_path_factory, capsys):
+    place, out = make_workplace(tmp_path, tmp_path_factory.mktemp("cache")), tmp_path / "out"
+    options = {"rest": "sign", "rest_outside": "true", "rest_every": 2, "gradient_accumulation_steps": 2}
+    assert main(words(place, out, "--dry_run", **options)) == 0
+    shown = capsys.readouterr().out
+    assert "rest sign: up to " in shown and "at every 2 steps" in shown and "every matrix that can rest moves" in shown
+    assert "warning: fewer than" not in shown
+    assert main(words(place, out, **options)) == 0
+    shown = capsys.readouterr().out
+    assert "of what can be drawn; the others moved by sign" in shown and "CHANGED" not in shown
+    end = RunLog.read(out)[-1]
+    assert end["type"] == "end" and 0 < end["frozen"] == end["unchanged_frozen"]  # norms; no matrix
+    matrices = [change for name, change in end["relative_change"].items() if "norm" not in name]
+    assert min(matrices) > 0
+    memory = next(entry["bytes"] for entry in RunLog.read(out) if entry["type"] == "memory")
+    assert memory["rest"] > 0
+
+
+def test_a_rate_without_a_rule_is_refused_before_anything_is_written(tmp_path, tmp_path_factory, capsys):
+    place = make_workplace(tmp_path, tmp_path_factory.mktemp("cache"))
+    assert main(words(place, tmp_path / "out", rest_lr=0.2)) == 2
+    error = capsys.readouterr().err
+    assert "rest is 'none'" in error and error.count("\n") == 1 and not (tmp_path / "out").exists()

@@ -211,7 +211,8 @@ def test_grad_norm_is_the_true_norm_and_clipping_leaves_gradients_and_scores_raw
 def test_fused_clipping_trains_like_the_trainer_clipping_in_place(misa_trainer, tmp_path, tokens):
     fused = misa_trainer(max_grad_norm=0.5)
     fused.train()
-    in_place = plain_trainer(tmp_path / "plain", tokens, max_grad_norm=0.5)
+    misa = {"run_steps": COMMON["max_steps"]}  # which a plain Trainer does not tell its optimizer
+    in_place = plain_trainer(tmp_path / "plain", tokens, max_grad_norm=0.5, misa=misa)
     in_place.train()
     for (name, a), b in zip(fused.model.named_parameters(), in_place.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)

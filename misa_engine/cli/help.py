@@ -21,6 +21,7 @@ MAIN_MISA_OPTIONS = (
     "always_train",
     "frozen",
     "include_outside",
+    "rest",
     "state_dtype",
     "update_in",
 )

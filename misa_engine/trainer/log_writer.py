@@ -13,6 +13,7 @@ from torch import nn
 
 from misa_engine.engine.events import CallbackHandle, SwitchEvent
 from misa_engine.engine.optimizer import MISA
+from misa_engine.engine.rest import can_rest
 from misa_engine.method.config import MisaConfig
 from misa_engine.report.log import RunLog
 from misa_engine.trainer.checkpoints import write_error
@@ -96,7 +97,7 @@ class RunLogWriter:
         peak = peak_memory_bytes(self._device)  # before the comparison below adds to it
         changes = self._start.compare(model)
         visits = trained_rounds(misa) if misa is not None else {}
-        frozen = untrained_parameters(misa, visits) if misa is not None else set()
+        frozen = untrained_parameters(misa, visits, model) if misa is not None else set()
         self._append(
             "end",
             step,
@@ -179,9 +180,10 @@ def trained_rounds(misa: MISA) -> dict[str, int]:
     return visits
 
 
-def untrained_parameters(misa: MISA, visits: Mapping[str, int]) -> set[str]:
-    """Names of the parameters that must still be as they were: never trained, or of units that never were."""
-    return set(misa.partition.frozen).union(*(unit.params for unit in misa.units if not visits[unit.name]))
+def untrained_parameters(misa: MISA, visits: Mapping[str, int], model: nn.Module) -> set[str]:
+    """Names of the parameters that must still be as they were: never trained, nor moved by a rest rule."""
+    unvisited = (unit.params for unit in misa.units if not visits[unit.name])
+    return set(misa.partition.frozen).union(*unvisited).difference(can_rest(model, misa.partition, misa.config))
 
 
 def describe_switch(event: SwitchEvent, limit: int = 8) -> str:
