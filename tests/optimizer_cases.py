@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from misa_engine import MISA
 from training import batches, loss_of, tiny, train, weights
 
-OPTIONS = {"lr": 1e-2, "delta": 0.3, "inner_steps": 2, "cold_start": "none", "weight_decay": 0.1}
+OPTIONS = {"lr": 1e-2, "delta": 0.3, "inner_steps": 2, "cold_start": "none", "weight_decay": 0.1, "rest": "none"}
 
 
 def model_on(device: str, dtype: torch.dtype = torch.bfloat16, **options) -> nn.Module:

@@ -15,7 +15,7 @@ from training import batches, loss_of, tiny, train, weights
 @pytest.mark.parametrize("update_in", ["step", "backward"])
 def test_step_in_which_all_active_layers_are_skipped_is_empty_and_counted(update_in, gemm):
     model = tiny("opt", layerdrop=0.5)
-    optimizer = MISA(model, lr=1e-2, delta=0.15, inner_steps=3, update_in=update_in, gemm_gradients=gemm)
+    optimizer = MISA(model, rest="none", lr=1e-2, delta=0.15, inner_steps=3, update_in=update_in, gemm_gradients=gemm)
     torch.manual_seed(0)
     data, empty = batches(), 0
     for _ in range(60):

@@ -18,7 +18,7 @@ def test_checkpointing_recomputes_no_layer_below_the_lowest_active_one(when):
     model = tiny(num_hidden_layers=6)
     if when == "before":
         enable_checkpointing(model)
-    optimizer = MISA(model, lr=1e-3, delta=0.1, inner_steps=1, seed=2)
+    optimizer = MISA(model, rest="none", lr=1e-3, delta=0.1, inner_steps=1, seed=2)
     if when == "after":
         enable_checkpointing(model)
     calls = [0] * 6

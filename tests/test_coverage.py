@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def coverage(steps=600, delta=0.03, inner_steps=50, drawable=1000, budget=30, **options):
-    misa = MisaConfig(delta=delta, inner_steps=inner_steps, **options)
+    misa = MisaConfig(delta=delta, inner_steps=inner_steps, **{"rest": "none", **options})
     return Coverage.of(misa, steps, drawable=drawable, budget=budget)
 
 
@@ -225,7 +225,7 @@ def test_a_collapse_is_said_once_with_its_remedy(caplog):
 
 
 def test_plan_says_how_often_weights_are_visited(capsys):
-    plan = ["plan", "--model", "tinyllama", "--length", "256"]
+    plan = ["plan", "--model", "tinyllama", "--length", "256", "--rest", "none"]
     assert main([*plan, "--steps", "600"]) == 0
     shown = capsys.readouterr().out
     assert "600 steps, delta 0.03, inner_steps 50: 0.36 visits a weight" in shown
@@ -243,14 +243,14 @@ def test_plan_says_how_often_weights_are_visited(capsys):
 
 
 def test_a_recommended_delta_that_does_not_fit_is_marked(capsys):
-    assert main(["plan", "--model", "llama-3-8b", "--gpu", "rtx4090", "--steps", "600"]) == 0
+    assert main(["plan", "--model", "llama-3-8b", "--gpu", "rtx4090", "--steps", "600", "--rest", "none"]) == 0
     assert "delta 0.25 (does not fit)" in capsys.readouterr().out
 
 
 def test_train_says_it_before_and_the_report_after(tmp_path, tmp_path_factory, capsys):
     place = make_workplace(tmp_path, tmp_path_factory.mktemp("cache"))
     out = tmp_path / "out"
-    assert main(words(place, out, "--dry_run", max_steps=6)) == 0
+    assert main(words(place, out, "--dry_run", "--rest", "none", max_steps=6)) == 0
     shown = capsys.readouterr().out
     assert "6 steps, delta 0.2, inner_steps 2: 0.60 visits a weight" in shown and "warning: fewer than 2" in shown
     assert main(words(place, out, max_steps=None, num_train_epochs=2)) == 0  # 24 records in pairs

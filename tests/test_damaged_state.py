@@ -9,7 +9,7 @@ import torch
 from misa_engine import MISA
 from training import batches, tiny, train
 
-OPTIONS = {"delta": 0.3, "inner_steps": 3, "revisit": "offload", "leave_rounding": "keep", "lr": 1e-2}
+OPTIONS = {"delta": 0.3, "inner_steps": 3, "revisit": "offload", "leave_rounding": "keep", "rest": "none", "lr": 1e-2}
 
 
 @pytest.fixture(scope="module")

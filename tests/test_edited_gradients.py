@@ -39,7 +39,7 @@ POISON = {
 @pytest.mark.parametrize("how", POISON)
 def test_non_finite_gradient_changes_nothing_however_it_came_about(how, early, clip):
     model = tiny("llama", torch.bfloat16)
-    optimizer = MISA(model, delta=0.3, inner_steps=2, cold_start="none", lr=1e-2, max_grad_norm=clip)
+    optimizer = MISA(model, rest="none", delta=0.3, inner_steps=2, cold_start="none", lr=1e-2, max_grad_norm=clip)
     before = weights(model)
     loss_of(model, next(batches())).backward()
     if early:

@@ -24,7 +24,7 @@ def bits(optimizer):
 @pytest.mark.parametrize("steps", [2, 6])
 def test_residual_bits_of_replaced_weights_are_dropped(steps, update_in):
     model, source = tiny(dtype=torch.bfloat16), tiny(dtype=torch.bfloat16).state_dict()
-    optimizer = MISA(model, leave_rounding="keep", update_in=update_in, **OPTIONS)
+    optimizer = MISA(model, rest="none", leave_rounding="keep", update_in=update_in, **OPTIONS)
     train(model, optimizer, batches(), steps)
     assert bits(optimizer) == (True, steps > 4)
     model.load_state_dict(source)
@@ -57,12 +57,12 @@ def test_update_after_replaced_weights_starts_from_them(update_in):
 @pytest.mark.parametrize("weights_first", [True, False])
 def test_resume_is_exact_in_either_order_of_loading(weights_first):
     whole = tiny(dtype=torch.bfloat16)
-    optimizer = MISA(whole, leave_rounding="keep", **OPTIONS)
+    optimizer = MISA(whole, rest="none", leave_rounding="keep", **OPTIONS)
     train(whole, optimizer, batches(), 6)
     saved = copy.deepcopy((whole.state_dict(), optimizer.state_dict()))
     train(whole, optimizer, batches(seed=1), 6)
     model = tiny(dtype=torch.bfloat16)
-    other = MISA(model, leave_rounding="keep", **OPTIONS)
+    other = MISA(model, rest="none", leave_rounding="keep", **OPTIONS)
     train(model, other, batches(seed=9), 3)
     loads = [lambda: model.load_state_dict(saved[0]), lambda: other.load_state_dict(saved[1])]
     for load in loads if weights_first else reversed(loads):

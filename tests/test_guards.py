@@ -140,7 +140,7 @@ def test_a_dtype_conversion_after_construction_is_noticed():
 
 def test_a_gradient_for_an_inactive_unit_is_an_error():
     model = tiny()
-    MISA(model, delta=0.3)
+    MISA(model, rest="none", delta=0.3)
     model.requires_grad_(True)
     with pytest.raises(RuntimeError, match="inactive"):
         loss_of(model, next(batches())).backward()

@@ -52,7 +52,7 @@ def test_small_steps_survive_leaving(leave_rounding, moves):
         sign = {name: torch.where(p.float() > 0.024, 1.0, -1.0) for name, p in model.named_parameters()}
         start = weights(model)
         rule = {"rule": "cyclic", "cold_start": "none", "revisit": "clear", "leave_rounding": leave_rounding}
-        optimizer = MISA(model, lr=1e-6, delta=0.3, inner_steps=50, **rule)
+        optimizer = MISA(model, rest="none", lr=1e-6, delta=0.3, inner_steps=50, **rule)
         while optimizer.round < 24:  # each unit several times
             constant_gradients(model, optimizer, sign)
             optimizer.step()
@@ -81,7 +81,7 @@ def test_small_steps_survive_leaving(leave_rounding, moves):
 
 def test_kept_residual_bits_come_back_bit_for_bit():
     model = tiny("llama", torch.bfloat16)
-    optimizer = MISA(model, lr=1e-3, delta=0.3, inner_steps=1, leave_rounding="keep")
+    optimizer = MISA(model, rest="none", lr=1e-3, delta=0.3, inner_steps=1, leave_rounding="keep")
     data = batches()
     seen_again = 0
     for _ in range(40):
@@ -102,7 +102,7 @@ def test_kept_residual_bits_follow_the_float32_model():
     twin.load_state_dict(model.float().state_dict())
     model = model.to(torch.bfloat16)
     options = {"lr": 1e-4, "delta": 0.3, "inner_steps": 3, "rule": "uniform", "seed": 3}
-    a, b = MISA(model, leave_rounding="keep", **options), MISA(twin, **options)
+    a, b = MISA(model, rest="none", leave_rounding="keep", **options), MISA(twin, rest="none", **options)
     for _ in range(60):
         assert a.active == b.active
         for name in a.active:
@@ -212,7 +212,7 @@ def test_a_unit_that_comes_back_goes_on_counting_its_steps(revisit, state_dtype)
 )
 def test_resume_with_host_state_is_bitwise_exact(options, tmp_path):
     def build(model):
-        return MISA(model, lr=1e-2, delta=0.3, inner_steps=3, **options)
+        return MISA(model, rest="none", lr=1e-2, delta=0.3, inner_steps=3, **options)
 
     whole, parts = tiny("llama", torch.bfloat16), tiny("llama", torch.bfloat16)
     optimizer = build(whole)

@@ -42,13 +42,16 @@ print("equal")
 @pytest.mark.parametrize(
     ("dtype", "options"),
     [
-        ("bfloat16", {"preset": "engine"}),
+        ("bfloat16", {"preset": "engine", "rest": "none"}),
         ("float32", {"preset": "paper"}),
         ("bfloat16", {"preset": "official"}),
-        ("bfloat16", {"state_dtype": "int8", "grad_dtype": "float32"}),
+        ("bfloat16", {"state_dtype": "int8", "grad_dtype": "float32", "rest": "none"}),
         ("bfloat16", {"preset": "paper", "state_dtype": "int8", "update_in": "backward"}),
         ("bfloat16", {"rest": "sign", "rest_outside": True, "rest_every": 2}),
-        ("bfloat16", {"rule": "cyclic", "revisit": "offload", "leave_rounding": "keep", "inner_steps": 1}),
+        (
+            "bfloat16",
+            {"rule": "cyclic", "revisit": "offload", "leave_rounding": "keep", "rest": "none", "inner_steps": 1},
+        ),
     ],
     ids=str,
 )

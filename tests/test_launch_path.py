@@ -41,7 +41,7 @@ def gpu(monkeypatch, tmp_path):
 
 def build(**options):
     model = tiny("llama", torch.bfloat16)
-    defaults = {"lr": 1e-3, "delta": 0.3, "inner_steps": 3, "cold_start": "none", "backend": "triton"}
+    defaults = {"lr": 1e-3, "delta": 0.3, "inner_steps": 3, "cold_start": "none", "backend": "triton", "rest": "none"}
     optimizer = MISA(model, **{**defaults, **options})
     optimizer.measure_on_arrival = "max_grad_norm" not in options
     return model, optimizer

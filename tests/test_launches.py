@@ -137,7 +137,7 @@ def one_step(model, optimizer, device, clip=None, micro_batches=1):
 
 def build(**options):
     model = tiny("llama", torch.bfloat16)
-    defaults = {"lr": 1e-3, "delta": 0.3, "inner_steps": 3, "cold_start": "none", "backend": "triton"}
+    defaults = {"lr": 1e-3, "delta": 0.3, "inner_steps": 3, "cold_start": "none", "backend": "triton", "rest": "none"}
     optimizer = MISA(model, **{**defaults, **options})
     optimizer.measure_on_arrival = "max_grad_norm" not in options  # MISA alone clips here: nothing needs a second norm
     return model, optimizer

@@ -278,7 +278,7 @@ def test_10_000_steps_and_2_000_switches_leave_nothing_behind(tmp_path):
     """With the run log, the clock and both kinds of state that units leave on the host."""
     torch.manual_seed(0)
     model = Deep().bfloat16()
-    options = {"leave_rounding": "keep", "revisit": "offload", "cold_start": "none"}
+    options = {"leave_rounding": "keep", "revisit": "offload", "cold_start": "none", "rest": "none"}
     optimizer = MISA(model, delta=0.3, inner_steps=5, lr=1e-3, **options)
     log_writer = RunLogWriter(tmp_path, torch.device("cpu"), writer=True)
     log_writer.arm()

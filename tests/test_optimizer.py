@@ -17,7 +17,7 @@ DELTA = 0.3  # the tiny models' largest matrix is 8% of the whole
 
 def test_only_active_matrices_change_and_only_they_hold_gradients():
     model = tiny()
-    optimizer = MISA(model, lr=1e-2, delta=DELTA, inner_steps=3)
+    optimizer = MISA(model, rest="none", lr=1e-2, delta=DELTA, inner_steps=3)
     data = batches()
     for _ in range(40):
         active, before = set(optimizer.active), weights(model)
@@ -86,7 +86,7 @@ def test_a_thousand_rounds_of_training_stay_within_the_budget_and_allocate_nothi
 def test_switching_allocates_nothing_once_every_unit_has_left_once():
     model = tiny("llama", torch.bfloat16, num_hidden_layers=1)
     kept = {"state_dtype": "int8", "revisit": "offload", "leave_rounding": "keep"}
-    optimizer = MISA(model, lr=1e-3, delta=0.35, inner_steps=1, rule="shuffle", **kept)
+    optimizer = MISA(model, rest="none", lr=1e-3, delta=0.35, inner_steps=1, rule="shuffle", **kept)
     pointers = {name: buffer.data_ptr() for name, buffer in optimizer.arena.buffers().items()}
     ids = next(batches(length=4))
     train(model, optimizer, iter([ids] * 30), 30)
@@ -144,7 +144,7 @@ def test_tied_embeddings_get_one_step():
 def test_always_trained_parameters_train_in_every_round_and_are_not_decayed():
     model = tiny()
     optimizer = MISA(
-        model, lr=1e-2, delta=DELTA, inner_steps=2, always_train=("norm", "embed_tokens"), weight_decay=0.5
+        model, rest="none", lr=1e-2, delta=DELTA, inner_steps=2, always_train=("norm", "embed_tokens"), weight_decay=0.5
     )
     always = set(optimizer.partition.always)
     assert "model.norm.weight" in always and "model.embed_tokens.weight" in always
@@ -199,7 +199,7 @@ def test_parameter_groups_by_pattern():
 )
 def test_schedulers_move_the_learning_rate_that_is_used(build):
     model = tiny()
-    optimizer = MISA(model, lr=1e-2, delta=DELTA, inner_steps=100, cold_start="none")
+    optimizer = MISA(model, rest="none", lr=1e-2, delta=DELTA, inner_steps=100, cold_start="none")
     scheduler = build(optimizer)
     twin_model = tiny()
     names = optimizer.active
@@ -374,7 +374,7 @@ def test_a_round_that_ends_early_is_a_round_with_fewer_steps(update_in):
 
 def test_a_round_that_ends_without_a_step_leaves_scores_and_weights_alone():
     model = tiny()
-    optimizer = MISA(model, delta=DELTA, inner_steps=5, cold_start="none")
+    optimizer = MISA(model, rest="none", delta=DELTA, inner_steps=5, cold_start="none")
     before, scores = weights(model), optimizer.scores
     loss_of(model, next(batches())).backward()
     optimizer.end_round()

@@ -34,7 +34,7 @@ def test_a_gradient_that_arrives_after_clipping_is_measured_again():
 
 def test_gradients_are_views_of_the_arena_in_every_zero_grad_mode():
     model = tiny()
-    optimizer = MISA(model, delta=DELTA)
+    optimizer = MISA(model, rest="none", delta=DELTA)
     low = optimizer.arena.grad.data_ptr()
     high = low + optimizer.arena.grad.nbytes
     clears = [

@@ -39,7 +39,7 @@ def test_both_schedules_give_the_same_bits(preset, dtype):
 
 def test_no_gradient_outlives_its_arrival_and_no_slot_is_allocated():
     model = tiny()
-    optimizer = MISA(model, lr=1e-2, delta=0.5, update_in="backward", cold_start="none")
+    optimizer = MISA(model, rest="none", lr=1e-2, delta=0.5, update_in="backward", cold_start="none")
     most = 0
 
     def watch(_):
@@ -103,7 +103,7 @@ def test_clipping_is_refused_wherever_it_is_asked_for():
 
 def test_a_non_finite_gradient_skips_its_matrix_and_no_other():
     model = tiny()
-    optimizer = MISA(model, lr=1e-2, delta=0.3, inner_steps=4, update_in="backward", cold_start="none")
+    optimizer = MISA(model, rest="none", lr=1e-2, delta=0.3, inner_steps=4, update_in="backward", cold_start="none")
     bad = optimizer.active[0]
     handle = model.get_parameter(bad).register_hook(lambda gradient: gradient * math.nan)
     before = weights(model)

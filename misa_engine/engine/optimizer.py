@@ -39,8 +39,8 @@ class MISA(torch.optim.Optimizer):
     """Adam on a changing, importance-sampled set of weight matrices (arXiv 2511.00056, Algorithm 1).
 
     Every T steps a few units, together at most a share δ of the model, are drawn with probabilities that follow their
-    tracked gradient norms. They are trainable for the next T steps; everything else is frozen and holds no gradient.
-    Build it before freezing anything and on the device where the model will train.
+    tracked gradient norms. They train for the next T steps; every other matrix has no state, and moves by the rest rule
+    (``rest``) as its gradient passes by, or is frozen (``rest="none"``, as in the paper). Build it before freezing anything and on the device where the model will train.
 
     Example:
         >>> optimizer = MISA(model, lr=1e-5, delta=0.03)
