@@ -40,7 +40,8 @@ class MISA(torch.optim.Optimizer):
 
     Every T steps a few units, together at most a share δ of the model, are drawn with probabilities that follow their
     tracked gradient norms. They train for the next T steps; every other matrix has no state, and moves by the rest rule
-    (``rest``) as its gradient passes by, or is frozen (``rest="none"``, as in the paper). Build it before freezing anything and on the device where the model will train.
+    (``rest``) as its gradient passes by, or is frozen (``rest="none"``, as in the paper). Build it before freezing
+    anything and on the device where the model will train.
 
     Example:
         >>> optimizer = MISA(model, lr=1e-5, delta=0.03)
