@@ -29,6 +29,8 @@ BENCH = [
     "lomo-optim>=0.1.1",
     "flashoptim>=0.1.4; platform_system == 'Linux'",
     "torchao>=0.18",
+    "reasoning-gym>=0.1.20",  # problems of misa bench learning
+    "gguf>=0.16",  # misa fetch
     *PLOTS,
 ]
 

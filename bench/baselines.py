@@ -77,22 +77,24 @@ BASELINES: dict[str, Baseline] = {
     # ours
     "misa": Baseline(_misa, {}, "MISA, fp32 moments"),
     "misa-int8": Baseline(_misa, {"state_dtype": "int8"}, "MISA, 8-bit moments"),
+    "misa-none": Baseline(_misa, {"rest": "none"}, "MISA without a rest rule: what is not drawn stands still"),
     "misa-backward": Baseline(_misa, {"update_in": "backward"}, "MISA, update inside the backward pass"),
     "unfused-misa": Baseline(
         unfused_misa, {}, "MISA as the published code works: fp32 clones, eager AdamW, norms read on the host",
-        (), "same sampler as misa; scores are read after clipping, moments begin anew at each switch",
+        (), "same sampler as misa-none; scores are read after clipping, moments begin anew at each switch",
     ),
     # other methods by our engine
-    "uniform": Baseline(_misa, {"rule": "uniform"}, "MISA's engine, uniform draws"),
+    "uniform": Baseline(_misa, {"rule": "uniform", "rest": "none"}, "MISA's engine, uniform draws"),
     "lisa": Baseline(
-        _by_layers, {"layers": 2, "with_outer": True, "rule": "uniform"},
+        _by_layers, {"layers": 2, "with_outer": True, "rule": "uniform", "rest": "none"},
         "LISA: two layers, embeddings and head (our engine)",
     ),
     "lisa-layers": Baseline(
-        _by_layers, {"layers": 2, "rule": "uniform"}, "LISA without embeddings and head: two layers (our engine)",
+        _by_layers, {"layers": 2, "rule": "uniform", "rest": "none"},
+        "LISA without embeddings and head: two layers (our engine)",
     ),
     "badam-like": Baseline(
-        _by_layers, {"layers": 1, "rule": "cyclic", "revisit": "clear"},
+        _by_layers, {"layers": 1, "rule": "cyclic", "revisit": "clear", "rest": "none"},
         "BAdam's rule: one layer after the other, fresh moments (our engine)",
     ),
     # all parameters
@@ -123,6 +125,10 @@ BASELINES: dict[str, Baseline] = {
     ),
     # low ranks
     "lora": Baseline(peers.adapters, {}, "LoRA on all linear layers (peft), AdamW", ("peft",)),
+    "rslora": Baseline(
+        peers.adapters, {"use_rslora": True, "lora_alpha": 16},
+        "rsLoRA on all linear layers (peft; scaled by 16/√r), AdamW", ("peft",),
+    ),
     "dora": Baseline(peers.adapters, {"use_dora": True}, "DoRA on all linear layers (peft), AdamW", ("peft",)),
     "galore": Baseline(
         peers.packaged,

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import load_model
 
 from misa_engine.bench.baselines import BASELINES, build
 from misa_engine.bench.ledger import Floor
@@ -30,7 +29,7 @@ CPU_NOTE = "cpu: no memory claim"
 #: What every row of a training case has, measured or not.
 MEASURED = (
     "step_time_s", "tokens_per_s", "peak_bytes", "peak_allocated_bytes", "peak_reserved_bytes", "process_bytes",
-    "device_used_bytes", "trainable_parameters", "heldout_loss",
+    "device_used_bytes", "trainable_parameters",
 )  # fmt: skip
 
 Row = dict[str, Any]
@@ -114,15 +113,11 @@ class TrainingCase(Case, Settings):
     """Time by phase, and for MISA the ledger of its own overhead."""
     limit_bytes: int = 0
     """What the allocator may reserve; 0 is the whole card."""
-    start_from: str = ""
-    """A safetensors file with the weights to begin with."""
-    label: str = ""
-    """What the row says instead of the method's name."""
 
     def row(self, status: str) -> Row:
         """A row with every field that a result has, and no result yet."""
         note = CPU_NOTE if self.device == "cpu" else None
-        own = {"shape": self.shape, "method": self.label or self.method, "note": note}
+        own = {"shape": self.shape, "method": self.method, "note": note}
         return {**super().row(status), **own, **dict.fromkeys(MEASURED)}
 
     def run(self, row: Row, report: Report) -> None:
@@ -144,8 +139,6 @@ class TrainingCase(Case, Settings):
         limit_memory(device, self.limit_bytes)
         build_all = partial(build_model, self.shape, device, checkpointing=self.checkpointing, seed=self.seed)
         row["build_s"], model = timed(device, build_all)
-        if self.start_from:
-            load_model(model, self.start_from)
         row["parameters"] = sum(p.numel() for p in model.parameters())
         row["weights_bytes"] = sum(p.nbytes for p in model.parameters())
         row["loss_kind"], loss = make_loss(model, device, self.loss)

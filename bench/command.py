@@ -1,4 +1,4 @@
-"""``misa bench``: memory, speed and held-out loss of MISA beside what one would use instead, in one run."""
+"""``misa bench``: memory, speed and learning of MISA beside what one would use instead."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Iterable
 from dataclasses import fields, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from misa_engine.cli.parsing import MODEL_FLAGS, Parser, names, positive, positi
 from misa_engine.errors import DONE, FAILED, UserError, did_you_mean
 
 USAGE = """misa bench [SUITE] --output DIR [--preset NAME] [options]
+       misa bench learning --help
        misa bench --render DIR/results.json [--into README.md]
 
 suites:
@@ -27,6 +29,10 @@ ROUND_OPTIONS = {"suite", "device", "vram_gib", "delta", "sizes"}
 
 def run(words: list[str]) -> int:
     """The whole command; returns its exit code."""
+    if words[:1] == ["learning"]:  # a matrix of many short runs has settings of its own
+        from misa_engine.bench.matrix import run as run_learning
+
+        return run_learning(words[1:])
     options = _parser().parse_args(words)
     into = Path(options.into) if options.into else None
     if options.render:
@@ -114,8 +120,7 @@ def settings_of(options: argparse.Namespace) -> Bench:
     bench = Bench(**{**PRESETS[preset], **given})
     for method in bench.methods:
         known(method, BASELINES, "method")
-    for shape in (bench.model, bench.loss_model):
-        known(shape.strip().lower(), [*SMALL_SHAPES, *MODELS], "model")
+    known(bench.model.strip().lower(), [*SMALL_SHAPES, *MODELS], "model")
     check_device(bench.device)
     if bench.delta > 1:
         raise UserError(f"--delta {bench.delta:g}: a share of the model above 0 and at most 1.")
@@ -126,13 +131,12 @@ def settings_of(options: argparse.Namespace) -> Bench:
         bench = replace(bench, delta=delta)
     if bench.suite == "profile" and "steps" not in given:
         bench = replace(bench, steps=PROFILED_STEPS)
-    if bench.suite in ("throughput", "all") and bench.steps < 2 * bench.inner_steps:
+    if bench.suite == "throughput" and bench.steps < 2 * bench.inner_steps:
         if "inner_steps" not in given:
             bench = replace(bench, inner_steps=max(1, bench.steps // 2))
         print(f"{bench.steps} timed steps: a switch every {bench.inner_steps} of them")
     try:
-        for source in {bench.data, bench.loss_data}:
-            documents(source)
+        documents(bench.data)
     except ValueError as error:
         raise UserError(str(error)) from error
     return bench
@@ -148,16 +152,19 @@ def render(path: Path, into: Path | None = None) -> None:
     Raises:
         UserError: the file cannot be read or is none of them, or ``into`` has no markers.
     """
-    from misa_engine.bench import tables
+    from misa_engine.bench import learning_results, tables
 
     drawn: list[Path] = []
+    made, marker = tables.page, "misa bench"
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         if "benchmarks" in document:
             text = tables.kernel_page(document)
         else:
-            drawn = _pictures(document, path)
-            text = tables.page(document, [Path(name.name) for name in drawn])
+            if learning := document.get("kind") == "learning":
+                made, marker = learning_results.page, f"misa bench learning {document['settings']['base']}"
+            drawn = _pictures(document, path, "learning_pictures" if learning else "pictures")
+            text = made(document, [Path(name.name) for name in drawn])
     except OSError as error:
         raise UserError(f"--render {path}: {error}") from error
     except (json.JSONDecodeError, KeyError, TypeError) as error:
@@ -165,10 +172,11 @@ def render(path: Path, into: Path | None = None) -> None:
     path.with_suffix(".md").write_text(text, encoding="utf-8")
     if into is not None:
         try:
-            tables.insert(document, drawn, into)
+            tables.insert(lambda links: made(document, links), drawn, into, marker)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"--into {into}: {error}") from error
-    for table in [] if "benchmarks" in document else tables.tables(document):
+    shown = tables.tables if made is tables.page else lambda document: learning_results.tables(document["results"])
+    for table in [] if "benchmarks" in document else shown(document):
         table.show()
     print("\n".join(str(name) for name in (path, path.with_suffix(".md"), *drawn)))
     kernels = path.with_name("kernels.json")
@@ -176,13 +184,14 @@ def render(path: Path, into: Path | None = None) -> None:
         render(kernels)
 
 
-def _pictures(document: dict[str, Any], path: Path) -> list[Path]:
+def _pictures(document: dict[str, Any], path: Path, module: str) -> list[Path]:
     try:
-        from misa_engine.bench.pictures import pictures
+        drawer = import_module(f"misa_engine.bench.{module}")
     except ModuleNotFoundError as error:
         print(f"no pictures: {error}; pip install 'misa_engine[bench]', then --render {path}", file=sys.stderr)
         return []
-    return pictures(document, path.parent)
+    drawn: list[Path] = drawer.pictures(document, path.parent)
+    return drawn
 
 
 def _parser() -> Parser:
@@ -190,7 +199,7 @@ def _parser() -> Parser:
         "misa bench", usage=USAGE, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("suite", nargs="?", default="all", help="what to run (default: all)")
+    add("suite", nargs="?", default="throughput", help="what to run (default: throughput)")
     add("--output", metavar="DIR", help="where results.json, its page and pictures go")
     add("--overwrite", action="store_true", help="replace the results in DIR")
     add("--resume", action="store_true", help="run what DIR has no result of yet")

@@ -25,7 +25,7 @@ Result = TypeVar("Result")
 #: Distributions whose versions a reader needs; those that are not installed are listed as None.
 PACKAGES = (
     "torch", "triton", "transformers", "peft", "bitsandbytes", "badam", "galore-torch", "torch-optimi", "lomo-optim",
-    "flashoptim", "torchao", "liger-kernel", "misa_engine",
+    "flashoptim", "torchao", "liger-kernel", "reasoning-gym", "misa_engine",
 )  # fmt: skip
 
 

@@ -97,7 +97,8 @@ def adapters(model: nn.Module, loss: Loss, settings: Settings, **own: Any) -> Me
     from peft import LoraConfig, get_peft_model
 
     rank = settings.lora_rank
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM", **own)
+    options: dict[str, Any] = {"lora_alpha": 2 * rank, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **own}
+    config = LoraConfig(r=rank, **options)
     wrapped = get_peft_model(model, config)  # changes ``model`` in place, so the loss goes through the adapters
     trained = [p for p in wrapped.parameters() if p.requires_grad]
     return Method(wrapped, loss, torch.optim.AdamW(trained, lr=settings.lr, fused=True, **ADAM), settings)

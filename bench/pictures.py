@@ -26,8 +26,6 @@ Row = Mapping[str, Any]
 
 def pictures(document: Row, folder: Path) -> list[Path]:
     """Draw everything there is data for; returns the files."""
-    where = document["environment"]
-    footnote = f"{where['hardware']}, {where['date']}, commit {where['commit']}"
     steps = [row for row in document["results"] if row["kind"] in ("steps", "throughput")]
     shapes = list(dict.fromkeys(row["shape"] for row in steps))
     drawn: dict[str, Figure] = {}
@@ -39,18 +37,23 @@ def pictures(document: Row, folder: Path) -> list[Path]:
         phased = [row for row in rows if row.get("phases_s")]
         if phased:
             drawn[f"phases{end}"] = _phases(phased)
-    if any(row.get("curve") for row in document["results"]):
-        drawn["loss"] = _curves(document)
     for row in steps:
         if row.get("timeline", {}).get("points"):
             drawn[f"timeline_{row['shape']}_{row['method']}"] = _timeline(row)
+    return save(drawn, folder, document["environment"])
+
+
+def save(drawn: Mapping[str, Figure], folder: Path, where: Row) -> list[Path]:
+    """Write the figures with where and when their numbers were measured; returns the files."""
     for name, figure in drawn.items():
+        footnote = f"{where['hardware']}, {where['date']}, commit {where['commit']}"
         figure.text(0.01, 0.01, footnote, fontsize=7, color=GREY)
         figure.savefig(folder / f"{name}.png", dpi=150, facecolor="white")
     return [folder / f"{name}.png" for name in drawn]
 
 
-def _figure(width: float, height: float, panels: int) -> tuple[Figure, list[Any]]:
+def new_figure(width: float, height: float, panels: int) -> tuple[Figure, list[Any]]:
+    """An empty figure of the house style and its panels, side by side."""
     room = ConstrainedLayoutEngine(rect=(0, 0.05, 1, 0.95))  # below it is the footnote
     figure = Figure(figsize=(width, height), layout=room)
     FigureCanvasAgg(figure)
@@ -62,7 +65,7 @@ def _figure(width: float, height: float, panels: int) -> tuple[Figure, list[Any]
 
 def _bars(rows: Sequence[Row]) -> Figure:
     """Step time, tokens per second beside it, and peak memory; what did not run says why."""
-    figure, (time, memory) = _figure(10, 1.6 + 0.42 * len(rows), 2)
+    figure, (time, memory) = new_figure(10, 1.6 + 0.42 * len(rows), 2)
     mixed = len({tokens(row) for row in rows}) > 1
     places, names = range(len(rows)), [row["method"] + (f", {tokens(row)}" if mixed else "") for row in rows]
     colours = [BLUE if row["method"].startswith("misa") else "#BBBBBB" for row in rows]
@@ -100,7 +103,7 @@ def _bars(rows: Sequence[Row]) -> Figure:
 
 
 def _phases(rows: Sequence[Row]) -> Figure:
-    figure, (axes,) = _figure(8.5, 0.4 * len(rows) + 1.6, 1)
+    figure, (axes,) = new_figure(8.5, 0.4 * len(rows) + 1.6, 1)
     names, start = [row["method"] for row in rows], [0.0] * len(rows)
     for phase, colour in PHASES.items():
         # a switch is shown as it weighs on each step
@@ -114,47 +117,10 @@ def _phases(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def _curves(document: Row) -> Figure:
-    figure, (by_tokens, by_time) = _figure(11, 4.4, 2)
-    rows = [row for row in document["results"] if row.get("curve")]
-    for number, row in enumerate(rows):
-        ours = row["method"].startswith("misa")
-        style: dict[str, Any] = {
-            "color": CURVES[number % len(CURVES)],
-            "linestyle": DASHES[number % len(DASHES)],
-            "linewidth": 2.4 if ours else 1.5,
-            "marker": "osv^D"[number % 5],
-            "markersize": 3,
-            "alpha": 0.85,
-        }
-        losses = [point["heldout_loss"] for point in row["curve"]]
-        by_tokens.plot([point["tokens"] for point in row["curve"]], losses, label=_ends(row, rows), **style)
-        by_time.plot([point["seconds"] for point in row["curve"]], losses, **style)
-    by_tokens.set_xlabel("tokens")
-    by_time.set_xlabel("s of training steps")
-    by_tokens.set_ylabel("held-out loss")
-    model = document["settings"]["loss_model"]
-    figure.suptitle(f"Smoke test of learning: {model}, each at its best learning rate")
-    figure.legend(loc="outside right center", frameon=False, fontsize=8)
-    return figure
-
-
-def _ends(row: Row, rows: Sequence[Row]) -> str:
-    """The method and its last loss; methods whose whole curves coincide to 0.3% are named beside it."""
-    points = [point["heldout_loss"] for point in row["curve"]]
-
-    def coincides(other: Row) -> bool:
-        losses = [point["heldout_loss"] for point in other["curve"]]
-        return len(losses) == len(points) and all(abs(a - b) <= 0.003 * b for a, b in zip(points, losses, strict=True))
-
-    same = [other["method"] for other in rows if other is not row and coincides(other)]
-    return f"{row['method']} {points[-1]:.3f}" + (f"\n  (as {', '.join(same)})" if same else "")
-
-
 def _timeline(row: Row) -> Figure:
     """Bytes over two steps, stacked: weights, each optimizer buffer, activations and temporaries."""
     record, on_cpu = row["timeline"], row["settings"]["device"] == "cpu"
-    figure, (axes,) = _figure(10, 4.6, 1)
+    figure, (axes,) = new_figure(10, 4.6, 1)
     unit, name = (1 << 20, "MiB") if on_cpu else (GIB, "GiB")
     times = [at * 1e3 for at, _ in record["points"]]
     held = [size / unit for _, size in record["points"]]

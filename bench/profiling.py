@@ -35,7 +35,8 @@ from misa_engine.bench.method import Method, Settings
 from misa_engine.engine.marks import PREFIX, phase
 
 PHASES = (
-    "data", "forward", "recompute", "backward dX", "backward dW", "hooks", "clip/norm", "update", "switch", "rest",
+    "data", "forward", "recompute", "backward dX", "backward dW", "hooks", "resting", "clip/norm", "update", "switch",
+    "rest",
 )  # fmt: skip
 WINDOW = PREFIX + "profiled steps"
 #: Ranges of the host alone: the sampler reads its own host tensors, and the profiler waits for the device.

@@ -7,10 +7,8 @@ model), and in a round ``plans`` and ``checks``. A run that was interrupted goes
 from __future__ import annotations
 
 import json
-import math
 import re
 import signal
-import statistics
 import tarfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +25,6 @@ from misa_engine.bench.checks import ask_plan, is_judged, judge
 from misa_engine.bench.measure import environment
 from misa_engine.bench.presets import Bench
 from misa_engine.bench.processes import CaseProcesses
-from misa_engine.bench.suites import BASE_WEIGHTS
 from misa_engine.bench.training import LongestCase
 from misa_engine.errors import UserError
 
@@ -35,8 +32,8 @@ from misa_engine.errors import UserError
 SHORTEST_S = 15
 #: Status of a case that was not brought to an end; ``resume`` runs it again.
 UNFINISHED = ("not run", "interrupted", "started")
-#: What an archive leaves out: raw allocator snapshots, weights, half-written files.
-NOT_PACKED = (".pickle", ".safetensors", ".part")
+#: What an archive leaves out: raw allocator snapshots, half-written files.
+NOT_PACKED = (".pickle", ".part")
 
 
 def run_bench(
@@ -93,7 +90,6 @@ def run_bench(
                 if archive is not None:
                     pack(output, archive)
                 say(f"[{number}/{len(cases)}] {row['case_s']:5.1f} s  {case.name}: {row['status']}")
-    (output / BASE_WEIGHTS).unlink(missing_ok=True)
     return document
 
 
@@ -104,7 +100,7 @@ def _run(case: Case, processes: CaseProcesses, plans: dict[str, Any], left_s: fl
     if isinstance(case, LongestCase) and case.name in plans:
         case = case.as_planned(plans[case.name])
     row = processes.run(case, min(case.timeout_s, left_s))
-    for name in ("start_from", "save_to", "folder", "log"):  # this machine's folders say nothing to a reader
+    for name in ("folder", "log"):  # this machine's folders say nothing to a reader
         if row["settings"].get(name):
             row["settings"][name] = Path(row["settings"][name]).name
     return row
@@ -115,7 +111,7 @@ def terminated_as_interrupt() -> Iterator[None]:
     """SIGTERM (``timeout``, a batch system) ends the run as Ctrl-C does: with its results."""
 
     def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt("terminated; results so far are kept, --resume goes on")
+        raise KeyboardInterrupt("terminated; results so far are kept, --resume (learning: the same words) goes on")
 
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
@@ -140,45 +136,12 @@ def earlier_rows(output: Path, settings: Row) -> list[Row]:
 
 
 def merge(rows: Sequence[Row]) -> list[Row]:
-    """One result a method on a model: its timed steps, and its loss at the best of the learning rates."""
+    """One result a method on a model: its timed steps."""
     results: list[Row] = [dict(row) for row in rows if row["kind"] == "steps"]
-    losses: dict[str, list[Row]] = {}
-    for row in rows:
-        if row["kind"] == "loss" and not row["settings"]["save_to"]:
-            losses.setdefault(row["method"], []).append(row)
-    for method, own in losses.items():
-        best = best_loss(own)
-        result = next((row for row in results if row["method"] == method), None)
-        if result is None:
-            results.append(result := {**own[0], "status": best["loss_status"]})
-        result |= best
     for result in results:
         baseline = BASELINES[result["settings"]["method"]]
         result |= {"summary": baseline.summary, "notes": baseline.notes}
     return results
-
-
-def best_loss(rows: Sequence[Row]) -> dict[str, Any]:
-    """Held-out loss and curve at the learning rate whose runs end lowest (median of the seeds)."""
-    by_lr: dict[float, list[Row]] = {}
-    for row in rows:
-        if row["status"] == "ok":
-            by_lr.setdefault(row["settings"]["lr"], []).append(row)
-    if not by_lr:
-        return {"heldout_loss": None, "loss_status": rows[0]["status"]}
-    medians = {lr: statistics.median(row["heldout_loss"] for row in runs) for lr, runs in by_lr.items()}
-    lr = min(medians, key=lambda key: (math.isnan(medians[key]), medians[key]))
-    runs = sorted(by_lr[lr], key=lambda row: row["heldout_loss"])
-    shown = min(runs, key=lambda row: abs(row["heldout_loss"] - medians[lr]))
-    return {
-        "heldout_loss": medians[lr],
-        "heldout_loss_spread": [runs[0]["heldout_loss"], runs[-1]["heldout_loss"]],
-        "heldout_loss_by_lr": {f"{key:g}": value for key, value in medians.items()},
-        "lr": lr,
-        "curve": shown["curve"],
-        "entropy_median": shown.get("entropy_median"),
-        "loss_status": "ok",
-    }
 
 
 # ---- files ----

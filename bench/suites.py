@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from misa_engine.bench.cases import ROOT, Case, CommandCase, TrainingCase
-from misa_engine.bench.presets import GIB, PROFILED_STEPS, QUESTIONS, Bench
-from misa_engine.bench.training import LongestCase, LossCase, StepCase, SwitchCase
+from misa_engine.bench.presets import GIB, PROFILED_STEPS, Bench
+from misa_engine.bench.training import LongestCase, StepCase, SwitchCase
 
-BASE_WEIGHTS = "base.safetensors"
 #: A search keeps one active set: the plan's worst draw, or without a plan layer 0, so that every layer's input is kept.
 WORST_SET = {"rule": "static", "static_weights": {"*.layers.0.*": 1e12}}
 
@@ -33,8 +32,7 @@ def cases_of(bench: Bench, output: Path) -> list[Case]:
         return round_cases(bench, output)
     if bench.suite == "profile":
         return profile_cases(bench, output)
-    timed = step_cases(bench, bench.methods) if bench.suite in ("throughput", "all") else []
-    return [*timed, *(learning_cases(bench, output) if bench.suite != "throughput" else [])]
+    return step_cases(bench, bench.methods)
 
 
 def step_cases(bench: Bench, methods: Iterable[str], prefix: str = "") -> list[Case]:
@@ -48,36 +46,6 @@ def profile_cases(bench: Bench, output: Path, prefix: str = "") -> list[Case]:
     shared = {"shape": bench.model, "data": "random", "folder": str(output.resolve()), "timeline": True}
     shared |= {"warm_up": bench.steps, "inner_steps": bench.steps}
     return [make(StepCase, bench, name=f"{prefix}{bench.model} {m}", method=m, **shared) for m in bench.methods]
-
-
-def learning_cases(bench: Bench, output: Path) -> list[Case]:
-    """Loss curves by learning rate and seed: of all methods from one base model, or of a question's settings of MISA.
-
-    The base model is trained by AdamW on all parameters, on another text; a question begins with random weights.
-    """
-    shared: dict[str, Any] = {
-        "shape": bench.loss_model, "batch": bench.loss_batch, "accumulation": 1, "checkpointing": False,
-        "loss": "plain", "limit_bytes": 0, "delta": bench.loss_delta,
-    }  # fmt: skip
-    cases: list[Case] = []
-    subjects: dict[str, dict[str, Any]] = {
-        label: {"misa": options} for label, options in QUESTIONS.get(bench.suite, {}).items()
-    }
-    if not subjects:
-        weights, steps = str(output / BASE_WEIGHTS), bench.base_steps
-        base = {"method": "adamw", "lr": bench.base_lr, "steps": steps, "eval_every": steps, "save_to": weights}
-        name, longer = f"{bench.loss_model} base", 2 * bench.timeout_s
-        cases.append(make(LossCase, bench, name=name, **base, timeout_s=longer, **shared))
-        subjects = {method: {"method": method} for method in bench.methods}
-        shared |= {"start_from": weights, "data": bench.loss_data}
-    shared |= {"steps": bench.loss_steps, "eval_every": -(-bench.loss_steps // 6)}
-    for label, own in subjects.items():
-        for lr in bench.lrs:
-            for seed in range(bench.seeds):
-                name = f"{bench.loss_model} {label} lr {lr:g} seed {seed}"
-                varied = {"label": label, "lr": lr, "seed": seed}
-                cases.append(make(LossCase, bench, name=name, **varied, **own, **shared))
-    return cases
 
 
 # ---- the round ----

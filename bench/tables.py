@@ -86,8 +86,6 @@ def tokens(row: Row) -> str:
 def status(row: Row) -> str:
     """What became of it, and what else a reader must know."""
     text = str(row["status"])
-    if row.get("loss_status", "ok") not in ("ok", row["status"]):
-        text += f"; loss: {row['loss_status']}"
     if row["kind"] == "steps" and row["settings"]["max_grad_norm"] is None:
         text += ", without clipping"
     return text
@@ -96,13 +94,6 @@ def status(row: Row) -> str:
 def _seconds(row: Row) -> str | None:
     one = row.get("step_time_s")
     return "{median:.3f} ({p20:.3f}-{p80:.3f})".format(**one) if one else None
-
-
-def _loss(row: Row) -> str | None:
-    if row.get("heldout_loss") is None:
-        return None
-    low, high = row.get("heldout_loss_spread") or (0, 0)
-    return f"{row['heldout_loss']:.3f}" + (f" ({low:.3f}-{high:.3f})" if low != high else "")
 
 
 # ---- comparisons and rounds ----
@@ -138,9 +129,6 @@ def results_table(document: Row) -> Table:
             lambda row: row["process_bytes"] / GIB if not row["note"] and row["process_bytes"] else None,
             ".2f",
         ),
-        ("held-out loss", _loss, ""),
-        ("lr", field("lr"), "g"),
-        ("entropy", field("entropy_median"), ".2f"),
         ("longest", field("longest"), ","),
         ("with the plan's reserve", field("longest_with_reserve"), ","),
         ("switches", field("switches"), ""),
@@ -237,10 +225,9 @@ def page(document: Row, pictures: Sequence[Path] = ()) -> str:
     ]
     lines += [f"\n{len(unfinished)} cases were not run to their end: --resume runs them."] if unfinished else []
     shown = (f"{name} {','.join(map(str, v)) if isinstance(v, list) else v}" for name, v in settings.items())
-    lines += ["", f"Settings: {'; '.join(shown)}. Weights are random but where a base model was trained."]
+    lines += ["", f"Settings: {'; '.join(shown)}. Weights are random."]
     if any(row.get("step_time_s") for row in document["results"]):
         lines += ["", PEAK_TEXT[settings["device"].partition(":")[0]]]
-    lines += ["", LOSS_TEXT] if any(row.get("curve") for row in document["results"]) else []
     for table in tables(document):
         if table.title:
             lines += ["", f"**{table.title.capitalize()}**{PHASE_TEXT if table.title == 'time by phase' else ''}"]
@@ -255,10 +242,6 @@ PEAK_TEXT = {
     "cpu": "Peak is the largest resident memory of the process.",
     "cuda": "Peak is what PyTorch's allocator reserved; attention is pinned to torch's flash kernel.",
 }
-LOSS_TEXT = (
-    "Held-out loss is a smoke test of learning, at the best of the learning rates: a small model's says nothing about "
-    "an 8B model's."
-)
 PHASE_TEXT = (
     ". *Own part*: the time inside MISA (arrival of gradients, norm, update, a step's share of a switch) as a share of "
     "the floor, which is the same forward and backward with the same active matrices and no optimizer. *Over the "
@@ -267,22 +250,25 @@ PHASE_TEXT = (
 )
 
 
-#: Between these lines of a Markdown file ``insert`` puts the page.
-BEGIN, END = "<!-- misa bench: begin -->", "<!-- misa bench: end -->"
+def insert(made: Callable[[Sequence[Path]], str], pictures: Sequence[Path], target: Path, name: str) -> None:
+    """Replace what stands between the markers of ``target`` by a page, with pictures linked from there.
 
-
-def insert(document: Row, pictures: Sequence[Path], target: Path) -> None:
-    """Replace what stands between the markers of ``target`` by the page, with pictures linked from there.
+    Args:
+        made: the page with these pictures; its first line is a title and left out.
+        pictures: where they are.
+        target: a Markdown file.
+        name: of the markers.
 
     Raises:
         ValueError: the file has no markers; nothing is written then.
     """
+    begin, end = (f"<!-- {name}: {word} -->" for word in ("begin", "end"))
     text = target.read_text(encoding="utf-8")
     links = [Path(os.path.relpath(path, target.parent)) for path in pictures]
-    body = page(document, links).partition("\n")[2].strip()
-    text, found = re.subn(f"{BEGIN}.*?{END}", lambda old: f"{BEGIN}\n\n{body}\n\n{END}", text, flags=re.DOTALL)
+    body = made(links).partition("\n")[2].strip()
+    text, found = re.subn(f"{begin}.*?{end}", lambda old: f"{begin}\n\n{body}\n\n{end}", text, flags=re.DOTALL)
     if not found:
-        raise ValueError(f"{target} has no lines {BEGIN} and {END}, between which the page goes")
+        raise ValueError(f"{target} has no lines {begin} and {end}, between which the page goes")
     target.write_text(text, encoding="utf-8")
 
 

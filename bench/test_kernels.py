@@ -1,4 +1,4 @@
-"""Kernel benchmarks: fused update, norm, split, rounding, 8-bit moments, accumulation; switches are in test_switch.py.
+"""Kernel benchmarks: update, norm, split, rounding, 8-bit moments, rest rules, accumulation; test_switch.py: switches.
 
     pytest bench/ --benchmark-only                       on a GPU 4M-240M parameters, on a CPU 1M-8M (--sizes 4M,64M)
     ... --benchmark-save=before                          keep the run in .benchmarks/, which git ignores
@@ -30,6 +30,7 @@ from misa_engine.engine.gradient_slots import GradientSlots
 from misa_engine.engine.update import ArenaUpdate
 from misa_engine.kernels.backend import choose_backend
 from misa_engine.kernels.blockwise8 import GROUP, compress, expand
+from misa_engine.kernels.rest import RestScratch, rest_step
 from misa_engine.kernels.split_float import join_into, round_stochastic_, split_into
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -111,6 +112,25 @@ def test_conversion(measure: Any, device: torch.device, parameters: int, scheme:
     }
     per_parameter, work = works[scheme]
     measure(work, per_parameter * numel, f"conversions, {parameters / 1e6:g}M parameters", scheme)
+
+
+# ---- what rests ----
+
+
+@pytest.mark.parametrize("rule", traffic.REST)
+def test_rest(measure: Any, device: torch.device, parameters: int, rule: str) -> None:
+    """One bfloat16 matrix, four times as wide as high: norms, factors and the stochastically rounded step."""
+    rows = max(1, int((parameters / 4) ** 0.5))
+    shape = (rows, padded(4 * rows))
+    (weight,), (grad,) = (draws([rows * shape[1]], torch.bfloat16, device, scale) for scale in (0.02, 1e-3))
+    scratch, sumsq = RestScratch.allocate(*shape, device), torch.zeros(1, device=device)
+    backend = choose_backend("auto", device)
+    matrices = weight.view(shape), grad.view(shape)
+
+    def work() -> None:
+        rest_step(*matrices, sumsq, scratch, rule=rule, rate=1e-6, seed=7, backend=backend)
+
+    measure(work, traffic.REST[rule] * weight.numel(), f"rest rules, {parameters / 1e6:g}M parameters", rule)
 
 
 # ---- accumulation ----

@@ -53,6 +53,9 @@ EAGER_ADAMW = sum(moved([F32] * inputs, [F32]) for inputs in EAGER.values())
 SPLIT = moved([F32], [BF16, I16])
 #: Both halves read, both written.
 ROUND_STOCHASTIC = moved([BF16, I16], [BF16, I16])
+#: A matrix outside the draw by the rule's passes over its gradient (bfloat16), then gradient and weight.
+REST = {rule: passes * held([BF16]) + moved([BF16, BF16], [BF16]) for rule, passes in
+        {"sign": 1, "row_norm": 1, "sinkhorn": 5, "sgd": 1}.items()}  # fmt: skip
 #: float32 moments -> 8-bit ones, or back.
 COMPRESS = moved(MOMENTS["float32"], MOMENTS["int8"])
 #: What the published code does at a switch: a float32 copy of the weight that comes, and new float32 moments.

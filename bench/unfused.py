@@ -131,13 +131,13 @@ def misa_config(settings: Settings, **own: Any) -> MisaConfig:
 #: Options that only the engine has, as they must be here.
 PLAIN = {
     "update_in": "step", "state_dtype": "float32", "closing_momentum": False, "bias_correction": True,
-    "parameter_groups": (),
+    "parameter_groups": (), "rest": "none",
 }  # fmt: skip
 
 
 def unfused_misa(model: nn.Module, loss: Loss, settings: Settings) -> Method:
-    """The row ``unfused-misa``, with the options of the row ``misa``."""
-    config = misa_config(settings)
+    """The row ``unfused-misa``, with the options of the row ``misa-none``."""
+    config = misa_config(settings, rest="none")
     for option, value in PLAIN.items():
         if getattr(config, option) != value:
             raise Unavailable(f"unsupported: unfused-misa has no {option}={getattr(config, option)!r}")

@@ -3,7 +3,6 @@
 Memory and speed depend on shapes alone, so no weights are needed; such a model says nothing about quality. Texts are
 
     stdlib       the sources of the running Python's standard library
-    arithmetic   generated problems of addition, subtraction and multiplication
     FILE         any text file
 
 A token is a byte plus 3 (0 to 2 are special), so that every vocabulary of at least 259 holds it.
@@ -13,8 +12,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import operator
-import random
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -136,31 +133,22 @@ def documents(source: str, seed: int = 0) -> list[str]:
     """The texts of a source.
 
     Args:
-        source: "stdlib", "arithmetic", or the path of a text file.
-        seed: of the order of documents, or of the problems.
+        source: "stdlib", or the path of a text file.
+        seed: of the order of documents.
 
     Raises:
         ValueError: the file cannot be read or is too short to hold something out.
     """
     if source == "stdlib":
         return [text[:65536] for text in itertools.islice(standard_library(seed), 300)]
-    if source == "arithmetic":
-        generator = random.Random(seed)
-        return ["".join(_problem(generator) for _ in range(64)) for _ in range(2000)]
     try:
         text = Path(source).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--data {source}: neither stdlib, arithmetic nor a readable text file ({error})") from error
+        raise ValueError(f"--data {source}: neither stdlib nor a readable text file ({error})") from error
     pieces = re.findall(r"(?s).{1,4096}", text[:MOST_BYTES])
     if len(pieces) < 20:
         raise ValueError(f"--data {source} holds {len(text)} characters; at least {20 * 4096} are needed")
     return pieces
-
-
-def _problem(generator: random.Random) -> str:
-    sign, result = generator.choice((("+", operator.add), ("-", operator.sub), ("*", operator.mul)))
-    a, b = generator.randrange(1000), generator.randrange(1000)
-    return f"{a}{sign}{b}={result(a, b)}\n"
 
 
 @lru_cache(maxsize=4)

@@ -1,7 +1,8 @@
 """Write the generated tables of README.md and docs/: ``python docs/make_tables.py``. A test says when they are stale.
 
 Each table stands between ``<!-- NAME: begin -->`` and ``<!-- NAME: end -->``. The full benchmark page is not made here
-but by ``misa bench --render bench/results/cpu/results.json --into docs/benchmarks.md``.
+but by ``misa bench --render bench/results/cpu/results.json --into docs/benchmarks.md``, and the same for
+``bench/results/learning/*/results.json``.
 """
 
 from __future__ import annotations
@@ -9,14 +10,17 @@ from __future__ import annotations
 import json
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from misa_engine import MisaConfig, plan
+from misa_engine.bench.tables import short
 from misa_engine.cli.arguments import attribute_docs
 from misa_engine.method.config import CHOICES
 from misa_engine.planner.cards import CARDS, published_config
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench/results/cpu/results.json"
+LEARNING = ROOT / "bench/results/learning"
 #: Models of the README's table, and one card of each size.
 MODELS = ("llama-3.2-3b", "llama-2-7b", "qwen2.5-7b", "llama-3-8b", "qwen2.5-14b")
 SIZES = ("rtx4080", "rtx4090", "rtx5090", "l40s")
@@ -48,12 +52,47 @@ def peers() -> str:
     (adamw,) = (row for row in results if row["method"] == "adamw")
     rows = []
     for row in results:
-        seconds, peak, loss = row["step_time_s"], row["peak_bytes"], row["heldout_loss"]
+        seconds, peak = row["step_time_s"], row["peak_bytes"]
         if seconds and peak:
             of_adamw = f"{seconds['median'] / adamw['step_time_s']['median']:.2f}"
-            share = f"{peak / adamw['peak_bytes']:.2f}"
-            rows.append([row["method"], of_adamw, share, "–" if loss is None else f"{loss:.3f}"])
-    return table(["method", "step time / AdamW's", "peak memory / AdamW's", "held-out loss"], rows)
+            rows.append([row["method"], of_adamw, f"{peak / adamw['peak_bytes']:.2f}"])
+    return table(["method", "step time / AdamW's", "peak memory / AdamW's"], rows)
+
+
+def learning() -> str:
+    """The README's short form of what was learnt, from the quick matrix only where there is no other."""
+    parts = []
+    stored = [path for name in ("real", "small", "quick") if (path := LEARNING / name / "results.json").exists()]
+    for path in [path for path in stored if path.parent.name != "quick"] or stored:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        where, base = document["settings"], short(document["parameters"])
+        for task in dict.fromkeys(row["task"] for row in document["results"]):
+            rows = [row for row in document["results"] if row["task"] == task and row["loss"] is not None]
+            seeds = sorted({row["seeds"] for row in rows})
+            rates = sorted({row["rates"] for row in rows})
+            start = f"base {rows[0]['base_loss']:.3f}" if rows[0]["base_loss"] is not None else "base not measured"
+            shown = (
+                f"Preset `{path.parent.name}`, {task}, {base} parameters, {where['steps']} steps of {where['batch']} × "
+            )
+            shown += f"{where['length']} tokens, learning rates: {_counts(rates)}, seeds: {_counts(seeds)}; {start}"
+            if path.parent.name == "quick":
+                shown += " (shows that everything runs; ranks nothing)"
+            cells = [[row["method"], *_cells(row)] for row in rows]
+            headings = ["method", "held-out loss", "gap closed", "forgetting", "held MiB"]
+            if any(row["accuracy"] is not None for row in rows):
+                headings.append("solved")
+            parts.append(f"{shown}:\n\n{table(headings, [line[: len(headings)] for line in cells])}")
+    return "\n\n".join(parts)
+
+
+def _counts(numbers: list[int]) -> str:
+    return "–".join(str(number) for number in dict.fromkeys((numbers[0], numbers[-1])))
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    numbers = ((row["loss"], ".3f"), (row["gap_closed"], ".0%"), (row["forgetting"], "+.3f"))
+    numbers += ((row["total_held_bytes"] / 2**20, ".1f"), (row["accuracy"], ".0%"))
+    return ["–" if value is None else format(value, spec) for value, spec in numbers]
 
 
 def by_presets() -> dict[str, list[object]]:
@@ -88,6 +127,7 @@ def presets() -> str:
 TABLES = {
     (ROOT / "README.md", "what fits"): what_fits,
     (ROOT / "README.md", "peers"): peers,
+    (ROOT / "README.md", "learning"): learning,
     (ROOT / "docs/guide/options.md", "options"): options,
     (ROOT / "docs/guide/options.md", "presets"): presets,
 }

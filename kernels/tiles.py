@@ -24,8 +24,15 @@ BLOCK = 1024
 #: something else made a step of 8 million parameters take 3.1 s instead of 21 ms.
 CHUNK = 31 * BLOCK
 
+#: Tiles whose sums of squares one program adds up on the way to the global norm: 2 million elements, so that 240
+#: million parameters occupy 115 programs, whose sums are left to one. That one alone would take 65 to 110 µs.
+PART = 2048
+
 #: Elements of 8-bit moments that share a scale; a divisor of BLOCK, so that no group lies in two slots.
 GROUP = 64
+
+#: Tables begin at multiples of this many bytes in their common buffer, as Triton's 16-byte accesses need.
+ALIGNMENT = 16
 
 #: Moments from here on count as not finite in 8 bits: 254·m must not overflow. A finite v implies |g| < 1.9e19, so
 #: |m| < 1.9e19.
@@ -97,9 +104,20 @@ class Slot:
         return range(self.first_tile, self.first_tile + self.n_tiles)
 
 
+def host_buffer(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialised host memory whose copy to ``device`` nobody has to wait for: pinned where that is a GPU.
+
+    torch gives it to nobody else before a copy from it, queued with ``non_blocking=True``, is done.
+    """
+    return torch.empty(numel, dtype=dtype, pin_memory=device.type == "cuda")
+
+
 @dataclass
 class TileTable:
-    """What each tile belongs to. Device tensors, allocated once at their largest size; ``bind`` rewrites them."""
+    """What each tile belongs to. Device tensors, allocated once at their largest size; ``bind`` rewrites them.
+
+    What ``bind`` writes lies in one buffer, so that a switch is one copy from the host.
+    """
 
     wptr: Tensor  # (max_tiles,) int64, address of the tile's first weight
     length: Tensor  # (max_tiles,) int32, weights in the tile; 0 = unused, the program returns at once
@@ -112,6 +130,8 @@ class TileTable:
     slot_step: Tensor  # (max_slots,) int32, Adam steps since fresh moments; reset by the caller, counted by finalise
     slot_measured: Tensor  # (max_slots,) int32, steps that entered the score; reset by the caller, counted by finalise
     slot_coef: Tensor  # (max_slots, 8) float32, see Coefficients; written by finalise and closing_step
+    norm_parts: Tensor  # (max_tiles/PART rounded up,) float64, scratch space of the global norm
+    bound: Tensor  # bytes, the memory of what ``bind`` writes
     slots: tuple[Slot, ...] = ()
     n_tiles: int = 0
     aligned: bool = True
@@ -123,50 +143,63 @@ class TileTable:
         def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
+        bound = zeros(_tables_bytes(max_tiles, max_slots), dtype=torch.uint8)
+        tables = _tables(bound, max_tiles, max_slots)
         return cls(
-            wptr=zeros(max_tiles, dtype=torch.int64),
-            length=zeros(max_tiles),
-            slot=zeros(max_tiles),
-            slot_first_tile=zeros(max_slots),
-            slot_n_tiles=zeros(max_slots),
-            slot_group=zeros(max_slots),
-            slot_bf16=zeros(max_slots),
+            wptr=tables["wptr"],
+            length=tables["length"],
+            slot=tables["slot"],
+            slot_first_tile=tables["slot_first_tile"],
+            slot_n_tiles=tables["slot_n_tiles"],
+            slot_group=tables["slot_group"],
+            slot_bf16=tables["slot_bf16"],
             slot_present=zeros(max_slots),
-            slot_step=zeros(max_slots),
+            slot_step=zeros(max_slots),  # apart: a checkpoint has the steps, and not the addresses beside them
             slot_measured=zeros(max_slots),
             slot_coef=zeros(max_slots, len(Coefficients._fields), dtype=torch.float32),
+            norm_parts=zeros(-(-max_tiles // PART), dtype=torch.float64),
+            bound=bound,
         )
 
-    def bind(self, slots: Sequence[Slot]) -> None:
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device."""
+        own = (self.bound, self.slot_present, self.slot_step, self.slot_measured, self.slot_coef, self.norm_parts)
+        return sum(tensor.nbytes for tensor in own)
+
+    def bind(self, slots: Sequence[Slot], steps: Sequence[int] | None = None) -> None:
         """Point the table at ``slots`` (once a switch, and whenever a weight has moved in memory).
 
-        Leaves ``slot_present``, ``slot_step`` and ``slot_measured`` alone: which of them survive a switch, and under
-        which index, is the caller's knowledge. Tiles between slots stay unused.
+        One copy, which nobody waits for. Leaves ``slot_present`` and ``slot_measured`` alone: which of them survive a
+        switch, and under which index, is the caller's knowledge. Tiles between slots stay unused.
+
+        Args:
+            slots: what the table is to describe.
+            steps: Adam steps since fresh moments by slot; None leaves ``slot_step`` alone.
 
         Raises:
             ValueError: a slot does not fit the table, overlaps another, or has a weight the kernels cannot update.
         """
         self._check(slots)
         max_tiles, max_slots = self.length.numel(), self.slot_group.numel()
-        wptr = torch.zeros(max_tiles, dtype=torch.int64)
-        length = torch.zeros(max_tiles, dtype=torch.int32)
-        slot = torch.zeros(max_tiles, dtype=torch.int32)
-        per_slot = torch.zeros((4, max_slots), dtype=torch.int32)
+        staged = host_buffer(self.bound.numel(), torch.uint8, self.bound.device).zero_()
+        table = _tables(staged, max_tiles, max_slots)
         for index, entry in enumerate(slots):
             tiles = slice(entry.first_tile, entry.first_tile + entry.n_tiles)
             offset = torch.arange(entry.n_tiles, dtype=torch.int64) * BLOCK
-            wptr[tiles] = entry.weight.data_ptr() + offset * entry.weight.element_size()
-            length[tiles] = (entry.numel - offset).clamp_(max=BLOCK).int()
-            slot[tiles] = index
-            is_bf16 = entry.weight.dtype == torch.bfloat16
-            per_slot[:, index] = torch.tensor([entry.first_tile, entry.n_tiles, entry.group, is_bf16])
-        self.wptr.copy_(wptr)
-        self.length.copy_(length)
-        self.slot.copy_(slot)
-        for target, source in zip(
-            (self.slot_first_tile, self.slot_n_tiles, self.slot_group, self.slot_bf16), per_slot, strict=True
-        ):
-            target.copy_(source)
+            table["wptr"][tiles] = entry.weight.data_ptr() + offset * entry.weight.element_size()
+            table["length"][tiles] = (entry.numel - offset).clamp_(max=BLOCK).int()
+            table["slot"][tiles] = index
+        n = len(slots)
+        table["slot_first_tile"][:n] = torch.tensor([entry.first_tile for entry in slots])
+        table["slot_n_tiles"][:n] = torch.tensor([entry.n_tiles for entry in slots])
+        table["slot_group"][:n] = torch.tensor([entry.group for entry in slots])
+        table["slot_bf16"][:n] = torch.tensor([entry.weight.dtype == torch.bfloat16 for entry in slots])
+        if steps is not None:
+            table["steps"][:n] = torch.tensor(steps)
+        self.bound.copy_(staged, non_blocking=True)
+        if steps is not None:
+            self.slot_step.copy_(_tables(self.bound, max_tiles, max_slots)["steps"])
         self.slots = tuple(slots)
         self.n_tiles = max((entry.tiles.stop for entry in slots), default=0)
         # 16-byte accesses need the address and, for the mask of the last tile, the length in multiples of 16.
@@ -208,6 +241,30 @@ class TileTable:
     def tile_range(self, tiles: range | None) -> range:
         """``tiles``, or every tile in use."""
         return range(self.n_tiles) if tiles is None else tiles
+
+
+def _layout(max_tiles: int, max_slots: int) -> Iterator[tuple[str, torch.dtype, int, int]]:
+    """Name, dtype, first byte and bytes of each table in ``TileTable.bound``."""
+    start = 0
+    for names, dtype, numel in (
+        (("wptr",), torch.int64, max_tiles),
+        (("length", "slot"), torch.int32, max_tiles),
+        (("slot_first_tile", "slot_n_tiles", "slot_group", "slot_bf16", "steps"), torch.int32, max_slots),
+    ):
+        for name in names:
+            yield name, dtype, start, numel * dtype.itemsize
+            start += -(-numel * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+
+
+def _tables_bytes(max_tiles: int, max_slots: int) -> int:
+    return sum(-(-size // ALIGNMENT) * ALIGNMENT for *_, size in _layout(max_tiles, max_slots))
+
+
+def _tables(buffer: Tensor, max_tiles: int, max_slots: int) -> dict[str, Tensor]:
+    """The tables that lie in ``buffer``, by name."""
+    return {
+        name: buffer[start : start + size].view(dtype) for name, dtype, start, size in _layout(max_tiles, max_slots)
+    }
 
 
 @dataclass

@@ -3,7 +3,8 @@
     python tests/golden_trajectories.py            # compare with golden_trajectories.json, name what differs
     python tests/golden_trajectories.py --write    # record anew, after a change that is meant to move numbers
 
-Every preset x dtype x ``update_in`` on a tiny Llama and GPT-2. Hashes are of bits, and a matrix product rounds
+Every preset without a rest rule, and "resting" (preset engine with its own), x dtype x ``update_in`` on a tiny Llama
+and GPT-2. Hashes are of bits, and a matrix product rounds
 differently on another processor or torch version, so a file speaks only for the environment that it names.
 """
 
@@ -24,7 +25,9 @@ from training import batches, loss_of, tiny
 FILE = Path(__file__).with_suffix(".json")
 STEPS = 40
 CASES = tuple(
-    itertools.product(("llama", "gpt2"), ("engine", "paper", "official"), ("float32", "bfloat16"), ("step", "backward"))
+    itertools.product(
+        ("llama", "gpt2"), ("engine", "paper", "official", "resting"), ("float32", "bfloat16"), ("step", "backward")
+    )
 )
 
 
@@ -52,7 +55,8 @@ def trajectory(family: str, preset: str, dtype: str, update_in: str) -> dict[str
         lr=3e-3,
         delta=0.3,
         inner_steps=4,
-        preset=preset,
+        preset="engine" if preset == "resting" else preset,
+        rest="row_norm" if preset == "resting" else "none",
         weight_decay=0.1,
         max_grad_norm=clip,
         update_in=update_in,

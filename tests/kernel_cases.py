@@ -29,6 +29,7 @@ from kernel_arena import (
     random_weights,
     same_bits,
 )
+from kernel_rest import rest_moves_nothing, rest_rules
 from misa_engine.kernels import tiles
 from misa_engine.kernels.adamw import adamw
 from misa_engine.kernels.blockwise8 import GROUP, compress, expand
@@ -36,7 +37,7 @@ from misa_engine.kernels.finalise import finalise
 from misa_engine.kernels.norm import global_norm, reduce_slots, sum_of_squares
 from misa_engine.kernels.split_float import round_stochastic_
 from misa_engine.kernels.split_float import split as split_halves
-from misa_engine.kernels.tiles import BLOCK
+from misa_engine.kernels.tiles import BLOCK, PART
 
 # Zeros, subnormals, the smallest and largest normal numbers, ties and neighbours of ties between two bfloat16 values.
 BOUNDARY_BITS = [0x0, 0x1, 0x7FFFFF, 0x800000, 0x3F800000, 0x3F808000, 0x3F818000, 0x3F807FFF, 0x3F808001]
@@ -160,6 +161,46 @@ def sums_and_norms() -> str:
     arena.partial.fill_(NAN)  # one slot alone, as its gradient arrives
     sum_of_squares(arena.grad, arena.partial, arena.table, backend="triton", tiles=arena.slots[1].tiles)
     assert arena.partial.isfinite().nonzero().tolist() == [[arena.slots[1].first_tile]]
+    return ""
+
+
+def norm_in_parts(device: str = "cpu") -> str:
+    """Slots across the borders of parts, absent ones and gaps of NaN; all slots, and one slot alone."""
+    sizes = (PART * BLOCK + 5, 700, (PART + 3) * BLOCK, 2 * PART * BLOCK - 1)
+    weights = [torch.zeros(numel, dtype=BF16) for numel in sizes]
+    reference = make_arena(weights, int8=True)
+    kernel = make_arena(weights, int8=True, backend="triton", device=device)
+    assert kernel.table.n_tiles > 4 * PART
+    partial = torch.rand(reference.partial.shape, generator=torch.Generator().manual_seed(0))
+    partial[reference.table.length == 0] = NAN
+    for absent in (None, 0, 2):
+        for span in (None, *(slot.tiles for slot in reference.slots)):
+            results = []
+            for arena in (reference, kernel):
+                arena.table.slot_present[: len(sizes)] = 1
+                if absent is not None:
+                    arena.table.slot_present[absent] = 0
+                arena.table.slot_coef.fill_(77)
+                arena.control.max_norm.fill_(3.0)
+                sums = torch.full((len(sizes) + 1,), 0.5, device=device if arena is kernel else "cpu")
+                values = partial.to(sums.device)
+                tables = arena.hyper, arena.bias, arena.table, arena.control
+                finalise(values, *tables, skip_nonfinite=True, backend=arena.backend, tiles=span)
+                only = None if span is None else [slot.tiles for slot in arena.slots].index(span)
+                place = dict(root=True, backend=arena.backend, only=only)
+                reduce_slots(values, sums, arena.table, arena.control, **place)
+                table = arena.table
+                floats = {"norm": arena.control.grad_norm, "clip": arena.control.clip_coef, "sums": sums}
+                counts = torch.cat([table.slot_step, table.slot_measured])
+                results.append((torch.cat([x.cpu() for x in floats.values()]), counts.cpu(), table.slot_coef.cpu()))
+            (a, counts_a, coef_a), (b, counts_b, coef_b) = results
+            torch.testing.assert_close(b, a, rtol=1e-6, atol=0.0)
+            torch.testing.assert_close(coef_b, coef_a, rtol=1e-6, atol=0.0)
+            assert torch.equal(counts_a, counts_b)
+            if span is not None:
+                expected = math.sqrt(partial[span.start : span.stop].double().sum())
+                assert abs(a[0].item() / expected - 1) < 1e-6
+                assert ((a[2:] != 0.5).nonzero().flatten().tolist(), (coef_a != 77).any(1).sum().item()) == ([only], 1)
     return ""
 
 
@@ -299,6 +340,9 @@ DEVICE_CASES: dict[str, Callable[..., str]] = {
     "own_gradients": own_gradients,
     "compress_and_expand": compress_and_expand,
     "padding_in_8_bits_becomes_zero": padding_in_8_bits_becomes_zero,
+    "rest_rules": rest_rules,
+    "rest_moves_nothing": rest_moves_nothing,
+    "norm_in_parts": norm_in_parts,
 }
 
 INTERPRETER_CASES: dict[str, Callable[..., str]] = DEVICE_CASES | {

@@ -208,6 +208,22 @@ def test_wrong_options_are_refused_with_what_to_do(words: str) -> None:
     assert WRONG[words] in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("torch", "refused"), [("2.9.1", True), ("2.11.0+cu130", True), ("2.13.0", False), ("3.0", False)]
+)
+def test_torch_compile_needs_a_torch_whose_compiled_layers_follow_the_draw(
+    torch: str, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arguments_module, "version", lambda package: torch)
+    for optimizer in ("misa", "adamw"):
+        words = f"--torch_compile --optimizer {optimizer} --model x --dataset y --output_dir z".split()
+        if refused and optimizer == "misa":
+            with pytest.raises(UserError, match=f"2.13 or newer; this is {torch}".replace("+", r"\+")):
+                parse_train(words)
+        else:
+            arguments_module._check_together({"torch_compile": True, "optimizer": optimizer})
+
+
 WRONG_FILES = {
     "detla: 0.1": "unknown option detla. Did you mean delta?",
     "lr: 0.1": "unknown option lr. Use learning_rate.",

@@ -97,7 +97,7 @@ def test_a_run_writes_environment_rows_checks_and_an_archive(here, tmp_path):
         assert key in document["environment"]
     assert [row["case"] for row in document["results"]] == ["tiny", "tiny adamw"]
     for row in document["results"]:
-        for key in ("method", "step_time_s", "tokens_per_s", "peak_bytes", "trainable_parameters", "heldout_loss"):
+        for key in ("method", "step_time_s", "tokens_per_s", "peak_bytes", "trainable_parameters"):
             assert key in row
         assert row["status"] == "ok"
     assert document["plans"] == {"tiny": {"status": "no plan: none here"}}
@@ -276,13 +276,3 @@ def test_a_method_that_failed_is_in_the_picture_with_its_reason():
     texts = [text.get_text().strip() for axes in figure.axes for text in axes.texts]
     assert "out of memory" in texts and "8,192 tokens/s" in texts
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["misa", "adamw8bit"]
-
-
-def test_curves_that_coincide_are_told_apart_and_named():
-    curve = [{"tokens": n, "seconds": n / 10, "heldout_loss": 5.0 / n} for n in (1, 2, 3)]
-    rows = [{"method": name, "curve": curve} for name in ("misa", "unfused-misa")]
-    rows.append({"method": "adamw", "curve": [{**point, "heldout_loss": 1.0} for point in curve]})
-    figure = pictures._curves({"results": rows, "settings": {"loss_model": "m"}})
-    first, second, third = figure.axes[0].get_lines()
-    assert first.get_linestyle() != second.get_linestyle() and first.get_color() != second.get_color()
-    assert "(as unfused-misa)" in first.get_label() and "(as" not in third.get_label()

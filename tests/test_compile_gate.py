@@ -22,10 +22,11 @@ from misa_engine.kernels.blockwise8 import kernel as blockwise8
 from misa_engine.kernels.finalise import kernel as finalise
 from misa_engine.kernels.norm import kernel as norm
 from misa_engine.kernels.norm.kernel import TILES_PER_PROGRAM
+from misa_engine.kernels.rest import kernel as rest
 from misa_engine.kernels.split_float import kernel as split_float
-from misa_engine.kernels.tiles import BLOCK
+from misa_engine.kernels.tiles import BLOCK, PART
 
-KERNEL_FILES = (finalise, adamw, norm, blockwise8, split_float)
+KERNEL_FILES = (finalise, adamw, norm, blockwise8, split_float, rest)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 #: Datacentre and consumer cards of Ampere, Ada, Hopper and Blackwell.
 ARCHITECTURES = {80: "sm_80", 86: "sm_86", 89: "sm_89", 90: "sm_90a", 100: "sm_100a", 120: "sm_120a"}
@@ -70,24 +71,38 @@ VARIANTS = {
     "int8_closing": (INT8_CLOSING, 2, 2, 2, 0),
 }
 
-COUNTS = {"n_tiles": "i32", "n_slots": "i32", "n_rows": "i32"}
+COUNTS = {"n_parts": "i32", "first_tile": "i32", "end_tile": "i32", "n_slots": "i32", "n_rows": "i32"}
 PER_SLOT = {"slot_group": "*i32", "slot_step": "*i32", "slot_coef": "*fp32", "hyper": "*fp32", "bias": "*fp32"}
-NORM = {"partial": "*fp32", "length": "*i32", "slot": "*i32", "slot_present": "*i32", "grad_norm": "*fp32"}
+NORM_PARTS = {"partial": "*fp32", "length": "*i32", "slot": "*i32", "slot_present": "*i32", "parts": "*fp64"}
+NORM_PARTS |= {"first_tile": "i32", "end_tile": "i32"}
+NORM = {"parts": "*fp64", "grad_norm": "*fp32"}
 FINALISE = {"max_norm": "*fp32", "clip_coef": "*fp32", "skip": "*i32", "skipped_steps": "*i32", "slot_measured": "*i32"}
-FINALISE = FINALISE | NORM | PER_SLOT | COUNTS
+FINALISE |= {"slot_first_tile": "*i32", "slot_present": "*i32"} | NORM | PER_SLOT | COUNTS
 CLOSING_SLOTS = PER_SLOT | {"n_slots": "i32", "n_rows": "i32"}
 SUMS = {"grad": "*bf16", "partial": "*fp32", "length": "*i32", "first_tile": "i32", "end_tile": "i32"}
 SUMS |= {"grad_tile": "i32"}
 CODEC = {"m": "*fp32", "v": "*fp32", "m8": "*i8", "v8": "*u8", "m_scale": "*fp32", "v_scale": "*fp32", "n": "i32"}
 REDUCE = {"tile_values": "*fp32", "out": "*fp32", "slot_first_tile": "*i32", "slot_n_tiles": "*i32"}
-REDUCE |= {"slot_present": "*i32", "skip": "*i32"}
+REDUCE |= {"slot_present": "*i32", "skip": "*i32", "first_slot": "i32"}
 ROUND = {"weight": "*i16", "lo": "*i16", "numel": "i32", "first_index": "i32", "key1": "i32", "key2": "i32"}
+ROW_SUMS = {"grad": "*bf16", "col_factor": "*fp32", "sums": "*fp32", "cols": "i32"}
+COL_SUMS = {"grad": "*bf16", "row_factor": "*fp32", "sums": "*fp32", "rows": "i32", "cols": "i32"}
+FACTORS = {"sums": "*fp32", "factor": "*fp32", "total": "*fp32", "n": "i32", "each": "i32"}
+MOVE = {"weight": "*i16", "grad": "*bf16", "total": "*fp32", "row_factor": "*fp32", "col_factor": "*fp32"}
+MOVE |= {"cols": "i32", "rate": "fp32", "key1": "i32", "key2": "i32"}
+PIECE = {"PIECE_ROWS": rest.PIECE_ROWS, "PIECE_COLS": rest.PIECE_COLS}
+MOVES = {"SIGN": False, "ROWS": True, "COLS": True, "BF16": True, "ALIGNED": True, "WIDTH": rest.WIDTH}
 SMALL_KERNELS = {
+    "row_sums_kernel": (ROW_SUMS, {"ALIGNED": True, "SCALED": True, "WIDTH": rest.WIDTH}, {"num_warps": 4} | PRECISE),
+    "col_sums_kernel": (COL_SUMS, {"ALIGNED": True, "SCALED": True} | PIECE, {"num_warps": 4} | PRECISE),
+    "factors_kernel": (FACTORS, {"FACTOR": True, "TOTAL": True, "TINY": 1e-36, "WIDTH": rest.WIDTH}, {"num_warps": 4}),
+    "move_kernel": (MOVE, MOVES, {"num_warps": 4} | PRECISE),
     "sum_of_squares_kernel": (SUMS, {"ALIGNED": True, "ROWS": TILES_PER_PROGRAM, "BLOCK": BLOCK}, {"num_warps": 4}),
-    "global_norm_kernel": (NORM | {"n_tiles": "i32"}, {}, {"num_warps": 16}),
-    "finalise_kernel": (FINALISE, {"SKIP_NONFINITE": True}, {"num_warps": 16} | PRECISE),
+    "norm_parts_kernel": (NORM_PARTS, {"PRESENT": True, "PART": PART}, {"num_warps": 8}),
+    "global_norm_kernel": (NORM | {"n_parts": "i32"}, {}, {"num_warps": 4}),
+    "finalise_kernel": (FINALISE, {"SKIP_NONFINITE": True, "PRESENT": True}, {"num_warps": 8} | PRECISE),
     "closing_coefficients_kernel": (CLOSING_SLOTS, {}, {"num_warps": 4} | PRECISE),
-    "reduce_slots_kernel": (REDUCE, {"ROOT": True}, {"num_warps": 4}),
+    "reduce_slots_kernel": (REDUCE, {"ROOT": True, "PRESENT": True}, {"num_warps": 4}),
     "round_stochastic_kernel": (ROUND, {"ALIGNED": True, "BLOCK": BLOCK}, {"num_warps": 4}),
     "compress_kernel": (CODEC, {"ALIGNED": True, "BLOCK": BLOCK}, {"num_warps": 4} | PRECISE),
     "expand_kernel": (CODEC, {"ALIGNED": True, "BLOCK": BLOCK}, {"num_warps": 4} | PRECISE),
@@ -95,9 +110,25 @@ SMALL_KERNELS = {
 #: 16-byte and 8-byte loads and stores of a thread, in the kernels that move much.
 WIDE_ACCESSES = {
     "sum_of_squares_kernel": {"ld.global.v4.b32": TILES_PER_PROGRAM},
+    "row_sums_kernel": {"ld.global.v4.b32": 3},  # 8 bf16 and 8 float32 factors
+    "move_kernel": {"ld.global.v4.b32": 4, "st.global.v4.b32": 1},
     "round_stochastic_kernel": {"ld.global.v4.b32": 2, "st.global.v4.b32": 2},
     "compress_kernel": {"ld.global.v4.b32": 4, "st.global.v2.b32": 2},
     "expand_kernel": {"ld.global.v2.b32": 2, "st.global.v4.b32": 4},
+}
+
+#: Instructions of a thread, slow paths included, about a tenth above the most that was seen; registers (with 64 a
+#: multiprocessor holds eight programs of 4 warps); trips to memory in series.
+LIMITS = {
+    "sum_of_squares_kernel": (260, 40, 1),
+    "norm_parts_kernel": (340, 48, 1),
+    "global_norm_kernel": (470, 48, 1),
+    "finalise_kernel": (580, 48, 3),
+    "closing_coefficients_kernel": (150, 40, 2),
+    "reduce_slots_kernel": (340, 56, 2),
+    "round_stochastic_kernel": (300, 48, 1),
+    "compress_kernel": (730, 64, 1),
+    "expand_kernel": (430, 56, 1),
 }
 
 
@@ -217,15 +248,20 @@ def test_unaligned_weights_and_gradients_are_scalar_but_the_arena_is_not(tmp_pat
     assert report["spilled_bytes"] == 0 and report["registers"] <= 64, report
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("kernel", SMALL_KERNELS)
-def test_other_kernels_compile_without_spills(kernel, tmp_path):
-    compiled = compile_for(89, kernel, *SMALL_KERNELS[kernel])
-    report = assembled(compiled, 89, tmp_path)
-    assert report["spilled_bytes"] == 0 and report["registers"] <= 128, report
+def test_other_kernels_stay_within_their_limits(kernel, architecture, tmp_path):
+    compiled = compile_for(architecture, kernel, *SMALL_KERNELS[kernel])
+    instructions, registers, trips = LIMITS[kernel]
+    precise = SMALL_KERNELS[kernel][2].get("enable_fp_fusion", True) is False
+    report = assembled(compiled, architecture, tmp_path, *(["--fmad=false"] if precise else []))
+    assert report["spilled_bytes"] == 0 and report["registers"] <= registers, report
+    assert report["instructions"] <= instructions, report
+    assert len(trips_to_memory(compiled.asm["ptx"])) == trips
     accesses = global_accesses(compiled.asm["ptx"])
     wide = {name: number for name, number in accesses.items() if ".v" in name}
     assert wide == WIDE_ACCESSES.get(kernel, wide), accesses
-    if kernel in ("compress_kernel", "expand_kernel"):
+    if kernel in ("compress_kernel", "expand_kernel", "move_kernel"):
         precise_arithmetic(compiled.asm["ptx"])
 
 
@@ -235,6 +271,7 @@ def test_other_kernels_compile_without_spills(kernel, tmp_path):
         ("adamw_kernel", ("grad", "m", "v", "lo", "m_scale", "v_scale")),
         ("sum_of_squares_kernel", ("grad",)),
         ("round_stochastic_kernel", ("weight", "lo")),
+        ("move_kernel", ("weight", "grad")),
         ("compress_kernel", ("m", "v", "m8", "v8", "m_scale", "v_scale")),
         ("expand_kernel", ("m", "v", "m8", "v8", "m_scale", "v_scale")),
     ],

@@ -59,7 +59,7 @@ def flags_of_misa() -> frozenset[str]:
 
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown):
-        for words in (["--help"], *([command, "--help"] for command in COMMANDS)):
+        for words in (["--help"], ["bench", "learning", "--help"], *([command, "--help"] for command in COMMANDS)):
             try:
                 ended = main(words)
             except SystemExit as end:  # argparse's way to end --help
@@ -181,9 +181,25 @@ def test_the_benchmark_page_is_made_from_the_stored_results(make_tables):
     from misa_engine.bench import tables
 
     document = json.loads(text_of(make_tables.RESULTS))
-    pictures = [Path("../bench/results/cpu", f"{name}.png") for name in ("time_and_memory", "phases", "loss")]
+    pictures = [Path("../bench/results/cpu", f"{name}.png") for name in ("time_and_memory", "phases")]
     made = tables.page(document, pictures).partition("\n")[2].strip()
     assert make_tables.between(text_of(ROOT / "docs/benchmarks.md"), "misa bench")[1] == made
+
+
+def test_the_learning_pages_are_made_from_the_stored_results(make_tables):
+    """misa bench --render bench/results/learning/NAME/results.json --into docs/benchmarks.md."""
+    from misa_engine.bench import learning_results
+
+    stored = sorted(make_tables.LEARNING.glob("*/results.json"))
+    assert stored
+    for path in stored:
+        document = json.loads(text_of(path))
+        tasks = dict.fromkeys(row["task"] for row in document["results"])
+        names = [f"{kind}_{task}.png" for task in tasks for kind in ("learning", "memory")]
+        pictures = [Path("../bench/results/learning", path.parent.name, name) for name in names]
+        made = learning_results.page(document, pictures).partition("\n")[2].strip()
+        marker = f"misa bench learning {document['settings']['base']}"
+        assert make_tables.between(text_of(ROOT / "docs/benchmarks.md"), marker)[1] == made
 
 
 @pytest.mark.exhaustive

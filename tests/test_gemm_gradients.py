@@ -190,6 +190,46 @@ def test_compiled_layers_get_no_graph_of_their_own_for_each_switch():
     assert graphs[True] == graphs[False]
 
 
+def count_writes(optimizer, monkeypatch):
+    """Names of the weights whose gradients a GEMM wrote, in the order of the writes."""
+    written, gemm = [], optimizer._intake._gemm
+    write = gemm._written
+    monkeypatch.setattr(gemm, "_written", lambda name: (written.append(name), write(name)))
+    return written
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_autocast_to_the_dtype_of_the_weights_keeps_the_gemms_and_the_bits(family, checkpointing, monkeypatch):
+    (a, first), (b, _) = twins(family, torch.bfloat16, checkpointing)
+    written = count_writes(first, monkeypatch)
+    ids = next(batches())
+    for model in (a, b):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = loss_of(model, ids)
+        loss.backward()
+    assert set(written) == {f"{name}.weight" for name in written_by_gemm(a)} and len(written) == len(set(written))
+    for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
+        assert (p.grad is None and q.grad is None) or torch.equal(p.grad, q.grad), name
+
+
+def test_autocast_casts_what_the_layer_before_it_left_in_float32(monkeypatch):
+    layer, twin = (nn.Sequential(nn.Linear(8, 8, dtype=torch.bfloat16)) for _ in "ab")
+    twin.load_state_dict(layer.state_dict())
+    optimizer = MISA(layer, lr=1e-3, include_outside=True, always_train=("0.bias",), **EVERYTHING)
+    written = count_writes(optimizer, monkeypatch)
+    x = torch.randn(3, 8)
+    inputs = []
+    for model in (layer, twin):
+        inputs.append(x.clone().requires_grad_())
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = model(inputs[-1])
+        assert y.dtype == torch.bfloat16
+        y.float().square().sum().backward()
+    assert written == ["0.weight"] and torch.equal(layer[0].weight.grad, twin[0].weight.grad)
+    assert torch.equal(inputs[0].grad, inputs[1].grad) and inputs[0].grad.dtype == torch.float32
+
+
 @pytest.mark.parametrize("when", ["autocast", "compile"])
 def test_autograd_does_it_where_the_gemm_is_not_the_whole_story(when):
     (a, _), (b, _) = twins("llama")
@@ -204,6 +244,22 @@ def test_autograd_does_it_where_the_gemm_is_not_the_whole_story(when):
             by_gemm, by_hook = gradients_of(a, ids), gradients_of(b, ids)
     for name, gradient in by_hook.items():
         assert torch.equal(by_gemm[name], gradient), name
+
+
+def test_compiled_layers_follow_the_draw():
+    """torch 2.11 gives no gradients where ``requires_grad`` was switched on after the first call."""
+    model = tiny()
+    for layer in model.model.layers:
+        layer.compile(backend="eager")
+    optimizer = MISA(model, lr=1e-3, delta=0.2, inner_steps=1, cold_start="none", rule="cyclic")
+    seen = set()
+    for _ in range(12):
+        loss_of(model, next(batches())).backward()
+        assert {name for name, p in model.named_parameters() if p.grad is not None} == set(optimizer.active)
+        seen |= set(optimizer.active)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert len(seen) > 8
 
 
 def test_a_replaced_forward_of_someone_else_stays():

@@ -47,6 +47,7 @@ print("equal")
         ("bfloat16", {"preset": "official"}),
         ("bfloat16", {"state_dtype": "int8", "grad_dtype": "float32"}),
         ("bfloat16", {"preset": "paper", "state_dtype": "int8", "update_in": "backward"}),
+        ("bfloat16", {"rest": "sign", "rest_outside": True, "rest_every": 2}),
         ("bfloat16", {"rule": "cyclic", "revisit": "offload", "leave_rounding": "keep", "inner_steps": 1}),
     ],
     ids=str,

@@ -7,15 +7,20 @@ from collections import Counter
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from misa_engine import MISA
+from misa_engine.engine import arena as arena_module
+from misa_engine.engine import host_pool
+from misa_engine.kernels import tiles
 from training import batches, loss_of, tiny
 
 #: Everything through which Python reads a tensor's value, which on a GPU waits for all queued work.
 READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")
 
 
-OPERATIONS = ("adamw", "blockwise8", "finalise", "norm", "split_float")
+OPERATIONS = ("adamw", "blockwise8", "finalise", "norm", "rest", "split_float")
 
 
 class Recorder:
@@ -37,6 +42,56 @@ class CountedKernel:
     def _launch(self, *args, num_warps=4, enable_fp_fusion=True, maxnreg=None, **kwargs):
         inspect.signature(self._kernel.fn).bind(*args, **kwargs)
         self._recorder.launches[self._kernel.fn.__name__] += 1
+
+
+def tensors_in(*owners) -> list[torch.Tensor]:
+    return [value for owner in owners for value in vars(owner).values() if isinstance(value, torch.Tensor)]
+
+
+class Uploads(TorchDispatchMode):
+    """Copies into memory that is the device's on a GPU, from memory that is not.
+
+    Memory is the device's if it belongs to the model, is one of the optimizer's buffers, or was computed from such.
+    """
+
+    def __init__(self, model, optimizer, staged):
+        super().__init__()
+        held = [*model.parameters(), *model.buffers()]
+        held += tensors_in(optimizer.arena, optimizer.arena.table, optimizer._kernels, optimizer._kernels.control)
+        self._device = {tensor.untyped_storage().data_ptr() for tensor in held}
+        self._kept = held  # an address is not given away again
+        self._staged = staged
+        self.uploads: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        places = [x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        if func is torch.ops.aten.copy_.default:
+            if places[0] in self._device and places[1] not in self._device:
+                waits = not (args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
+                self.uploads["pageable" if waits or places[1] not in self._staged else "pinned"] += 1
+        elif self._device.intersection(places):
+            made = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+            self._device |= {x.untyped_storage().data_ptr() for x in made}
+            self._kept += made
+        return result
+
+
+@pytest.fixture
+def staged(monkeypatch):
+    """Memory that would be pinned on a GPU."""
+    addresses, kept, own = set(), [], tiles.host_buffer
+
+    def recorded(*args):
+        buffer = own(*args)
+        kept.append(buffer)  # an address is not given away again
+        addresses.add(buffer.untyped_storage().data_ptr())
+        return buffer
+
+    for module in (tiles, arena_module, host_pool):
+        monkeypatch.setattr(module, "host_buffer", recorded)
+    return addresses
 
 
 @pytest.fixture
@@ -83,16 +138,16 @@ def one_step(model, optimizer, device, clip=None, micro_batches=1):
 def build(**options):
     model = tiny("llama", torch.bfloat16)
     defaults = {"lr": 1e-3, "delta": 0.3, "inner_steps": 3, "cold_start": "none", "backend": "triton"}
-    optimizer = MISA(model, **defaults, **options)
+    optimizer = MISA(model, **{**defaults, **options})
     optimizer.measure_on_arrival = "max_grad_norm" not in options  # MISA alone clips here: nothing needs a second norm
     return model, optimizer
 
 
-CLIPPED = {"sum_of_squares_kernel": 1, "finalise_kernel": 1, "adamw_kernel": 1}
+CLIPPED = {"sum_of_squares_kernel": 1, "norm_parts_kernel": 1, "finalise_kernel": 1, "adamw_kernel": 1}
 
 
 @pytest.mark.parametrize("options", [{}, {"state_dtype": "int8"}, {"grad_dtype": "float32"}], ids=str)
-def test_a_clipped_step_is_three_launches_and_reads_nothing_back(device, options):
+def test_a_clipped_step_is_four_launches_and_reads_nothing_back(device, options):
     model, optimizer = build(max_grad_norm=1.0, **options)
     device.launches.clear()
     for _ in range(2):
@@ -103,7 +158,8 @@ def test_clipping_by_the_trainer_costs_a_norm_of_its_own(device):
     model, optimizer = build()
     optimizer.measure_on_arrival = False
     device.launches.clear()
-    expected = {**CLIPPED, "sum_of_squares_kernel": 2, "global_norm_kernel": 1}  # the step checks what it uses
+    twice = {"sum_of_squares_kernel": 2, "norm_parts_kernel": 2}
+    expected = {**CLIPPED, **twice, "global_norm_kernel": 1}  # the step checks what it uses
     assert one_step(model, optimizer, device, clip=1.0) == (expected, {})
 
 
@@ -113,15 +169,30 @@ def test_norms_on_arrival_are_one_more_launch_for_each_active_matrix(device):
     launches, reads = one_step(model, optimizer, device)
     assert reads == {}
     arrivals = launches.pop("sum_of_squares_kernel")
-    assert arrivals == len(optimizer.active) + 1 and launches == {"finalise_kernel": 1, "adamw_kernel": 1}
+    assert arrivals == len(optimizer.active) + 1 and launches == {
+        "norm_parts_kernel": 1,
+        "finalise_kernel": 1,
+        "adamw_kernel": 1,
+    }
 
 
-def test_updates_in_backward_are_three_launches_for_each_active_matrix(device):
+def test_updates_in_backward_are_four_launches_for_each_active_matrix(device):
     model, optimizer = build(update_in="backward")
     device.launches.clear()
     n = len(optimizer.active)
-    expected = {**dict.fromkeys(CLIPPED, n), "global_norm_kernel": 1}
+    expected = {**dict.fromkeys(CLIPPED, n), "norm_parts_kernel": n + 1, "global_norm_kernel": 1}
     assert one_step(model, optimizer, device) == (expected, {})
+
+
+@pytest.mark.parametrize(("rule", "sums"), [("sign", 1), ("row_norm", 1), ("sinkhorn", 5)])
+def test_a_matrix_that_rests_is_three_launches_and_eight_more_by_sinkhorn(device, rule, sums):
+    model, optimizer = build(max_grad_norm=1.0, rest=rule)
+    device.launches.clear()
+    launches, reads = one_step(model, optimizer, device)
+    resting = len(optimizer.units) - len(optimizer.active)
+    moves = {name: launches.pop(name, 0) for name in ("row_sums_kernel", "col_sums_kernel", "factors_kernel")}
+    assert launches == {**CLIPPED, "move_kernel": resting} and reads == {}
+    assert moves["row_sums_kernel"] + moves["col_sums_kernel"] == moves["factors_kernel"] == sums * resting
 
 
 @pytest.mark.parametrize("options", [{}, {"revisit": "offload", "leave_rounding": "keep"}], ids=str)
@@ -148,3 +219,42 @@ def test_a_step_allocates_nothing_that_lasts(device):
     loss_of(model, next(batches())).backward()
     for p in model.parameters():
         assert p.grad is None or low <= p.grad.data_ptr() < high
+
+
+# ---- copies from the host ----
+
+
+@pytest.mark.parametrize("options", [{}, {"state_dtype": "int8"}, {"preset": "paper"}, {"preset": "official"}], ids=str)
+def test_a_switch_is_one_pinned_copy_from_the_host(device, staged, options):
+    model, optimizer = build(**options)
+    one_step(model, optimizer, device)
+    before = optimizer.active
+    with Uploads(model, optimizer, staged) as counted:
+        optimizer.end_round()
+    assert set(optimizer.active) != set(before)
+    assert counted.uploads == {"pinned": 1}
+
+
+def test_what_was_kept_of_a_matrix_comes_back_in_one_pinned_copy_a_buffer(device, staged):
+    model, optimizer = build(rule="cyclic", revisit="keep", leave_rounding="keep")
+    known = set()
+    for _ in range(20):
+        before = set(optimizer.active)
+        known |= before
+        with Uploads(model, optimizer, staged) as counted:
+            optimizer.end_round()
+        back = len((set(optimizer.active) - before) & known)
+        assert counted.uploads == {"pinned": 1 + 3 * back}  # the tables; both moments and the residual bits
+    assert back
+
+
+def test_steps_of_a_round_copy_nothing_but_a_changed_learning_rate(device, staged):
+    model, optimizer = build(max_grad_norm=1.0, inner_steps=100)
+    one_step(model, optimizer, device)
+    for lr, expected in ((1e-3, {}), (5e-4, {"pinned": 1})):
+        optimizer.param_groups[0]["lr"] = lr
+        loss_of(model, next(batches())).backward()
+        with Uploads(model, optimizer, staged) as counted:
+            optimizer.step()
+        optimizer.zero_grad()
+        assert counted.uploads == expected

@@ -10,10 +10,11 @@ from misa_engine.engine.marks import PHASES, PREFIX, observed
 from training import batches, tiny, train
 
 
+@pytest.mark.parametrize("rest", ["none", "sign"])
 @pytest.mark.parametrize("update_in", ["step", "backward"])
-def test_every_phase_is_seen_where_it_belongs(update_in):
+def test_every_phase_is_seen_where_it_belongs(update_in, rest):
     model = tiny("llama", torch.float32)
-    optimizer = MISA(model, delta=0.3, inner_steps=2, cold_start="none", update_in=update_in)
+    optimizer = MISA(model, delta=0.3, inner_steps=2, cold_start="none", update_in=update_in, rest=rest)
     nesting, stack = set(), []
 
     @contextmanager
@@ -32,7 +33,7 @@ def test_every_phase_is_seen_where_it_belongs(update_in):
         "step": {("hooks",), ("backward dW",), ("backward dW", "hooks")},
         "backward": {("hooks",), ("hooks", "update"), ("hooks", "update", "clip/norm")},
     }
-    assert nesting == step | backward[update_in]
+    assert nesting == step | backward[update_in] | ({("resting",)} if rest == "sign" else set())
     nesting.clear()
     train(model, optimizer, batches(), 1)
     assert not nesting, "the observer stays after its block"
@@ -40,7 +41,7 @@ def test_every_phase_is_seen_where_it_belongs(update_in):
 
 def test_profiler_shows_the_phases_as_ranges():
     model = tiny("llama", torch.float32)
-    optimizer = MISA(model, delta=0.3, inner_steps=1)
+    optimizer = MISA(model, delta=0.3, inner_steps=1, rest="sign")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         train(model, optimizer, batches(), 1)
     ranges = {event.key.removeprefix(PREFIX) for event in profiler.key_averages() if event.key.startswith(PREFIX)}

@@ -116,7 +116,10 @@ def test_arena_bytes_are_known_without_allocating():
         )
         assert predicted == arena.bytes()
         tensors = [*vars(arena).values(), *vars(arena.table).values()]
-        assert sum(predicted.values()) == sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor))
+        storages = {
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if isinstance(t, torch.Tensor)
+        }
+        assert sum(predicted.values()) == sum(storages.values())
 
 
 @pytest.mark.parametrize("family", list(TINY))

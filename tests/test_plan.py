@@ -100,6 +100,7 @@ def test_names_beside_a_bar_stand_apart_and_near_their_parts():
     assert spread([1.0, 5.0, 9.0], 1.0) == [1.0, 5.0, 9.0]
     placed = spread([7.0, 15.0, 15.1, 15.2, 21.0], 1.0)
     assert placed == pytest.approx([7.0, 14.1, 15.1, 16.1, 21.0])
+    assert spread([0.1, 0.2, 9.0], 1.0, low=0.5) == pytest.approx([0.5, 1.5, 9.0])
     assert spread([], 1.0) == []
 
 
@@ -331,3 +332,17 @@ def test_sizes_of_cards():
     assert Card.smallest(20 << 30).name == "a10" and Card.smallest(1 << 40) is None
     with pytest.raises(UserError):
         Card.of("0")
+
+
+def test_a_plan_for_several_cards_states_what_they_exchange(capsys):
+    words = ["--model", "llama-3-8b", "--gpu", "rtx4090", "--gpus", "4"]
+    assert main(["plan", *words, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    traffic = told["replicas"]
+    assert (
+        traffic["step_bytes"] == 2 * told["delta_parameters"] and traffic["round_bytes"] == 50 * traffic["step_bytes"]
+    )
+    assert traffic["full_bytes"] == 2 * told["parameters"] and traffic["sent_bytes"] == traffic["step_bytes"] * 3 // 2
+    assert traffic["seconds_a_step"]["PCIe 4 x8"] == pytest.approx(traffic["sent_bytes"] / 10e9, rel=0.01)
+    assert main(["plan", *words]) == 0
+    assert "4 cards, a whole model on each: 0.45 GiB" in capsys.readouterr().out

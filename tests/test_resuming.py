@@ -52,8 +52,9 @@ def test_a_plain_trainer_resumes_bitwise_in_the_middle_of_a_round(tmp_path, toke
         ({}, torch.float32),
         ({"gradient_checkpointing": True, "gradient_accumulation_steps": 2}, torch.bfloat16),
         ({"optimizer": "adamw"}, torch.float32),
+        ({"misa": {**MISA_OPTIONS, "rest": "sign"}, "gradient_accumulation_steps": 2}, torch.bfloat16),
     ],
-    ids=["fp32", "bf16-accumulated", "adamw"],
+    ids=["fp32", "bf16-accumulated", "adamw", "bf16-rest-accumulated"],
 )
 def test_misa_trainer_resumes_bitwise_and_its_log_reads_like_one_run(misa_trainer, tmp_path, options, dtype):
     """Run a is not interrupted; run b stops at step 13, after its checkpoint of step 10, and goes on from there."""

@@ -162,12 +162,14 @@ def test_bad_input_is_refused_before_anything_is_written(options, word, misa_tra
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_several_processes_or_gpus_are_refused(misa_trainer, monkeypatch):
-    for name, word in (("world_size", "4 processes"), ("n_gpu", "4 GPUs")):
-        with monkeypatch.context() as patch:
-            patch.setattr(TrainingArguments, name, property(lambda self: 4))
-            with pytest.raises(ValueError, match=word):
-                misa_trainer()
+def test_several_gpus_in_one_process_and_sharded_weights_are_refused(misa_trainer, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingArguments, "n_gpu", property(lambda self: 4))
+        with pytest.raises(ValueError, match=r"4 GPUs.*torchrun --nproc_per_node 4"):
+            misa_trainer()
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="MISA averages the gradients"):
+        misa_trainer()
 
 
 def test_a_second_optimizer_is_refused(tmp_path, tokenizer, texts):
@@ -271,7 +273,8 @@ def test_the_run_log_and_the_metrics_tell_what_happened(misa_trainer, texts, cap
     switches = [entry for entry in entries if entry["type"] == "switch"]
     assert [entry["step"] for entry in switches] == [0, 4, 8]
     assert switches[0]["came"] == switches[0]["active"] and switches[0]["left"] == []
-    lines = [record.message for record in caplog.records if record.message.startswith("round ")]
+    told = [record.message for record in caplog.records if record.levelno == logging.INFO]
+    lines = [message for message in told if message.startswith("round ")]
     assert len(lines) == 3 and lines[1].startswith("round 1 at step 4: left ") and lines[1].endswith(" ms")
     assert all(name in lines[1] for name in (*switches[1]["came"], *switches[1]["left"]))
 

@@ -130,8 +130,10 @@ def expand_kernel(
     inside, exists = at < n, group * GROUP < n
     a = tl.load(m_scale + group, mask=exists, other=0.0)
     s = tl.load(v_scale + group, mask=exists, other=0.0)
-    tl.store(m + at, decode_first(tl.load(m8 + at, mask=inside, other=0), a, BLOCK), mask=inside)
-    tl.store(v + at, decode_second(tl.load(v8 + at, mask=inside, other=0), s, BLOCK), mask=inside)
+    codes1 = tl.load(m8 + at, mask=inside, other=0)
+    codes2 = tl.load(v8 + at, mask=inside, other=0)
+    tl.store(m + at, decode_first(codes1, a, BLOCK), mask=inside)
+    tl.store(v + at, decode_second(codes2, s, BLOCK), mask=inside)
 
 
 def launch_expand(m8: Tensor, v8: Tensor, m_scale: Tensor, v_scale: Tensor, m: Tensor, v: Tensor) -> None:

@@ -24,17 +24,20 @@ def finalise(
     *,
     skip_nonfinite: bool,
     backend: str,
+    tiles: range | None = None,  # ``slot.tiles`` = one slot, whether it is present or not; None = all that are present
 ) -> None:
     """Decide the step: norm, clip factor, skip, step counts, coefficients. Once a step, before ``adamw``.
+
+    With ``tiles`` the step is that of one slot: its norm, its counts; nothing else of the table is read or written.
 
     clip_coef = min(1, max_norm/(norm + 1e-6)), as in torch.nn.utils.clip_grad_norm_.
     """
     if not uses_triton(backend, hyper):
-        finalise_reference(partial, hyper, bias, table, control, skip_nonfinite)
+        finalise_reference(partial, hyper, bias, table, control, skip_nonfinite, tiles)
         return
     from .kernel import launch_finalise
 
-    launch_finalise(partial, hyper, bias, table, control, skip_nonfinite)
+    launch_finalise(partial, hyper, bias, table, control, skip_nonfinite, tiles)
 
 
 @torch.no_grad()

@@ -30,20 +30,19 @@ from ..columns import (
     HYPER_GAIN2,
     HYPER_LR,
 )
-from ..norm.kernel import norm_of_present
+from ..norm.kernel import launch_norm_parts, norm_of_parts
 from ..tiles import Control, TileTable
 
 
-@triton.jit(do_not_specialize=["n_tiles", "n_slots", "n_rows"])
+@triton.jit(do_not_specialize=["n_parts", "first_tile", "end_tile", "n_slots", "n_rows"])
 def finalise_kernel(
-    partial,  # (max_tiles,) f32; None = no norm pass
-    length,  # (max_tiles,) i32
-    slot,  # (max_tiles,) i32
+    parts,  # (n_parts,) f64; None = no norm pass
     grad_norm,  # (1,) f32, out
     max_norm,  # (1,) f32
     clip_coef,  # (1,) f32, out
     skip,  # (1,) i32, out
     skipped_steps,  # (1,) i32, in place
+    slot_first_tile,  # (max_slots,) i32
     slot_group,  # (max_slots,) i32
     slot_present,  # (max_slots,) i32
     slot_step,  # (max_slots,) i32, in place
@@ -51,74 +50,96 @@ def finalise_kernel(
     slot_coef,  # (max_slots, 8) f32, out
     hyper,  # (n_groups, 8) f32
     bias,  # (n_groups, n_rows, 2) f32
-    n_tiles,  # i32
+    n_parts,  # i32
+    first_tile,  # i32, slots that begin before it are left alone
+    end_tile,  # i32, and those that begin here or later
     n_slots,  # i32
     n_rows,  # i32
+    PRESENT: tl.constexpr,  # slots that are not present do not run
     SKIP_NONFINITE: tl.constexpr,
 ):
-    """One program: norm, clip factor, skip, counts and coefficients of every slot. A third of it is its arguments."""
+    """One program: norm, clip factor, skip, counts and coefficients of every slot. Half of it is arguments, loads."""
     SLOTS: tl.constexpr = 256
+    # Loads come before stores, which they could not pass: four trips to memory instead of twelve, 600 cycles each.
+    bound = tl.load(max_norm)
+    skipped = tl.load(skipped_steps)
     clip = 1.0
     go = 1
-    if partial is not None:
-        norm = norm_of_present(partial, length, slot, slot_present, n_tiles)
-        tl.store(grad_norm, norm)
-        bound = tl.load(max_norm)
+    if parts is not None:
+        norm = norm_of_parts(parts, n_parts)
         # min(1, bound / (norm + 1e-6)), but 1 without a bound, and NaN if the norm is NaN, as in torch
         factor = tl.div_rn(bound, norm + 1e-6)
         clip = tl.where((bound == float("inf")) | (factor > 1.0), 1.0, factor)
         if SKIP_NONFINITE:
             go = (norm < float("inf")).to(tl.int32)
-    tl.store(clip_coef, clip)
-    tl.store(skip, 1 - go)
-    tl.store(skipped_steps, tl.load(skipped_steps) + 1 - go)
 
     first = 0
     while first < n_slots:
         index = first + tl.arange(0, SLOTS)
         exists = index < n_slots
-        runs = tl.load(slot_present + index, mask=exists, other=0) * go
-        step = tl.load(slot_step + index, mask=exists, other=0) + runs
-        tl.store(slot_step + index, step, mask=exists)
-        tl.store(slot_measured + index, tl.load(slot_measured + index, mask=exists) + runs, mask=exists)
-
+        begins = tl.load(slot_first_tile + index, mask=exists, other=0)
+        step = tl.load(slot_step + index, mask=exists, other=0)
+        measured = tl.load(slot_measured + index, mask=exists, other=0)
         group = tl.load(slot_group + index, mask=exists, other=0)
+        runs = tl.full((SLOTS,), 1, dtype=tl.int32) * go
+        if PRESENT:
+            runs *= tl.load(slot_present + index, mask=exists, other=0)
+        step += runs
+
         row = hyper + group * HYPER_COLUMNS
         factors = bias + (group * n_rows + tl.minimum(step, n_rows - 1)) * BIAS_COLUMNS
+        lr = tl.load(row + HYPER_LR, mask=exists)
+        decay = tl.load(row + HYPER_DECAY, mask=exists)
+        beta1 = tl.load(row + HYPER_BETA1, mask=exists)
+        gain1 = tl.load(row + HYPER_GAIN1, mask=exists)
+        beta2 = tl.load(row + HYPER_BETA2, mask=exists)
+        gain2 = tl.load(row + HYPER_GAIN2, mask=exists)
+        eps = tl.load(row + HYPER_EPS, mask=exists)
+        c0 = tl.load(factors + BIAS_STEP, mask=exists)
+        c1 = tl.load(factors + BIAS_EPS, mask=exists)
+
+        decided = exists & (begins >= first_tile) & (begins < end_tile)
         coef = slot_coef + index * COEF_COLUMNS
-        tl.store(coef + COEF_BETA1, tl.load(row + HYPER_BETA1, mask=exists), mask=exists)
-        tl.store(coef + COEF_GAIN1, tl.load(row + HYPER_GAIN1, mask=exists) * clip, mask=exists)
-        tl.store(coef + COEF_BETA2, tl.load(row + HYPER_BETA2, mask=exists), mask=exists)
-        tl.store(coef + COEF_GAIN2, tl.load(row + HYPER_GAIN2, mask=exists) * clip * clip, mask=exists)
-        tl.store(
-            coef + COEF_EPS,
-            tl.load(row + HYPER_EPS, mask=exists) * tl.load(factors + BIAS_EPS, mask=exists),
-            mask=exists,
-        )
-        tl.store(
-            coef + COEF_MINUS_STEP,
-            -(tl.load(row + HYPER_LR, mask=exists) * tl.load(factors + BIAS_STEP, mask=exists)),
-            mask=exists,
-        )
-        tl.store(coef + COEF_MINUS_DECAY, -tl.load(row + HYPER_DECAY, mask=exists), mask=exists)
-        tl.store(coef + COEF_RUNS, runs.to(tl.float32), mask=exists)
+        tl.store(slot_step + index, step, mask=decided)
+        tl.store(slot_measured + index, measured + runs, mask=decided)
+        tl.store(coef + COEF_BETA1, beta1, mask=decided)
+        tl.store(coef + COEF_GAIN1, gain1 * clip, mask=decided)
+        tl.store(coef + COEF_BETA2, beta2, mask=decided)
+        tl.store(coef + COEF_GAIN2, gain2 * clip * clip, mask=decided)
+        tl.store(coef + COEF_EPS, eps * c1, mask=decided)
+        tl.store(coef + COEF_MINUS_STEP, -(lr * c0), mask=decided)
+        tl.store(coef + COEF_MINUS_DECAY, -decay, mask=decided)
+        tl.store(coef + COEF_RUNS, runs.to(tl.float32), mask=decided)
         first += SLOTS
+
+    if parts is not None:
+        tl.store(grad_norm, norm)
+    tl.store(clip_coef, clip)
+    tl.store(skip, 1 - go)
+    tl.store(skipped_steps, skipped + 1 - go)
 
 
 def launch_finalise(
-    partial: Tensor | None, hyper: Tensor, bias: Tensor, table: TileTable, control: Control, skip_nonfinite: bool
+    partial: Tensor | None,
+    hyper: Tensor,
+    bias: Tensor,
+    table: TileTable,
+    control: Control,
+    skip_nonfinite: bool,
+    tiles: range | None,
 ) -> None:
-    """Launch the one program."""
+    """Launch the parts of the norm, if it is wanted, and the one program."""
+    span, every = table.tile_range(tiles), tiles is None
+    n_parts = 0 if partial is None else launch_norm_parts(partial, table, span, all_present=not every)
     with on_device(hyper):
         finalise_kernel[(1,)](
-            partial,
-            table.length,
-            table.slot,
+            None if partial is None else table.norm_parts,
             control.grad_norm,
             control.max_norm,
             control.clip_coef,
             control.skip,
             control.skipped_steps,
+            table.slot_first_tile,
             table.slot_group,
             table.slot_present,
             table.slot_step,
@@ -126,11 +147,14 @@ def launch_finalise(
             table.slot_coef,
             hyper,
             bias,
-            table.n_tiles,
+            n_parts,
+            span.start,
+            span.stop,
             len(table.slots),
             bias.shape[1],
+            PRESENT=every,
             SKIP_NONFINITE=skip_nonfinite,
-            num_warps=16,
+            num_warps=8,
             enable_fp_fusion=False,
         )
 

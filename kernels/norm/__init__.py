@@ -1,6 +1,7 @@
 """Sums of squares by tile, the global norm and the sums of each slot, all on the device.
 
-Per-tile sums of squares are added up in a fixed order, so that two runs agree bit for bit; there are no atomics.
+Per-tile sums of squares are added up in a fixed order, so that two runs agree bit for bit; there are no atomics. For
+the global norm that takes two launches: PART tiles a program, then one program over these parts.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ def reduce_slots(
     *,
     root: bool,
     backend: str,
+    only: int | None = None,  # index of a slot, whether it is present or not; None = all
 ) -> None:
     """Add up the tiles of each slot in a fixed order.
 
@@ -67,8 +69,8 @@ def reduce_slots(
     nothing in a skipped step.
     """
     if not uses_triton(backend, tile_values):
-        reduce_slots_reference(tile_values, out, table, control, root)
+        reduce_slots_reference(tile_values, out, table, control, root, only)
     elif table.slots:
         from .kernel import launch_reduce_slots
 
-        launch_reduce_slots(tile_values, out, table, control, root)
+        launch_reduce_slots(tile_values, out, table, control, root, only)

@@ -24,20 +24,30 @@ def sum_of_squares_reference(
             tile_sums_into(torch.mul(g, g, out=g), partial[here // BLOCK :])
 
 
-def global_norm_reference(partial: Tensor, table: TileTable) -> Tensor:
-    """√Σ over the tiles of present slots, a float32 scalar. In float64 the order does not matter to float32."""
+def global_norm_reference(partial: Tensor, table: TileTable, tiles: range | None = None) -> Tensor:
+    """√Σ over the tiles of present slots, a float32 scalar. In float64 the order does not matter to float32.
+
+    Args:
+        partial: sums of squares by tile.
+        table: what the tiles belong to.
+        tiles: of one slot, which counts whether it is present or not; None = all.
+    """
     total = torch.zeros((), dtype=torch.float64, device=partial.device)
-    for (_, slot), present in zip(table.slots_in(None), table.slot_present.tolist(), strict=False):
-        if present:
+    present = table.slot_present.tolist()
+    for index, slot in table.slots_in(tiles):
+        if present[index] or tiles is not None:
             total += partial[slot.first_tile : slot.first_tile + slot.n_tiles].sum(dtype=torch.float64)
     return total.float().double().sqrt().float()
 
 
-def reduce_slots_reference(tile_values: Tensor, out: Tensor, table: TileTable, control: Control, root: bool) -> None:
+def reduce_slots_reference(
+    tile_values: Tensor, out: Tensor, table: TileTable, control: Control, root: bool, only: int | None
+) -> None:
     """out[slot] += Σ tiles or its root; arguments as in ``reduce_slots``."""
     if root and control.skip.item():
         return
     for (index, slot), present in zip(table.slots_in(None), table.slot_present.tolist(), strict=False):
+        if only not in (None, index) or (root and only is None and not present):
+            continue
         total = tile_values[slot.first_tile : slot.first_tile + slot.n_tiles].sum(dtype=torch.float64)
-        if not root or present:
-            out[index] += total.sqrt() if root else total
+        out[index] += total.sqrt() if root else total

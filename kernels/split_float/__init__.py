@@ -16,7 +16,7 @@ from torch import Tensor
 from ..backend import uses_triton
 from .reference import join_into, round_stochastic_reference, split_into
 
-__all__ = ["join", "join_into", "round_stochastic_", "split", "split_into"]
+__all__ = ["join", "join_into", "random_keys", "round_stochastic_", "split", "split_into"]
 
 
 def split(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,7 +55,7 @@ def round_stochastic_(
     """
     if not 0 <= seed < 1 << 63 or first_index < 0:
         raise ValueError(f"seed must be in [0, 2^63) and first_index at least 0; got {seed} and {first_index}")
-    key1, key2 = _keys(seed)
+    key1, key2 = random_keys(seed)
     if not uses_triton(backend, weight):
         round_stochastic_reference(weight, lo, key1, key2, first_index)
         return
@@ -64,7 +64,7 @@ def round_stochastic_(
     launch_round_stochastic(weight, lo, key1, key2, first_index)
 
 
-def _keys(seed: int) -> tuple[int, int]:
+def random_keys(seed: int) -> tuple[int, int]:
     """Two keys from one step of splitmix64; of 31 bits, so that Triton sees an int32 and compiles once.
 
     The seed is spread before it meets the index: ``index ^ seed`` would give every small seed the same random numbers

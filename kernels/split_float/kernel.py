@@ -21,6 +21,14 @@ def _mix(x):
     return x ^ (x >> 16)
 
 
+@triton.jit
+def random_bits(index, key1, key2):
+    """Give 16 random bits for each element: ``random_bits`` of reference.py. ``index`` is an i64."""
+    bits = _mix((index & 0xFFFFFFFF).to(tl.uint32) ^ key1.to(tl.uint32))
+    bits = _mix(bits ^ key2.to(tl.uint32) ^ (index >> 32).to(tl.uint32))
+    return (bits >> 16).to(tl.int32)
+
+
 @triton.jit(do_not_specialize=["numel", "first_index", "key1", "key2"])
 def round_stochastic_kernel(
     weight,  # (numel,) i16 view of the bf16 weight, in place
@@ -37,13 +45,9 @@ def round_stochastic_kernel(
     if ALIGNED:
         numel = numel // 16 * 16  # keeps it; ``multiple_of`` has no effect on an argument: accesses would be scalar
     inside = at < numel
-    index = at + first_index
-    bits = _mix((index & 0xFFFFFFFF).to(tl.uint32) ^ key1.to(tl.uint32))
-    bits = _mix(bits ^ key2.to(tl.uint32) ^ (index >> 32).to(tl.uint32))
-
     hi = tl.load(weight + at, mask=inside, other=0).to(tl.int32)
     master = (hi << 16) + tl.load(lo + at, mask=inside, other=0).to(tl.int32)
-    rounded = (master + (bits >> 16).to(tl.int32)) >> 16
+    rounded = (master + random_bits(at + first_index, key1, key2)) >> 16
     # A master at the edge of the range keeps its nearest neighbour instead of becoming infinite.
     rounded = tl.where((rounded & 0x7F80) == 0x7F80, hi, rounded)
     tl.store(weight + at, rounded.to(tl.int16), mask=inside)

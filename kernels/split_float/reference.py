@@ -34,14 +34,18 @@ def round_stochastic_reference(weight: Tensor, lo: Tensor, key1: int, key2: int,
     """Round to the 16 bits of ``weight`` at random; arguments as in ``round_stochastic_``, keys of 31 bits."""
     for start, n in chunks(weight.numel()):
         hi, rest = weight[start : start + n].view(torch.int16), lo[start : start + n]
-        first = first_index + start
-        index = torch.arange(first, first + hi.numel(), dtype=torch.int64, device=weight.device)
-        random = _mix(_mix((index & 0xFFFFFFFF) ^ key1) ^ key2 ^ (index >> 32))
+        random = random_bits(first_index + start, hi.numel(), key1, key2, device=weight.device)
         bits = (hi.int() << 16) + rest
-        rounded = ((bits + (random >> 16).int()) >> 16).short()
+        rounded = ((bits + random) >> 16).short()
         # A master at the edge of the range keeps its nearest neighbour instead of becoming infinite.
         hi.copy_(torch.where((rounded & 0x7F80) == 0x7F80, hi, rounded))
         rest.zero_()
+
+
+def random_bits(first: int, count: int, key1: int, key2: int, *, device: torch.device) -> Tensor:
+    """Give 16 random bits for each element from ``first`` on: (count,) int32, 0 … 65,535."""
+    index = torch.arange(first, first + count, dtype=torch.int64, device=device)
+    return (_mix(_mix((index & 0xFFFFFFFF) ^ key1) ^ key2 ^ (index >> 32)) >> 16).int()
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -16,10 +16,13 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, is_dataclass, make_dataclass
+from importlib.metadata import version
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
+from misa_engine.cli.evaluation_data import EVAL_DATA, check_evaluation_data
+from misa_engine.cli.objective import check_objective
 from misa_engine.errors import UserError, bad_input, did_you_mean
 from misa_engine.method.config import CHOICES, PRESET_OPTIONS, MisaConfig
 from misa_engine.trainer.compat import (
@@ -28,6 +31,7 @@ from misa_engine.trainer.compat import (
     NON_REENTRANT,
     asks_reentrant,
     checkpointing_option,
+    compiled_modules_follow,
     shared_options,
 )
 
@@ -46,9 +50,6 @@ SFT_DEFAULTS: dict[str, Any] = {
 
 #: Names under which torch's allocator is configured; the older two are read first, so ours must not hide behind them.
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
-
-#: Any of these gives a run evaluation data.
-EVAL_DATA = ("eval_dataset", "eval_split", "eval_fraction")
 
 
 def option(help: str, default: Any = None, **metadata: Any) -> Any:
@@ -338,6 +339,11 @@ def _check_together(given: Mapping[str, Any]) -> None:
             raise UserError(
                 f"--{name}: use_reentrant=True cannot run backward past frozen layers; leave it out (it is False)."
             )
+    if given.get("torch_compile") and optimizer == "misa" and not compiled_modules_follow(version("torch")):
+        raise UserError(
+            f"--torch_compile needs torch 2.13 or newer; this is {version('torch')}, whose compiled layers may miss "
+            "that other matrices are active in the next round: leave it out, or upgrade torch."
+        )
     if optimizer == "misa":
         for name in ("optim", "optim_args", "optim_target_modules", "deepspeed"):
             if given.get(name):
@@ -345,21 +351,9 @@ def _check_together(given: Mapping[str, Any]) -> None:
     for name in ("gradient_accumulation_steps", "per_device_train_batch_size", "per_device_eval_batch_size"):
         if given.get(name) is not None and given[name] < 1:
             raise UserError(f"--{name} must be at least 1; got {given[name]}")
-    fraction = given.get("eval_fraction")
-    if fraction is not None and not 0 < fraction < 1:
-        raise UserError(f"--eval_fraction is the share held out for evaluation, between 0 and 1; got {fraction}")
-    if given.get("max_eval_samples") is not None and given["max_eval_samples"] < 1:
-        raise UserError(f"--max_eval_samples must be at least 1; got {given['max_eval_samples']}")
-    if fraction is not None and (given.get("eval_dataset") or given.get("eval_split")):
-        raise UserError("--eval_fraction and --eval_dataset or --eval_split both name the evaluation data: keep one.")
-    if given.get("eval_strategy", "no") != "no" and not any(given.get(name) for name in EVAL_DATA):
-        raise UserError("--eval_strategy needs evaluation data: --eval_dataset, --eval_split or --eval_fraction.")
-    if given.get("max_eval_samples") and not any(given.get(name) for name in EVAL_DATA):
-        raise UserError("--max_eval_samples needs evaluation data: --eval_dataset, --eval_split or --eval_fraction.")
+    check_evaluation_data(given)
     if given.get("dataset_streaming") and not given.get("max_steps"):
         raise UserError("--dataset_streaming needs --max_steps: the length of a streamed data set is unknown.")
-    from misa_engine.cli.preferences import check_objective
-
     check_objective(given)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import warnings
 from copy import copy
 from inspect import signature
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from misa_engine.cli.model_card import KeepsReadme
 from misa_engine.errors import UserError, bad_input
 
 if TYPE_CHECKING:
@@ -57,16 +57,6 @@ def build_trainer(
     if arguments.sft.torch_compile and arguments.run.optimizer == "misa":
         _compile_layers(trainer, model, arguments)
     return trainer
-
-
-class KeepsReadme:
-    """For a TRL trainer: no model card over a README.md of the user's, and none with links to a Hub model."""
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write TRL's card where the model is pushed to the Hub and there is none; TRL calls it at each checkpoint."""
-        trainer: Any = self
-        if trainer.args.push_to_hub and not Path(str(trainer.args.output_dir), "README.md").exists():
-            super().create_model_card(*args, **kwargs)  # type: ignore[misc]
 
 
 def _sft_trainer(arguments: TrainArguments, tokenizer: Any) -> type:

@@ -44,17 +44,19 @@ class LiveLine(TrainerCallback):
         self._tokens: tuple[float, float] | None = None  # as of the last log: tokens, seconds of training
         self._speed: float | None = None
         self._device: Any = None
+        self._writes = True
 
     def replace_others(self, trainer: Any) -> None:
         """Become the trainer's only way of showing progress."""
         for other in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(other)
+        self._writes = trainer.is_world_process_zero()
         trainer.add_callback(self)
 
     @contextmanager
     def shown(self) -> Iterator[None]:
         """The line exists inside the block; on a terminal its last state stays."""
-        if not self._console.is_terminal:
+        if not self._console.is_terminal or not self._writes:
             yield
             return
         with Live(Text(""), console=self._console, refresh_per_second=4) as self._live, _above(LOGGERS):

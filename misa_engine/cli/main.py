@@ -22,6 +22,7 @@ usage: misa <command> [options]
   misa plan     bytes by category and what fits a card   (misa plan --help)
   misa bench    memory, speed and loss beside the baselines (misa bench --help)
   misa profile  trace, time and bytes by phase, overhead    (misa profile --help)
+  misa fetch    a small real model to try things on      (misa fetch --help)
   misa report   draw the pictures of a run again            (misa report OUT)
 
   --version     print the version
@@ -37,6 +38,7 @@ COMMANDS: dict[str, tuple[str, str, str | None]] = {
     "plan": ("misa_engine.cli.plan", "command", None),
     "bench": ("misa_engine.bench.command", "run", None),
     "profile": ("misa_engine.bench.command", "profile", "transformers"),
+    "fetch": ("misa_engine.cli.fetch", "command", None),
     "report": ("misa_engine.cli.report", "command", None),
 }
 
@@ -58,7 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             import traceback
 
             traceback.print_exc()
-        print(_one_line(error, debug), file=sys.stderr)
+        rank = os.environ.get("RANK", "0")  # of torchrun and accelerate launch
+        if rank == "0" or not isinstance(error, Stopped):
+            print(_one_line(error, debug, "" if rank == "0" else f" (rank {rank})"), file=sys.stderr)
         return exit_code(error)
 
 
@@ -86,7 +90,7 @@ def _take_debug(words: list[str]) -> bool:
     return False
 
 
-def _one_line(error: BaseException, debug: bool) -> str:
+def _one_line(error: BaseException, debug: bool, where: str = "") -> str:
     if isinstance(error, Stopped):
         return f"misa: {error}"
     if isinstance(error, KeyboardInterrupt):
@@ -95,15 +99,15 @@ def _one_line(error: BaseException, debug: bool) -> str:
     if "weights_only" in text:  # torch advises to switch the protection off
         text = "a file that should hold tensors is damaged or holds something else: restore it from its source"
     if exit_code(error) == 2:
-        return f"misa: error: {text}"
+        return f"misa: error{where}: {text}"
     if type(error).__name__ == "OutOfMemoryError":
         text = (
             "the GPU is out of memory. Lower --per_device_train_batch_size (raise --gradient_accumulation_steps "
             f"instead), --max_length or --delta; keep gradient checkpointing on. ({text})"
         )
-    elif type(error).__name__ != "CheckpointError":
+    elif type(error).__name__ not in ("CheckpointError", "ReplicaError"):
         text = f"{type(error).__name__}: {text}"
-    return f"misa: failed: {text}" + ("" if debug else "\n(--debug shows where)")
+    return f"misa: failed{where}: {text}" + ("" if debug else "\n(--debug shows where)")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +15,15 @@ from misa_engine.errors import BAD_INPUT, DONE, UserError, bad_input
 from misa_engine.method.config import CHOICES, MisaConfig
 from misa_engine.planner.activations import LOSSES
 from misa_engine.planner.cards import HUB_IDS
+from misa_engine.planner.coverage import ENOUGH, Coverage, run_length
 
 USAGE = "misa plan --model NAME [--gpu CARD | --max_vram_gb GIB] [options]"
 #: Options of MisaConfig that change memory, with the values they take.
-MEMORY_OPTIONS = ("granularity", "state_dtype", "grad_dtype", "update_in", "master")
+MEMORY_OPTIONS = ("granularity", "state_dtype", "grad_dtype", "update_in", "master", "rest", "rest_scope")
+#: Others that are taken from the command line where they are given.
+OTHER_OPTIONS = ("inner_steps", "rest_lr", "rest_every", "rest_outside")
+#: Passes over the data where nobody says, as in misa train.
+EPOCHS = 3.0
 
 
 def command(words: list[str]) -> int:
@@ -35,7 +41,9 @@ def _run(options: argparse.Namespace) -> int:
     from misa_engine.planner.solve import Wishes, impossible, solve
     from misa_engine.planner.worst_case import MetaModel
 
-    given = {name: getattr(options, name) for name in MEMORY_OPTIONS if getattr(options, name) is not None}
+    named = (*MEMORY_OPTIONS, *OTHER_OPTIONS)
+    given = {name: getattr(options, name) for name in named if getattr(options, name) is not None}
+    _check_length(options)
     misa = MisaConfig.from_dict(
         {
             **given,
@@ -68,15 +76,27 @@ def _run(options: argparse.Namespace) -> int:
         result = plan(meta, card=limit, misa=misa, micro_batch=micro_batch)
         if not result.fits:
             error = impossible(meta, limit, result)
-    command = train_command(options.model, result) if options.max_vram_gb is not None else None
+    command = train_command(options, result) if options.max_vram_gb is not None else None
+    coverage, fits = coverage_of(options, meta, result)
+    traffic = None
+    if options.gpus is not None:
+        from misa_engine.planner.replicas import replica_traffic
+
+        traffic = replica_traffic(meta.partition(result.misa), result.misa, meta.dtype, options.gpus)
     if options.plot:
         from misa_engine.planner.picture import save_picture
 
         save_picture(result, variants(meta, result), Path(options.plot))
     if options.json:
-        print(json.dumps({**result.to_dict(), **({"command": command} if command else {})}, indent=2))
+        more = {"coverage": coverage.to_dict()} if coverage else {}
+        more |= {"replicas": traffic.to_dict()} if traffic else {}
+        print(json.dumps({**result.to_dict(), **more, **({"command": command} if command else {})}, indent=2))
     else:
-        print(describe(result))
+        print(describe(result, options.accumulation))
+        if coverage is not None:
+            print(f"\n{coverage.describe(fits)}")
+        if traffic is not None:
+            print(f"\n{traffic.describe()}")
         if command:
             print(f"\n{command}")
         if options.plot:
@@ -130,10 +150,40 @@ def variants(meta: Any, result: Any) -> dict[str, Any]:
     return found
 
 
-def train_command(model: str, result: Any) -> str:
-    """The ``misa train`` call that runs the plan."""
+def _check_length(options: argparse.Namespace) -> None:
+    """What says how long the run is must say it."""
+    if options.epochs is not None and options.records is None:
+        raise UserError("--num_train_epochs needs --records, the number of samples; or give --max_steps.")
+    if options.epochs is not None and not 0 < options.epochs < math.inf:
+        raise UserError(f"--num_train_epochs must be larger than 0; got {options.epochs:g}")
+
+
+def coverage_of(options: argparse.Namespace, meta: Any, result: Any) -> tuple[Coverage | None, bool | None]:
+    """How often the run visits its weights, and whether the δ for enough visits fits the card; None where unknown."""
+    from misa_engine.planner.plan import plan
+
+    if options.steps is None and options.records is None:
+        return None, None
     misa, micro_batch = result.misa, result.micro_batch
-    given = {
+    steps = run_length(
+        options.records or 0,
+        micro_batch.batch,
+        accumulation=options.accumulation,
+        epochs=EPOCHS if options.epochs is None else options.epochs,
+        steps=options.steps or -1,
+    )
+    drawable = sum(unit.numel for unit in meta.partition(misa).units)
+    coverage = Coverage.of(misa, steps, drawable=drawable, budget=result.delta_parameters)
+    delta = coverage.enough.get("delta")
+    if coverage.visits >= ENOUGH or delta is None or meta.shape is None:  # without formulas a plan takes a second
+        return coverage, None
+    return coverage, plan(meta, card=result.card, misa=replace(misa, delta=delta), micro_batch=micro_batch).fits
+
+
+def train_command(options: argparse.Namespace, result: Any) -> str:
+    """The ``misa train`` call that runs the plan."""
+    model, misa, micro_batch = options.model, result.misa, result.micro_batch
+    given: dict[str, Any] = {
         "model_name_or_path": HUB_IDS.get(model.lower(), model),
         "dataset": "DATA",
         "output_dir": "OUT",
@@ -143,20 +193,22 @@ def train_command(model: str, result: Any) -> str:
         "max_length": micro_batch.length,
         "gradient_checkpointing": str(micro_batch.checkpointing).lower(),
     }
-    for name in ("granularity", "grad_dtype", "update_in", "master"):
-        if getattr(misa, name) != getattr(MisaConfig, name):
-            given[name] = getattr(misa, name)
+    shown = [name for name in (*MEMORY_OPTIONS, *OTHER_OPTIONS) if name != "state_dtype"]
+    given |= {name: getattr(misa, name) for name in shown if getattr(misa, name) != getattr(MisaConfig, name)}
+    given |= {"gradient_accumulation_steps": options.accumulation} if options.accumulation > 1 else {}
+    given |= {"max_steps": options.steps} if options.steps is not None else {}
+    given |= {"num_train_epochs": f"{options.epochs:g}"} if options.epochs is not None else {}
     if misa.update_in == "backward":
         given["max_grad_norm"] = 0
     if misa.include_outside:
         given["include_outside"] = "true"
-    words = [f"--{name} {value}" for name, value in given.items()]
+    words = [f"--{name} {str(value).lower() if value is True else value}" for name, value in given.items()]
     words += [f"--always_train {' '.join(map(repr, misa.always_train))}"] if misa.always_train else []
     return "misa train " + " ".join(words)
 
 
-def describe(result: Any) -> str:
-    """The plan as lines of text."""
+def describe(result: Any, accumulation: int = 1) -> str:
+    """The plan as lines of text, for so many micro-batches a step."""
     micro_batch, misa = result.micro_batch, result.misa
     loss = {
         "plain": "all logits at once",
@@ -180,6 +232,7 @@ def describe(result: Any) -> str:
         f"  {'together':<{width}}  {_gib(result.total_bytes)}",
         "",
         f"largest at: {result.moment}, when these train: {_summary(result.worst_draw)}",
+        *([rest_line(misa, len(result.resting), result.step_cost, accumulation)] if misa.rest != "none" else []),
         *(f"note: {note}" for note in result.notes),
     ]
     card = result.card
@@ -192,6 +245,22 @@ def describe(result: Any) -> str:
             "sequence"
         )
     return "\n".join(lines)
+
+
+def rest_line(misa: MisaConfig, count: int, step_cost: float, accumulation: int) -> str:
+    """What the rest rule does and costs.
+
+    Args:
+        misa: rule, rate, scope and period.
+        count: matrices that rest beside a draw.
+        step_cost: of a step with one micro-batch, over that without the rule.
+        accumulation: micro-batches of a step, of which one moves what rests.
+    """
+    every = f" at every {misa.rest_every} steps" if misa.rest_every > 1 else ""
+    return (
+        f"rest {misa.rest}: up to {count} matrices outside the draw move by {misa.rest_rate:g} x lr{every}; expected "
+        f"arithmetic of a step {1 + (step_cost - 1) / accumulation:.2f} x that without"
+    )
 
 
 def _gib(size: int) -> str:
@@ -217,6 +286,16 @@ def _parser() -> argparse.ArgumentParser:
         type=positive_size,
         help="choose delta, moments, checkpointing and micro-batch to fit into so many GiB",
     )
+    add("--steps", "--max_steps", type=positive, help="steps of the run, to see how often it visits each weight")
+    add("--records", type=positive, help="samples of the data, to count the steps of the run from")
+    add("--epochs", "--num_train_epochs", type=float, help=f"passes over --records (default: {EPOCHS:g})")
+    add("--accumulation", "--gradient_accumulation_steps", type=positive, default=1,
+        help="micro-batches of a step (default: 1)")  # fmt: skip
+    add("--gpus", type=positive, help="cards that train together, a whole model on each: what they exchange")
+    add("--inner_steps", type=positive, help=f"T, steps between two draws (default: {MisaConfig.inner_steps})")
+    add("--rest_lr", type=float, help="as in misa train; does not change the plan")
+    add("--rest_every", type=positive, help="as in misa train (default: 1)")
+    add("--rest_outside", nargs="?", const=True, type=truth, metavar="BOOL", help="embeddings and head rest too")
     add("--delta", type=float, help="share of the model that trains at a time (default: 0.03)")
     for name in MEMORY_OPTIONS:
         default = getattr(MisaConfig, name)

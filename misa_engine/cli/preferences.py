@@ -2,63 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from misa_engine.cli.data_report import NAMES, SHOWN, histogram, length_bins
-from misa_engine.cli.record_formats import OBJECTIVES
 from misa_engine.errors import UserError, bad_input, did_you_mean
 
 if TYPE_CHECKING:
     from misa_engine.cli.arguments import TrainArguments
-
-#: Options of supervised fine-tuning that mean nothing to preferences: refused where they are given.
-ONLY_SFT = (
-    "packing",
-    "packing_strategy",
-    "eval_packing",
-    "completion_only_loss",
-    "assistant_only_loss",
-    "dataset_text_field",
-    "dataset_kwargs",
-    "loss_type",
-    "shuffle_dataset",
-    "eos_token",
-)
-
-
-def check_objective(given: Mapping[str, Any]) -> None:
-    """Refuse an unknown objective, and options that do not go with the one that was chosen.
-
-    Args:
-        given: options that the user set.
-
-    Raises:
-        UserError: naming the option and the remedy.
-    """
-    objective = given.get("objective", "sft")
-    if objective not in OBJECTIVES:
-        raise UserError(f"--objective is one of {', '.join(OBJECTIVES)}; got {objective!r}.")
-    if given.get("resize_embeddings") and given.get("max_vram_gb") is not None:
-        raise UserError("--max_vram_gb cannot plan the larger model of --resize_embeddings: give micro-batch and delta "
-                        "yourself (misa plan helps).")  # fmt: skip
-    if objective == "sft":
-        for name in ("beta", "dpo_options"):
-            if given.get(name) is not None:
-                raise UserError(f"--{name} is for --objective dpo. Say so, or leave it out.")
-        return
-    for name in ONLY_SFT:
-        if given.get(name) is not None:
-            hint = ' (DPO\'s goes into --dpo_options \'{"loss_type": ["sigmoid"]}\')' if name == "loss_type" else ""
-            raise UserError(f"--objective dpo: --{name} is for --objective sft{hint}. Leave it out.")
-    if given.get("max_vram_gb") is not None:
-        raise UserError("--max_vram_gb plans supervised fine-tuning; with --objective dpo a micro-batch of n holds 2n "
-                        "sequences. Leave it out and halve --per_device_train_batch_size instead.")  # fmt: skip
-    if given.get("dataset_streaming"):
-        raise UserError("--dataset_streaming: the reference of --objective dpo is computed before training, on data "
-                        "that is at hand. Leave it out.")  # fmt: skip
 
 
 def dpo_options(arguments: TrainArguments, measured: bool = True) -> Any:
@@ -115,7 +67,7 @@ def dpo_trainer(tokenizer: Any) -> type:
     """The trainer class: TRL's DPOTrainer with MISA, which counts and shows what becomes of the records."""
     from trl import DPOTrainer
 
-    from misa_engine.cli.command_trainer import KeepsReadme
+    from misa_engine.cli.model_card import KeepsReadme
     from misa_engine.trainer.mixin import MisaMixin
 
     class PreferenceTrainer(KeepsReadme, MisaMixin, DPOTrainer):

@@ -8,7 +8,7 @@ Before training begins a signal ends the process as usual, since there is nothin
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -16,6 +16,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from misa_engine.engine.replicas import Replicas
 from misa_engine.errors import Stopped
 from misa_engine.trainer.completeness import find_last_complete_checkpoint
 
@@ -34,10 +35,11 @@ class StopOnSignal(TrainerCallback):
 
     Args:
         out: the run's output directory.
+        replicas: gives the processes that train together, which have to stop at the same step.
     """
 
-    def __init__(self, out: Path):
-        self._out = out
+    def __init__(self, out: Path, replicas: Callable[[], Replicas | None] = lambda: None):
+        self._out, self._replicas = out, replicas
         self._steps = (0, 0)
         self.received: int | None = None
         """The signal that asked to stop; None while none has."""
@@ -79,6 +81,8 @@ class StopOnSignal(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Save and stop if asked to; a run at its end ends as usual."""
         self._steps = (state.global_step, state.max_steps)
+        if (replicas := self._replicas()) is not None:
+            self.received = max(number for (number,) in replicas.tell([self.received or 0])) or None
         if self.received is not None and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False

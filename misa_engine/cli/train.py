@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,12 +20,13 @@ from misa_engine.cli import loading, output_directory
 from misa_engine.cli.command_trainer import build_trainer
 from misa_engine.cli.early_checks import check_early
 from misa_engine.cli.embeddings import resize
-from misa_engine.cli.preview import preview, preview_adamw
+from misa_engine.cli.preview import coverage_of, preview, preview_adamw
 from misa_engine.cli.report import show_table, write_pictures
 from misa_engine.cli.resume import adopt, finished_at, resume_point
 from misa_engine.cli.training_data import load_training_data
 from misa_engine.errors import DONE, UserError, bad_input
 from misa_engine.trainer.checkpoints import recover
+from misa_engine.trainer.compat import checkpointing_option
 from misa_engine.trainer.completeness import checkpoint_step
 from misa_engine.trainer.run_lock import lock_run
 
@@ -89,19 +91,28 @@ def train(arguments: TrainArguments, config: str | None = None) -> int:
     from misa_engine.cli.stopping import take_over
 
     take_over(arguments.sft)
+    if arguments.sft.process_index:  # everything is said once, by rank 0
+        with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
+            return _train_once(arguments, config)
+    return _train_once(arguments, config)
+
+
+def _train_once(arguments: TrainArguments, config: str | None) -> int:
     _check_required(arguments)
     if arguments.run.dry_run:
         inputs = _load_inputs(arguments)
         print(_describe(inputs, fresh=True), flush=True)
         with TemporaryDirectory() as nowhere:  # transformers' Trainer makes its output directory at once
             arguments.sft.output_dir = nowhere
-            _checked_trainer(inputs)
+            _show_coverage(_checked_trainer(inputs))
         print("dry run: nothing was trained, nothing was written")
         return DONE
     out = Path(str(arguments.sft.output_dir))
+    first = arguments.sft.process_index == 0
     output_directory.check_place(out)
-    with lock_run(out):
-        arguments, checkpoint = _claim_directory(arguments, config, out)
+    with lock_run(out) if first else nullcontext():
+        with arguments.sft.main_process_first(local=False):
+            arguments, checkpoint = _claim_directory(arguments, config, out)
         if checkpoint is not None:
             step = finished_at(checkpoint, out, arguments)
             if step is not None:
@@ -111,7 +122,8 @@ def train(arguments: TrainArguments, config: str | None = None) -> int:
         inputs = _load_inputs(arguments)
         print(_describe(inputs, fresh=checkpoint is None), flush=True)
         trainer = _checked_trainer(inputs)
-        if arguments.run.overwrite_output_dir and checkpoint is None:
+        _show_coverage(trainer)
+        if arguments.run.overwrite_output_dir and checkpoint is None and first:
             deleted = output_directory.delete_run(out)
             if deleted:
                 print(f"deleted the run in {out}: {', '.join(deleted)}")
@@ -124,7 +136,14 @@ def _describe(inputs: Inputs, *, fresh: bool) -> str:
     if inputs.arguments.run.optimizer == "adamw":
         summary = preview_adamw(inputs.model)
     else:
-        summary = preview(inputs.model, inputs.arguments.misa, fresh=fresh)
+        sft = inputs.arguments.sft
+        summary = preview(
+            inputs.model,
+            inputs.arguments.misa,
+            fresh=fresh,
+            checkpointing=bool(getattr(sft, checkpointing_option(sft))),
+            accumulation=sft.gradient_accumulation_steps,
+        )
     # records are counted when they have been tokenized: misa_engine.cli.data_report
     stream = "" if hasattr(inputs.train_data, "__len__") else "\n\ntraining data: a stream, not counted"
     device = inputs.arguments.sft.device
@@ -144,7 +163,7 @@ def _check_required(arguments: TrainArguments) -> None:
 def _claim_directory(arguments: TrainArguments, config: str | None, out: Path) -> tuple[TrainArguments, Path | None]:
     """Check that the run may write to ``out``; find the checkpoint that it goes on from, and with which options."""
     sft, overwrite = arguments.sft, arguments.run.overwrite_output_dir
-    restored = recover(out)
+    restored = recover(out) if sft.process_index == 0 else []
     checkpoint = resume_point(sft.resume_from_checkpoint, out)
     if restored and overwrite and checkpoint is None:
         raise UserError(
@@ -218,6 +237,12 @@ def _checked_trainer(inputs: Inputs) -> Any:
     return trainer
 
 
+def _show_coverage(trainer: Any) -> None:
+    """Say how often the run will visit its weights, as soon as the data, and so its length, are known."""
+    if trainer.optimizer_name == "misa":
+        print(coverage_of(trainer).describe() + "\n", flush=True)
+
+
 def quiet(arguments: TrainArguments) -> None:
     """No progress bars but that of loading weights, which a log file does not get; no warning about pinned memory."""
     sft, given = arguments.sft, arguments.given
@@ -262,7 +287,7 @@ def _train(trainer: Any, checkpoint: Path | None, out: Path) -> None:
     from misa_engine.cli.live_line import LiveLine
     from misa_engine.cli.stopping import StopOnSignal
 
-    stop = StopOnSignal(out)
+    stop = StopOnSignal(out, lambda: getattr(trainer.misa, "replicas", None))
     line = LiveLine()
     line.replace_others(trainer)
     trainer.add_callback(stop)

@@ -119,9 +119,9 @@ def dry_step(trainer: Any, planned: Plan) -> None:
     size = model.get_input_embeddings().weight.shape[0]
     arena_bytes = sum(
         planned.bytes.get(name, 0)
-        for name in ("gradients", "first_moment", "second_moment", "moment_scales", "residual_bits", "tables")
+        for name in ("gradients", "first_moment", "second_moment", "moment_scales", "residual_bits", "tables", "rest")
     )
-    with _undisturbed(trainer, set(planned.worst_draw)):
+    with _undisturbed(trainer, {*planned.worst_draw, *planned.resting}):
         try:
             arena = torch.empty(arena_bytes, dtype=torch.uint8, device=device)
             ids = torch.randint(size, (args.per_device_train_batch_size, width), device=device)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from misa_engine.kernels.blockwise8 import GROUP
-from misa_engine.kernels.tiles import BLOCK, Slot, TileTable
+from misa_engine.kernels.tiles import BLOCK, Slot, TileTable, host_buffer
 
 #: Bytes copied at a time when a slot moves onto itself: large enough that launches do not count (4 MiB takes 8 µs to
 #: copy at 1 TB/s, a launch 5 µs), small enough not to count as memory.
@@ -35,7 +35,8 @@ def padded(numel: int) -> int:
 
 def upload(values: Sequence[int] | Sequence[Sequence[float]], buffer: Tensor) -> None:
     """Write host numbers into the front of a device buffer without waiting for the device (pinned, asynchronous)."""
-    staged = torch.tensor(values, dtype=buffer.dtype, pin_memory=buffer.is_cuda)
+    numbers = torch.tensor(values, dtype=buffer.dtype)
+    staged = host_buffer(numbers.numel(), buffer.dtype, buffer.device).view(numbers.shape).copy_(numbers)
     buffer[: len(values)].copy_(staged, non_blocking=True)
 
 
@@ -177,8 +178,7 @@ class Arena:
             sizes[category] = sizes.get(category, 0) + buffer.nbytes
         small = [self.tile_sumsq, self.step_sumsq, self._scratch]
         small += [] if self.arrived_sumsq is None else [self.arrived_sumsq]
-        small += [value for value in vars(self.table).values() if isinstance(value, Tensor)]
-        sizes["tables"] = sum(buffer.nbytes for buffer in small)
+        sizes["tables"] = sum(buffer.nbytes for buffer in small) + self.table.nbytes
         return sizes
 
     def stretch(self, buffer: Tensor, start: int, numel: int) -> Tensor:
@@ -238,8 +238,7 @@ class Arena:
         if self.grad is not None:
             for slot in slots:  # a former occupant's gradient must not lie in a tail
                 self.grad[slot.start + slot.numel : slot.start + padded(slot.numel)].zero_()
-        self.table.bind(slots)
-        upload([steps.get(name, 0) for name in order], self.table.slot_step)
+        self.table.bind(slots, [steps.get(name, 0) for name in order])
         for scores in (self.table.slot_measured, self.tile_sumsq, self.step_sumsq):
             scores.zero_()
 

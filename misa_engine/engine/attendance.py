@@ -30,10 +30,14 @@ class Attendance:
     Args:
         model: the model.
         places: who owns each parameter.
+
+    Attributes:
+        repeated: some step of the round had gradients of more than one forward pass of the model.
+        on_empty_pass: called from within a backward pass in which nothing active takes part.
     """
 
-    def __init__(self, model: nn.Module, places: Places):
-        self._model, self._places = model, places
+    def __init__(self, model: nn.Module, places: Places, on_empty_pass: Callable[[], None] = lambda: None):
+        self._model, self._places, self._on_empty_pass = model, places, on_empty_pass
         self._names: Sequence[str] = ()
         self._steps = 0
         self._missed: list[int] = []
@@ -41,6 +45,9 @@ class Attendance:
         self._latest: set[str] = set()  # ran in the latest forward pass of the model
         self._ran: set[str] = set()  # ran in a pass that was differentiated, in the present step
         self._ran_steps: Counter[str] = Counter()
+        self._fresh = False  # no gradient has come yet of the latest forward pass of the model
+        self._differentiated = 0  # passes of the present step that were
+        self.repeated = False
         self._round = 0
         self._ran_alone: set[str] = set()  # was called by the user, who may have wanted something else of it
         self._inside = False
@@ -53,6 +60,7 @@ class Attendance:
         self.remove()
         self._round += 1
         self._names, self._steps, self._missed = tuple(names), 0, [0] * len(names)
+        self.repeated = False
         for seen in (self._heard, self._latest, self._ran, self._ran_steps, self._ran_alone):
             seen.clear()
         self._handles += [
@@ -68,6 +76,9 @@ class Attendance:
     def arrived(self, name: str) -> None:
         """A gradient of ``name`` has arrived, from the latest forward pass as far as one can tell."""
         self._heard.add(name)
+        self._differentiated += self._fresh
+        self._fresh = False
+        self.repeated |= self._differentiated > 1
         self._ran |= self._latest
         self._latest.clear()
 
@@ -78,6 +89,7 @@ class Attendance:
         def differentiated() -> None:
             if self._round == round_:
                 self._ran |= ran
+                self._on_empty_pass()
 
         return differentiated
 
@@ -85,6 +97,7 @@ class Attendance:
         """Account for a step: which slots had a gradient."""
         self._steps += 1
         self._latest.clear()
+        self._differentiated = 0
         self._ran_steps.update(self._ran)
         self._ran.clear()
         for index, here in enumerate(present):
@@ -133,7 +146,7 @@ class Attendance:
         return name in self._unseen and self._steps >= UNSEEN_STEPS
 
     def _enter(self, *_: Any) -> None:
-        self._inside = True
+        self._inside = self._fresh = True
         self._latest.clear()
 
     def _leave(self, *_: Any) -> None:

@@ -10,10 +10,10 @@ For that an active layer's ``forward`` is replaced, on the instance, by one whos
 weight gradient to autograd. A slot is written only when autograd would have accumulated into that parameter's ``.grad``
 at that moment. Everywhere else this steps aside, and autograd and the parameter's hook do their work as in plain torch:
 
-    in the forward pass    under autocast, with another dtype or kind of input, with other weights than the optimizer's
-                           (functional_call, parametrizations), inside torch.func, torch.jit.trace and forward-mode AD;
-                           modules that changed ``forward`` themselves, and compiled ones, where a new ``forward`` at
-                           each switch would be a new graph, are left alone
+    in the forward pass    with another dtype or kind of input, or an autocast to another dtype than the weights', with
+                           other weights than the optimizer's (functional_call, parametrizations), inside torch.func,
+                           torch.jit.trace and forward-mode AD; modules that changed ``forward`` themselves, and
+                           compiled ones, where a new ``forward`` at each switch would be a new graph, are left alone
     in the backward pass   for torch.autograd.grad, for backward(inputs=...) without the weight, with create_graph,
                            under vmap, with hooks of others on the weight, with a ``.grad`` that is not the slot, and
                            in graphs from before a switch
@@ -56,7 +56,7 @@ class GemmGradients:
         self._modules: dict[str, list[nn.Module]] = {}
         for module in model.modules():
             name = shared.get(id(getattr(module, "weight", None)))
-            if name is not None and _transposed(module) is not None:
+            if name is not None and stores_transposed(module) is not None:
                 self._modules.setdefault(name, []).append(module)
         self._replaced: list[nn.Module] = []
 
@@ -71,7 +71,7 @@ class GemmGradients:
             for module in self._modules.get(name, ()):
                 # someone else's forward (accelerate's offloading) stays
                 if module not in compiled and "forward" not in module.__dict__:
-                    transposed = _transposed(module)
+                    transposed = stores_transposed(module)
                     assert transposed is not None
                     module.forward = _ForwardIntoSlot(module, self._parameters[name], name, transposed, self)
                     self._replaced.append(module)
@@ -127,6 +127,13 @@ def plain_autograd(x: object) -> bool:
     )
 
 
+def _dtype_of_product(x: Tensor) -> torch.dtype:
+    """In what dtype a linear layer multiplies ``x``: autocast's where it is on and casts ``x``, else that of ``x``."""
+    device = x.device.type
+    casts = torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if casts else x.dtype
+
+
 def _accumulates(node: Any) -> bool:
     """Whether the running backward pass adds to ``.grad`` of the leaf behind ``node``, and makes no graph itself.
 
@@ -141,7 +148,7 @@ def _accumulates(node: Any) -> bool:
         return False
 
 
-def _transposed(module: nn.Module) -> bool | None:
+def stores_transposed(module: nn.Module) -> bool | None:
     """Whether the weight is stored (in, out), as Conv1D does; None for any other than these two kinds of module."""
     forward = type(module).forward
     if forward is nn.Linear.forward:
@@ -163,6 +170,7 @@ class _ForwardIntoSlot:
     def __call__(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not self._applies(x):
             return type(self._module).forward(self._module, x)
+        x = x.to(self._parameter.dtype)  # what autocast would do, where it is on; elsewhere the dtypes agree
         bias: Tensor | None = self._module.bias  # type: ignore[assignment]
         return _LinearIntoSlot.apply(x, self._parameter, bias, self._transposed, self._name, self._gradients)
 
@@ -172,8 +180,7 @@ class _ForwardIntoSlot:
             self._module.weight is weight
             and weight.requires_grad
             and plain_autograd(x)
-            and x.dtype == weight.dtype
-            and not torch.is_autocast_enabled(x.device.type)
+            and _dtype_of_product(x) == weight.dtype
         )
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -34,6 +34,7 @@ class GradientSlots(GradientIntake):
     """
 
     _holds_gradients = True
+    _in_flight = 0  # they lie in their slots
 
     def __init__(
         self,
@@ -52,6 +53,7 @@ class GradientSlots(GradientIntake):
         self._views: list[Tensor] = []  # p.grad of each slot
         self._versions: list[int] = []  # version counter of each view when its gradient last arrived
         self._measured: list[bool] = []  # slots whose gradient was measured as it arrived
+        self._alone: list[bool] = []  # slots with a gradient that the other processes have not seen
         self._at_clip: Tensor | None = None  # (tiles,) what clip() measured
         self._gemm = GemmGradients(model, self._slot_for_gemm, self._written_by_gemm) if gemm else None
 
@@ -69,7 +71,10 @@ class GradientSlots(GradientIntake):
         """Begin a new step: what lies in the slots has been used."""
         self._versions = [NOT_ARRIVED] * len(self._views)
         self._measured = [False] * len(self._views)
+        self._alone = [False] * len(self._views)
         self._at_clip, self._clip_next = None, None
+        if self.exchange is not None:
+            self.exchange.forget()
 
     def clip(self, max_norm: float) -> None:
         """One norm pass; the next ``step`` clips to ``max_norm``, which may be inf."""
@@ -142,9 +147,9 @@ class GradientSlots(GradientIntake):
             self._gemm.bind(())
 
     def _collect(self) -> None:
-        """Make sure that every gradient lies in its slot, and tell the device which slots have one."""
+        """Make sure that every gradient lies in its slot, averaged, and tell the device which slots have one."""
         present = []
-        for name, view in zip(self._arena.names, self._views, strict=True):
+        for index, (name, view) in enumerate(zip(self._arena.names, self._views, strict=True)):
             self.places.check(name)
             gradient = self._parameters[name].grad
             present.append(gradient is not None)
@@ -152,7 +157,33 @@ class GradientSlots(GradientIntake):
                 check_dense(name, gradient)
                 view.copy_(gradient)
                 self._parameters[name].grad = view
-        self._tell_present(present)
+                if self.exchange is not None:
+                    self.exchange.added()
+            elif gradient is not None and self._alone[index] and view._version != self._versions[index]:
+                raise ValueError(
+                    f"the gradient of {name} was changed (clipped, unscaled) before it was averaged over the "
+                    "processes, because optimizer.last_micro_batch was False in every backward pass of the step. Set "
+                    "it to True before the last one."
+                )
+        self._tell_present(present if self.exchange is None else self.exchange.meet())
+
+    def here(self) -> list[bool]:
+        """Which slots hold a gradient of this step; one that is to be differentiated gets there in ``step``."""
+        parameters = (self._parameters[name] for name in self._arena.names)
+        return [parameter.grad is view for parameter, view in zip(parameters, self._views, strict=True)]
+
+    def to_average(self, index: int) -> Tensor:
+        """The slot itself, with a version counter of its own."""
+        assert self._arena.grad is not None
+        slot = self._arena.slots[index]
+        flat = self._arena.grad.data[slot.start : slot.start + slot.numel]
+        return flat if self._parameters[self._arena.names[index]].grad is self._views[index] else flat.zero_()
+
+    def averaged(self, index: int, gradient: Tensor) -> None:
+        """Measure it: scores are those of the mean. It is ``p.grad`` of processes that had none, too."""
+        self._parameters[self._arena.names[index]].grad = self._views[index]
+        self._measure(index)
+        self._alone[index] = False
 
     @torch.no_grad()
     def _arrived(self, name: str, index: int, parameter: nn.Parameter) -> None:
@@ -167,7 +198,9 @@ class GradientSlots(GradientIntake):
             view.copy_(gradient)
             parameter.grad = view  # the temporary is freed as soon as autograd lets go of it
         if self._versions[index] != view._version:  # not what the GEMM wrote and measured
-            self._measure(index)
+            self._came(index)
+        if self.exchange is not None and self.last_micro_batch:
+            self.exchange.ready(index)
 
     def _slot_for_gemm(self, name: str) -> tuple[Tensor, bool] | None:
         """Where the gradient of ``name`` goes, and whether it is added to what is there; None leaves it to autograd."""
@@ -185,7 +218,18 @@ class GradientSlots(GradientIntake):
         index = self.slot_of[name]
         self.on_arrival(name)
         self._parameters[name].grad = self._views[index]
-        self._measure(index)
+        self._came(index)
+
+    def _came(self, index: int) -> None:
+        """A gradient was written or added; with replicas it is measured when it is the mean of all."""
+        if self.exchange is None:
+            self._measure(index)
+            return
+        self._versions[index] = self._views[index]._version
+        self._measured[index], self._alone[index] = False, True
+        self.exchange.added()
+        if self.last_micro_batch:
+            self.exchange.expect_end()
 
     def _measure(self, index: int) -> None:
         self._versions[index] = self._views[index]._version

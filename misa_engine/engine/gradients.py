@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from misa_engine.engine.arena import Arena, upload
+from misa_engine.engine.exchange import Exchange
 from misa_engine.engine.marks import phase
 from misa_engine.engine.places import Places
+from misa_engine.engine.replicas import Replicas
 from misa_engine.engine.update import ArenaUpdate
 
 #: torch's parameter groups at the time of the call; an optimizer may exchange the list.
@@ -39,7 +41,8 @@ class Scaler:
 class GradientIntake(ABC):
     """Takes the gradients of all active parameters, and makes the step that uses them.
 
-    ``on_arrival`` is called with the parameter's name for each gradient that arrives, used or not.
+    ``on_arrival`` is called with the parameter's name for each gradient that arrives, used or not. ``on_inactive`` is
+    offered those of parameters that hold no slot, and says whether it took them.
 
     Args:
         model: the model, for the modules whose forward passes can help.
@@ -51,6 +54,10 @@ class GradientIntake(ABC):
 
     #: Whether gradients outlive the backward pass, so that ``step`` can still measure them.
     _holds_gradients: bool
+    #: Averages under way at a time, where there are replicas; 0 is no limit.
+    _in_flight: int
+    #: Averages gradients with the other processes; None where there are none.
+    exchange: Exchange | None = None
 
     def __init__(
         self,
@@ -62,9 +69,11 @@ class GradientIntake(ABC):
     ):
         self._parameters, self._arena, self._kernels, self._groups = parameters, arena, kernels, groups
         self._measure_on_arrival = self._last_micro_batch = True
+        self._model_order = {name: place for place, (name, _) in enumerate(model.named_parameters())}
         self.places = Places(model, parameters)
         self.slot_of: dict[str, int] = {}
         self.on_arrival: Callable[[str], None] = lambda name: None
+        self.on_inactive: Callable[[str, nn.Parameter], bool] = lambda name, parameter: False
         self._present: list[bool] = []
         self._handles = [
             parameter.register_post_accumulate_grad_hook(self._hook(name)) for name, parameter in parameters.items()
@@ -86,12 +95,20 @@ class GradientIntake(ABC):
 
     @last_micro_batch.setter
     def last_micro_batch(self, value: bool) -> None:
-        self._last_micro_batch = value or self._holds_gradients
+        self._last_micro_batch = value or (self._holds_gradients and self.exchange is None)
+
+    def join(self, replicas: Replicas, clock: Callable[[], int]) -> None:
+        """Average all gradients over ``replicas`` from now on; ``clock`` gives the number of steps made."""
+        slots = self._arena.table.slot_group.numel()
+        self.exchange = Exchange(replicas, self, most_slots=slots, in_flight=self._in_flight, clock=clock)
 
     def bind(self) -> None:
         """Follow the arena after it has bound other parameters; no gradient has arrived then."""
         self.slot_of = {name: index for index, name in enumerate(self._arena.names)}
         self._present = []
+        if self.exchange is not None:  # gradients arrive about in the reverse order of the model
+            order = sorted(self.slot_of, key=self._model_order.__getitem__, reverse=True)
+            self.exchange.bind([self.slot_of[name] for name in order])
         self.forget()
 
     @abstractmethod
@@ -119,6 +136,23 @@ class GradientIntake(ABC):
         """
 
     @abstractmethod
+    def here(self) -> list[bool]:
+        """Which slots have a gradient of this step on this process, used or not."""
+
+    @abstractmethod
+    def to_average(self, index: int) -> Tensor:
+        """The gradient of a slot, flat and contiguous; zeros where there is none."""
+
+    @abstractmethod
+    def averaged(self, index: int, gradient: Tensor) -> None:
+        """``gradient``, which ``to_average`` gave, is now the mean over all processes."""
+
+    def empty_pass(self) -> None:
+        """From within a backward pass in which no active parameter takes part: the others may need this process."""
+        if self.exchange is not None and self.last_micro_batch:
+            self.exchange.expect_end()
+
+    @abstractmethod
     def _arrived(self, name: str, index: int, parameter: nn.Parameter) -> None:
         """A gradient has arrived in ``parameter.grad``."""
 
@@ -140,14 +174,16 @@ class GradientIntake(ABC):
     def _hook(self, name: str) -> Callable[[nn.Parameter], None]:
         def on_gradient(parameter: nn.Parameter) -> None:
             index = self.slot_of.get(name)
-            if index is None:
+            if index is None and self.on_inactive(name, parameter):
+                self.on_arrival(name)
+            elif index is None:
                 parameter.grad = None
                 raise RuntimeError(
                     f"{name} received a gradient while it is inactive: something set requires_grad on it, or the graph "
                     "is from before the last switch. MISA decides which parameters train; leave requires_grad alone "
                     "after building the optimizer, and call backward() before the step() that ends the round."
                 )
-            if parameter.grad is not None:  # torch 2.13 calls the hook for a gradient of None too
+            elif parameter.grad is not None:  # torch 2.13 calls the hook for a gradient of None too
                 self.on_arrival(name)
                 with phase("hooks"):
                     self._arrived(name, index, parameter)

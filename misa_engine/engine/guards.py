@@ -9,13 +9,24 @@ import logging
 import math
 import weakref
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
+from misa_engine.method.config import MisaConfig
 from misa_engine.method.partition import describe_new
 
 logger = logging.getLogger(__name__)
+
+
+def one_config(config: MisaConfig | None, options: Mapping[str, Any]) -> MisaConfig:
+    """The config, or the one that single options make; TypeError or ValueError for anything else."""
+    if config is not None and not isinstance(config, MisaConfig):
+        raise TypeError(f"the second argument is a MisaConfig, options go by name (lr=...); got {config!r}")
+    if config is not None and options:
+        raise ValueError(f"give either config or single options, not both; got config and {', '.join(options)}")
+    return config if config is not None else MisaConfig.from_dict(options)
 
 
 def announce_new(names: Sequence[str]) -> None:
@@ -42,15 +53,9 @@ def check_model(model: nn.Module) -> None:
         raise ValueError(
             f"the model is wrapped in {type(model).__name__}, which keeps the set of synchronised gradients that it "
             "saw first, so that ranks drift apart silently when the active matrices change. Pass the bare model "
-            "(model.module) and train in one process."
+            "(model.module): after torch.distributed.init_process_group, MISA averages the gradients itself, in one "
+            "process for each GPU."
         )
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        ranks = torch.distributed.get_world_size()
-        if ranks > 1:
-            raise ValueError(
-                f"{ranks} processes are running, but MISA does not synchronise gradients between processes yet. "
-                "Start one process (make a single GPU visible with CUDA_VISIBLE_DEVICES)."
-            )
     parameters = dict(model.named_parameters())
     if not parameters:
         raise ValueError(f"{type(model).__name__} has no parameters; pass the model itself, not a wrapper or a config.")
@@ -61,7 +66,11 @@ def check_model(model: nn.Module) -> None:
                 "the optimizer afterwards."
             )
         if type(parameter.data).__name__ == "DTensor":
-            raise ValueError(f"{name} is a sharded DTensor; MISA works on unsharded models in one process.")
+            raise ValueError(
+                f"{name} is a sharded DTensor (fully_shard, tensor parallelism), which MISA does not train yet. Leave "
+                "out fully_shard: every process then holds the whole model and MISA averages its gradients. Where the "
+                "model does not fit one GPU, misa plan says what does."
+            )
     taken = [name for name, parameter in parameters.items() if _claimed.get(id(parameter)) is parameter]
     if taken:
         raise ValueError(

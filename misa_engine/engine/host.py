@@ -4,9 +4,9 @@
     revisit="offload"       both moments in 8 bits: 2.125 bytes an element
     leave_rounding="keep"   the 16 residual bits: with the model's own bf16 weight an exact float32 master for ever
 
-The buffers of a parameter are allocated when it leaves for the first time and used again after that. Copies are queued
-on the device's stream into pinned memory, so that neither side waits: whatever is queued later, the newcomers' cleared
-slots among it, runs after them.
+The buffers of a parameter are taken from a pool when it leaves for the first time and used again after that. Copies are
+queued on the device's stream into pinned memory, so that neither side waits: whatever is queued later, the newcomers'
+cleared slots among it, runs after them.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from misa_engine.engine.arena import Arena, padded
+from misa_engine.engine.host_pool import HostPool, own_storage, rounded
 from misa_engine.kernels import blockwise8
 from misa_engine.kernels.tiles import BLOCK
 
@@ -42,15 +43,27 @@ class HostStore:
         pack: keep float32 moments in 8 bits (an arena with 8-bit moments gives its codes as they are).
         residual: keep the residual bits.
         backend: "triton" or "reference".
+        numels: elements of each parameter that can ever leave; without them pinned memory is taken more coarsely.
     """
 
-    def __init__(self, arena: Arena, *, moments: bool, pack: bool, residual: bool, backend: str):
+    def __init__(
+        self,
+        arena: Arena,
+        *,
+        moments: bool,
+        pack: bool,
+        residual: bool,
+        backend: str,
+        numels: Sequence[int] = (),
+    ):
         self._arena, self._backend = arena, backend
         self._moments, self._residual = moments, residual and arena.residual is not None
         self._pack = moments and pack and arena.exp_avg.dtype == torch.float32
         self._held: dict[str, dict[str, Tensor]] = {}  # of inactive parameters only
         self._steps: dict[str, int] = {}
         self._idle: dict[str, dict[str, Tensor]] = {}  # buffers of parameters that are in the arena now
+        self._total = sum(rounded(n * d.itemsize) for numel in numels for n, d in self._sizes(padded(numel)).values())
+        self._pool = self._new_pool()
         size = min(CHUNK, arena.capacity) if self._pack else 0
         self._scratch = {
             name: torch.empty(size // ratio, dtype=dtype, device=arena.exp_avg.device)
@@ -58,13 +71,14 @@ class HostStore:
         }
 
     def bytes(self) -> dict[str, int]:
-        """Host bytes by category, and the scratch space on the device."""
+        """Host bytes by category, those of the pool that hold nothing yet among them, and scratch on the device."""
         sizes = {"host_moments": 0, "host_residual_bits": 0}
         for buffers in (*self._held.values(), *self._idle.values()):
             for name, buffer in buffers.items():
                 sizes["host_residual_bits" if name == "residual_bits" else "host_moments"] += buffer.nbytes
-        scratch = sum(buffer.nbytes for buffer in self._scratch.values())
-        return {**sizes, **({"offload_scratch": scratch} if scratch else {})}
+        sizes["host_spare"] = self._pool.nbytes - sum(sizes.values())
+        sizes["offload_scratch"] = sum(buffer.nbytes for buffer in self._scratch.values())
+        return {name: size for name, size in sizes.items() if size or name in ("host_moments", "host_residual_bits")}
 
     def leave(self, name: str, index: int, step: int) -> int:
         """Copy what is kept of the parameter in slot ``index``, which has made ``step`` Adam steps. Returns bytes."""
@@ -93,7 +107,7 @@ class HostStore:
         for category, device in self._plain().items():
             self._arena.stretch(device, slot.start, length).copy_(buffers[category], non_blocking=True)
         if self._moments:
-            self._arena.table.slot_step[index] = self._steps[name]
+            self._arena.table.slot_step[index : index + 1].fill_(self._steps[name])  # no copy from the host
         del self._steps[name]
         return sum(buffer.nbytes for buffer in buffers.values())
 
@@ -101,7 +115,10 @@ class HostStore:
         """Name -> [Adam steps, {category: host tensor}]. Waits for copies under way; tensors are references."""
         if self._arena.exp_avg.is_cuda:
             torch.cuda.synchronize(self._arena.exp_avg.device)
-        return {name: [self._steps[name], dict(buffers)] for name, buffers in self._held.items()}
+        return {
+            name: [self._steps[name], {category: own_storage(buffer) for category, buffer in buffers.items()}]
+            for name, buffers in self._held.items()
+        }
 
     @property
     def names(self) -> Collection[str]:
@@ -134,8 +151,9 @@ class HostStore:
     def load_state_dict(self, saved: Mapping[str, Sequence[Any]]) -> None:
         """Hold copies of what ``state_dict`` gave, and nothing else."""
         self._held, self._steps, self._idle = {}, {}, {}
+        self._pool = self._new_pool()  # what was held may be what is loaded
         for name, (step, buffers) in saved.items():
-            own = {category: self._pinned(tensor.numel(), tensor.dtype) for category, tensor in buffers.items()}
+            own = {category: self._pool.take(tensor.numel(), tensor.dtype) for category, tensor in buffers.items()}
             for category, tensor in buffers.items():
                 own[category].copy_(tensor)
             self._held[name], self._steps[name] = own, int(step)
@@ -149,7 +167,7 @@ class HostStore:
         return plain
 
     def _allocate(self, length: int) -> dict[str, Tensor]:
-        return {name: self._pinned(numel, dtype) for name, (numel, dtype) in self._sizes(length).items()}
+        return {name: self._pool.take(numel, dtype) for name, (numel, dtype) in self._sizes(length).items()}
 
     def _sizes(self, length: int) -> dict[str, tuple[int, torch.dtype]]:
         """Elements and dtype of each buffer that a parameter of ``length`` elements, padded, needs."""
@@ -159,8 +177,8 @@ class HostStore:
             sizes |= {name: (length // share, dtype) for name, (dtype, share) in PACKED.items()}
         return sizes
 
-    def _pinned(self, numel: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(numel, dtype=dtype, pin_memory=self._arena.exp_avg.is_cuda)
+    def _new_pool(self) -> HostPool:
+        return HostPool(self._arena.exp_avg.device, self._total)
 
     def _parts(self, start: int, length: int, host: dict[str, Tensor]) -> Any:
         """Chunk by chunk: both moments on the device, the scratch space for their codes, and its place on the host."""

@@ -15,8 +15,9 @@ from torch.profiler import record_function
 
 #: What every range of ours begins with in a profiler's trace.
 PREFIX = "misa: "
-#: All phases: arrival of gradients, weight-gradient GEMMs, norm and skip decision, update, and the parts of a switch.
-PHASES = ("hooks", "backward dW", "clip/norm", "update", "switch", "switch (sampler)", "switch (host copy)")
+#: All phases: arrival of gradients, weight-gradient GEMMs, the step of what rests, norm and skip decision, update, and
+#: the parts of a switch.
+PHASES = ("hooks", "backward dW", "resting", "clip/norm", "update", "switch", "switch (sampler)", "switch (host copy)")
 
 Around = Callable[[str], AbstractContextManager[Any]]
 

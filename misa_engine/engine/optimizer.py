@@ -12,33 +12,23 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from misa_engine.engine import state
+from misa_engine.engine import guards, state
 from misa_engine.engine.active_set import ActiveSet
-from misa_engine.engine.arena import Arena, capacity_for
 from misa_engine.engine.attendance import Attendance, GraphAnchor
+from misa_engine.engine.buffers import buffers_for
 from misa_engine.engine.events import CallbackHandle, SwitchEvent, describe_switch
-from misa_engine.engine.gradient_slots import GradientSlots
-from misa_engine.engine.gradients import GradientIntake, Scaler
+from misa_engine.engine.gradients import Scaler
 from misa_engine.engine.groups import build_groups
-from misa_engine.engine.guards import (
-    CheckpointingGuard,
-    announce_new,
-    check_model,
-    check_sparse,
-    claim,
-    common_dtype,
-    release,
-)
-from misa_engine.engine.host import HostStore
+from misa_engine.engine.intake import intake_for
 from misa_engine.engine.marks import phase
-from misa_engine.engine.update import ArenaUpdate
-from misa_engine.engine.update_on_arrival import UpdateOnArrival
+from misa_engine.engine.replicas import Replicas, built_together
+from misa_engine.engine.rest import RestRule, can_rest
 from misa_engine.kernels.backend import choose_backend
 from misa_engine.method.config import MisaConfig
 from misa_engine.method.partition import Partition, check_budget, partition_for
@@ -72,6 +62,7 @@ class MISA(torch.optim.Optimizer):
         total_steps: steps made since the beginning.
         backend: "triton" or "reference", whichever updates the weights.
         events: the last 200 switches, as ``SwitchEvent``; ``on_switch`` sees all.
+        replicas: the processes that train this model together (rank, size, exchanged_bytes); None in one process.
         skipped_steps: steps skipped because of a non-finite gradient, as of the last switch.
         empty_steps: steps in which no active parameter received a gradient, because their layers were skipped.
 
@@ -80,29 +71,32 @@ class MISA(torch.optim.Optimizer):
             budget smaller than the largest unit. Nothing has been changed then.
     """
 
+    replicas: Replicas | None
     #: GradScaler then leaves unscaling and skipping to ``step``.
     _step_supports_amp_scaling = True
 
+    @built_together
     def __init__(self, model: nn.Module, config: MisaConfig | None = None, **options: Any):
-        if config is not None and not isinstance(config, MisaConfig):
-            raise TypeError(f"the second argument is a MisaConfig, options go by name (lr=...); got {config!r}")
-        if config is not None and options:
-            raise ValueError(f"give either config or single options, not both; got config and {', '.join(options)}")
-        self.config = config = config if config is not None else MisaConfig.from_dict(options)
-        check_model(model)
+        self.config = config = guards.one_config(config, options)
+        guards.check_model(model)
         self.partition: Partition = partition_for(model, config)
         self.units, self.budget = self.partition.units, check_budget(self.partition, config.delta)
         named = dict(model.named_parameters())
         sampled = [name for unit in self.units for name in unit.params]
         self._always = self.partition.always
-        self._parameters = {name: named[name] for name in (*self._always, *sampled)}
-        self.dtype = common_dtype(self._parameters)
-        check_sparse(model, self._parameters)
+        resting = can_rest(model, self.partition, config)
+        self._parameters = {name: named[name] for name in dict.fromkeys((*self._always, *sampled, *resting))}
+        self.dtype = guards.common_dtype(self._parameters)
+        guards.check_sparse(model, self._parameters)
         device = next(iter(self._parameters.values())).device
         self.backend = choose_backend(config.backend, device)
         groups, group_of = build_groups(model, self._parameters, config)
+        if self.replicas is not None:
+            self.replicas.agree(model, config)
         super().__init__(groups, {name: getattr(config, name) for name in ("lr", "betas", "eps", "weight_decay")})
-        self._allocate(device, sampled)
+        self.arena, self.host, self._kernels = buffers_for(
+            config, self._parameters, sampled, self._always, self.budget, len(groups), self.backend
+        )
         self.tracker = ImportanceTracker(
             [unit.numel for unit in self.units], self.budget, config, static_weights(self.units, config.static_weights)
         )
@@ -112,57 +106,33 @@ class MISA(torch.optim.Optimizer):
         self._callbacks: list[Callable[[SwitchEvent], None]] = []
         self._model_bytes = sum(parameter.nbytes for parameter in named.values())  # tied ones are listed once
 
-        announce_new(self.partition.new)
-        self._attach(model, group_of)
+        guards.announce_new(self.partition.new)
+        self._attach(model, group_of, resting)
         self._open_round({}, started=time.perf_counter())
 
-    def _allocate(self, device: torch.device, sampled: list[str]) -> None:
-        """Make all buffers, large enough for every draw that the budget allows."""
-        config, dtype = self.config, self.dtype
-        sizes = {name: parameter.numel() for name, parameter in self._parameters.items()}
-        capacity, slots = capacity_for(self.budget, [sizes[n] for n in sampled], [sizes[n] for n in self._always])
-        self.arena = Arena(
-            capacity,
-            slots,
-            dtype=dtype,
-            device=device,
-            split=dtype == torch.bfloat16 and config.master == "split",
-            state_dtype=config.state_dtype,
-            grad_dtype=torch.float32 if config.grad_dtype == "float32" else dtype,
-            hold_gradients=config.update_in == "step",
-        )
-        self.host = HostStore(
-            self.arena,
-            moments=config.revisit in ("keep", "offload"),
-            pack=config.revisit == "offload",
-            residual=config.leave_rounding == "keep",
-            backend=self.backend,
-        )
-        self._kernels = ArenaUpdate(self.arena, len(self.param_groups), config, self.backend)
-
-    def _attach(self, model: nn.Module, group_of: dict[str, int]) -> None:
+    def _attach(self, model: nn.Module, group_of: dict[str, int], resting: Sequence[str]) -> None:
         """Put the hooks on the model, then freeze it: a frozen parameter takes none, and they survive the toggling."""
         config, kernels = self.config, self._kernels
         self._model = model
-        self._guard = CheckpointingGuard(model)
-        intake = (model, self._parameters, self.arena, kernels, lambda: self.param_groups)
-        self._intake: GradientIntake
-        if config.update_in == "backward":
-            self._intake = UpdateOnArrival(*intake)
-        else:
-            self._intake = GradientSlots(*intake, max_norm=config.max_grad_norm, gemm=config.gemm_gradients)
-        self._attendance = Attendance(model, self._intake.places)
+        self._guard = guards.CheckpointingGuard(model)
+        where = (model, self._parameters, self.arena, kernels, lambda: self.param_groups)
+        self._intake = intake_for(config, *where, self.replicas, lambda: self.total_steps)
+        self._attendance = Attendance(model, self._intake.places, self._intake.empty_pass)
         self._intake.on_arrival = self._attendance.arrived
+        self._rest: RestRule | None = None
+        if resting:
+            seen = (config, lambda: self.param_groups, self._intake.places)
+            self._rest = RestRule(model, resting, group_of, *seen, backend=self.backend)
+            self._intake.on_inactive = self._rest.take
         self._anchor = GraphAnchor(model, self._attendance)
         rounding_seed = config.seed if config.leave_rounding == "stochastic" else None
         bound = (self._parameters, group_of, self.arena, self.host, self._intake)
         self._active_set = ActiveSet(*bound, rounding_seed=rounding_seed, backend=self.backend)
-        self._parts = state.Parts(
-            config, self.partition, self.dtype, self.tracker, self.arena, kernels, self.host, self._active_set
-        )
+        parts = (config, self.partition, self.dtype, self.tracker, self.arena, kernels, self.host)
+        self._parts = state.Parts(*parts, self._active_set, self._rest)
         model.requires_grad_(False)
         model.zero_grad(set_to_none=True)
-        claim(self._parameters.values())
+        guards.claim(self._parameters.values())
 
     def __repr__(self) -> str:
         """Budget, clocks and active units."""
@@ -220,20 +190,24 @@ class MISA(torch.optim.Optimizer):
 
     @property
     def last_micro_batch(self) -> bool:
-        """With ``update_in="backward"``: whether the next backward pass is the last of its step, as it is by default.
+        """Whether the next forward and backward pass is the last of its step, as it is by default.
 
-        Under accumulation set it to False before every backward but the last: gradients then add up in ``p.grad``, as
-        ordinary tensors, until the last pass uses them. Without effect with ``update_in="step"``.
+        Under accumulation set it to False before every pass but the last. With ``update_in="backward"`` gradients then
+        add up in ``p.grad``, as ordinary tensors, until the last pass uses them; with a ``rest`` rule only the last
+        pass makes gradients of what rests (the first, where nobody says). Without effect otherwise.
         """
-        return self._intake.last_micro_batch
+        return self._intake.last_micro_batch and (self._rest is None or self._rest.last_micro_batch)
 
     @last_micro_batch.setter
     def last_micro_batch(self, value: bool) -> None:
         self._intake.last_micro_batch = value
+        if self._rest is not None:
+            self._rest.last_micro_batch = value
 
     def memory(self) -> dict[str, int]:
         """Bytes by category: the model's weights and everything this optimizer holds (host memory named as such)."""
-        return {"weights": self._model_bytes, **self.arena.bytes(), **self.host.bytes()}
+        rest = {} if self._rest is None else {"rest": self._rest.nbytes}
+        return {"weights": self._model_bytes, **self.arena.bytes(), **rest, **self.host.bytes()}
 
     def on_switch(self, callback: Callable[[SwitchEvent], None]) -> CallbackHandle:
         """Call ``callback(event)`` after each switch; the returned handle's ``remove()`` stops that."""
@@ -268,8 +242,8 @@ class MISA(torch.optim.Optimizer):
             closure: re-evaluates the model and returns the loss, as in every torch optimizer.
 
         Raises:
-            ValueError: a parameter was moved, replaced or reshaped since construction; or a round is over in which an
-                active parameter ran and never received a gradient.
+            ValueError: a parameter was moved, replaced or reshaped since construction; a round is over in which an
+                active parameter ran and never received a gradient; or a GradScaler with rest="sgd".
         """
         loss = None
         if closure is not None:
@@ -280,8 +254,10 @@ class MISA(torch.optim.Optimizer):
             if ends_round:  # any unit may come next, so all have to be in their places before anything is written
                 self._intake.places.check_all()
             self._active_set.drop_stale_bits()
-            self._intake.step(Scaler.of(self))
+            self._intake.step(self._scaler())
             self._active_set.know_weights()
+            if self.replicas is not None:
+                self.replicas.after_load(self._model, self.arena, [self.round, *self._clocks(), *self.active])
             self._attendance.count(self._intake.present)
             self.empty_steps += not any(self._intake.present)
             self.total_steps += 1
@@ -289,7 +265,17 @@ class MISA(torch.optim.Optimizer):
             if ends_round:
                 self._attendance.check()
                 self._switch()
+            elif self._rest is not None:
+                self._rest.begin_step(self.total_steps)
         return loss
+
+    def _scaler(self) -> Scaler | None:
+        if (scaler := Scaler.of(self)) is not None and self.config.rest == "sgd":  # too late, but not unsaid
+            raise ValueError(
+                "GradScaler with rest='sgd': what rests has moved by gradients still multiplied by the scale. Train "
+                "without a scaler, or use rest='sign' or 'row_norm', which scale does not change."
+            )
+        return scaler
 
     @torch.no_grad()
     def end_round(self) -> None:
@@ -324,6 +310,8 @@ class MISA(torch.optim.Optimizer):
                 [sum(report.sums[slot] for slot in unit) for unit in slots],
                 [max(report.measured[slot] for slot in unit) for unit in slots],
             )
+            if self._rest is not None:
+                self._rest.observe(self.tracker, self.units, self._attendance.repeated)
         return dict(zip(self.arena.names, report.steps, strict=True))
 
     def _open_round(self, steps: dict[str, int], started: float) -> None:
@@ -336,11 +324,13 @@ class MISA(torch.optim.Optimizer):
         before = self.active
         with phase("switch (sampler)"):
             self.tracker.draw()
+        if self.replicas is not None:
+            self.replicas.at_switch(self.round, self.active, self._model)
         wanted = [*self._always, *(name for index in self.tracker.active for name in self.units[index].params)]
         fresh = wanted[len(self._always) :] if self.config.revisit == "clear" else []
         moved = self._active_set.change(wanted, steps, self.round, fresh)
         missed = self._attendance.without_gradient
-        self._attendance.bind(self.arena.names)
+        self._bind_round()
         self.inner_step = 0
         event = describe_switch(
             self.units,
@@ -379,7 +369,15 @@ class MISA(torch.optim.Optimizer):
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "misa"})
         clocks = state.unpack(self._parts, self._clocks(), state_dict["misa"])
         self.inner_step, self.total_steps, self.skipped_steps, self.empty_steps = clocks
+        if self.replicas is not None:
+            self.replicas.loaded = True
+        self._bind_round()
+
+    def _bind_round(self) -> None:
         self._attendance.bind(self.arena.names)
+        if self._rest is not None:
+            self._rest.bind(self.arena.names)
+            self._rest.begin_step(self.total_steps)
 
     def _clocks(self) -> state.Clocks:
         return state.Clocks(self.inner_step, self.total_steps, self.skipped_steps, self.empty_steps)
@@ -398,5 +396,5 @@ class MISA(torch.optim.Optimizer):
         for hooks in (self._guard, self._anchor, self._attendance, self._intake):
             hooks.remove()
         self._active_set.release()
-        release(self._parameters.values())
+        guards.release(self._parameters.values())
         self._model.requires_grad_(True)

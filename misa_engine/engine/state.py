@@ -7,7 +7,7 @@ Layout of ``state_dict()["misa"]``, plain Python values and tensors only:
     inner_step, total_steps, skipped_steps, empty_steps    clocks
     slots [[parameter name, first element]]            who lies where in the arena
     buffers {gradients excluded}                       moments and residual bits, up to the last slot
-    rounds {slot_step, slot_measured, tile_sumsq, norm_sums}   what the round has accumulated so far
+    round {slot_step, slot_measured, tile_sumsq, norm_sums …}   what the round has accumulated so far
     host {name: [step, {category: tensor}]}            what is kept of inactive parameters (host.py)
 """
 
@@ -24,9 +24,10 @@ from torch import Tensor
 from misa_engine.engine.active_set import ActiveSet
 from misa_engine.engine.arena import Arena, padded
 from misa_engine.engine.host import HostStore
+from misa_engine.engine.rest import RestRule
 from misa_engine.engine.update import ArenaUpdate
 from misa_engine.kernels.tiles import BLOCK
-from misa_engine.method.config import FREE_ON_LOAD, RETIRED, MisaConfig
+from misa_engine.method.config import FREE_ON_LOAD, RETIRED, YOUNGER, MisaConfig
 from misa_engine.method.partition import Partition
 from misa_engine.method.sampling import ImportanceTracker
 
@@ -49,6 +50,7 @@ class Parts:
     kernels: ArenaUpdate
     host: HostStore
     active_set: ActiveSet
+    rest: RestRule | None
 
 
 class Clocks(NamedTuple):
@@ -133,10 +135,11 @@ def check(parts: Parts, groups: Sequence[Mapping[str, Any]], state_dict: dict[st
 
 def _differences(here: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
     """What a checkpoint does not share with the optimizer that loads it, one a line."""
+    options = {**YOUNGER, **saved["config"]}
     differences = [
-        f"{option}: {saved['config'].get(option)!r} in the checkpoint, {value!r} here"
+        f"{option}: {options.get(option)!r} in the checkpoint, {value!r} here"
         for option, value in here["config"].items()
-        if saved["config"].get(option) != value
+        if options.get(option) != value
     ]
     differences += [
         f"{option}: {saved['config'][option]!r} in the checkpoint, always {only!r} here"
@@ -250,4 +253,5 @@ def _round_tensors(parts: Parts) -> dict[str, Tensor]:
         "tile_sumsq": parts.arena.tile_sumsq,
         "norm_sums": parts.kernels.norm_sums,
         "skipped_on_device": parts.kernels.control.skipped_steps,
+        **({} if parts.rest is None else parts.rest.round_tensors()),
     }

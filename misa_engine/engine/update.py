@@ -124,23 +124,21 @@ class ArenaUpdate:
         arena, slot = self._arena, self._arena.slots[index]
         flat = gradient.detach().reshape(-1)
         with phase("update"):
-            arena.table.slot_present.zero_()
-            arena.table.slot_present[index : index + 1].fill_(1)
             sum_of_squares(
                 flat, arena.step_sumsq, arena.table, backend=self._backend, tiles=slot.tiles, grad_start=slot.start
             )
-            self._finalise()
+            self._finalise(tiles=slot.tiles)
             self._adamw(flat, arena.step_sumsq, tiles=slot.tiles, grad_start=slot.start)
             self._tell_autograd([slot])
             if self._config.score == "squared_mean_norm":
-                self._add_norms_after_clipping()
+                self._add_norms_after_clipping(only=index)
 
     @staticmethod
     def _tell_autograd(slots: Iterable[Slot]) -> None:
         """Count the weights as changed: a graph that holds one from before must be refused, and kernels do not say."""
         increment_version([slot.weight for slot in slots])
 
-    def _finalise(self) -> None:
+    def _finalise(self, tiles: range | None = None) -> None:
         with phase("clip/norm"):
             finalise(
                 self._arena.step_sumsq,
@@ -150,6 +148,7 @@ class ArenaUpdate:
                 self.control,
                 skip_nonfinite=True,
                 backend=self._backend,
+                tiles=tiles,
             )
 
     def _adamw(self, gradient: Tensor, measured: Tensor, *, tiles: range | None = None, grad_start: int = 0) -> None:
@@ -169,11 +168,11 @@ class ArenaUpdate:
             grad_start=grad_start,
         )
 
-    def _add_norms_after_clipping(self) -> None:
+    def _add_norms_after_clipping(self, only: int | None = None) -> None:
         # The published code adds norms, not squares, and reads them after clipping.
         arena = self._arena
         norms = torch.zeros_like(self.norm_sums)
-        reduce_slots(arena.step_sumsq, norms, arena.table, self.control, root=True, backend=self._backend)
+        reduce_slots(arena.step_sumsq, norms, arena.table, self.control, root=True, backend=self._backend, only=only)
         # a skipped step: 0, not 0·nan
         self.norm_sums += torch.where(norms > 0, norms * self.control.clip_coef, norms)
 

@@ -27,8 +27,14 @@ class Preset:
     """corrected_on_read (true bias correction), plain (Eq. 4), or official (corrected value fed back)."""
     exponent_cap: float = math.inf
     """Upper bound of the exponent η·G_u (official: of η·G_u²)."""
+    probability_floor: float = 0.0
+    """Share of P that is uniform: no unit's probability falls below this share of 1/B, nor P's normalised entropy
+    below this. 0 lets P follow the scores alone."""
     cold_start: str = "probe"
     """probe: one-step rounds until every unit was seen once; official: the same, divided by T; none."""
+    cold_start_share: float = 0.1
+    """Most of the run (see ``run_steps``) that the cold start's one-step rounds may take; what was not seen by then
+    counts as average. 1 is no limit."""
     revisit: str = "keep_adjacent"
     """Moments of a unit: keep_adjacent (while it stays active), clear (every round), keep or offload (for ever, on the
     host: keep as they are, offload in 8 bits)."""
@@ -43,7 +49,31 @@ class Preset:
     on the host: an exact float32 master over the whole run)."""
     fill: str = "carry"
     """What happens when a drawn unit does not fit: carry (it opens the next round), stop, or skip (draw on)."""
+    rest: str = "row_norm"
+    """How matrices outside the draw move, without state, as their gradients appear in backward: not at all (none), by
+    sign, row_norm (each output unit's gradient divided by its rms), sinkhorn (rows and columns in turn), or sgd."""
+    rest_lr: float | None = None
+    """Their learning rate as a multiple of lr; None is the rule's own (see ``REST_RATES``)."""
+    rest_scope: str = "all"
+    """Which of them: all, or those above the lowest trained matrix, to which the backward pass goes anyway."""
+    rest_every: int = 1
+    """k: they move at every k-th step, k times as far."""
+    rest_outside: bool = False
+    """Embeddings and head, which otherwise stay frozen, move by the rest rule too."""
+    rest_scores: bool = False
+    """Their gradients enter the scores: every unit is measured in every round, and none needs a cold start."""
 
+
+#: Rules for the matrices outside the draw -> their learning rate as a multiple of lr, where ``rest_lr`` is None.
+REST_RATES = {"sign": 0.3, "row_norm": 0.3, "sinkhorn": 0.3, "sgd": 5.0}
+#: What the options of the rest rule are without one.
+NO_REST: dict[str, Any] = {
+    "rest_lr": None,
+    "rest_scope": "all",
+    "rest_every": 1,
+    "rest_outside": False,
+    "rest_scores": False,
+}
 
 #: Names of the options that a preset fills in.
 PRESET_OPTIONS = tuple(entry.name for entry in fields(Preset))
@@ -60,6 +90,7 @@ PRESETS: dict[str, Preset] = {
         closing_momentum=True,
         leave_rounding="nearest",
         fill="stop",
+        rest="none",
     ),
     "official": Preset(
         score="squared_mean_norm",
@@ -67,10 +98,12 @@ PRESETS: dict[str, Preset] = {
         ema="official",
         exponent_cap=5.0,
         cold_start="official",
+        cold_start_share=1.0,
         revisit="keep",
         sample_last=2,
         leave_rounding="nearest",
         fill="skip",
+        rest="none",
     ),
 }
 
@@ -86,6 +119,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "revisit": ("keep_adjacent", "clear", "keep", "offload"),
     "leave_rounding": ("stochastic", "nearest", "keep"),
     "fill": ("carry", "stop", "skip"),
+    "rest": ("none", *REST_RATES),
+    "rest_scope": ("all", "above"),
     "master": ("split", "none"),
     "state_dtype": ("float32", "int8"),
     "grad_dtype": ("weight", "float32"),
@@ -106,10 +141,15 @@ FREE_ON_LOAD = (
     "grad_dtype",
     "gemm_gradients",
     "update_in",
+    "rest_lr",
+    "run_steps",
+    "cold_start_share",
 )
 
 #: Options of former versions and the only value that they may still have, in the state of an older run for instance.
 RETIRED: dict[str, Any] = {"skip_nonfinite": True, "stale_after": 0}
+#: Options that the state of an older run does not name, and what it ran with.
+YOUNGER: dict[str, Any] = {"rest": "none", **NO_REST, "probability_floor": 0.0}
 
 
 def check_choice(option: str, value: object, choices: Iterable[str]) -> None:
@@ -141,6 +181,8 @@ class MisaConfig(Preset):
     """Budget δ: the active units together hold at most ``floor(delta * N)`` of the model's N parameters."""
     inner_steps: int = 50
     """T: optimizer steps between two draws."""
+    run_steps: int | None = None
+    """Optimizer steps of the whole run, for ``cold_start_share``; None is unknown. The Trainer fills it in."""
     eta: float = 1.0
     """η in P_u ∝ exp(η·G_u); 0 is uniform, larger is greedier. Scale depends on ``score_normalisation``."""
     score_beta: float = 0.8
@@ -204,6 +246,9 @@ class MisaConfig(Preset):
         for option in PRESET_OPTIONS:
             if option not in self.given:
                 object.__setattr__(self, option, getattr(PRESETS[self.preset], option))
+        if self.rest == "none":  # a preset's companions of a rest rule that the user has switched off
+            for option in NO_REST.keys() - self.given:
+                object.__setattr__(self, option, NO_REST[option])
         for option in ("always_train", "frozen"):
             value = getattr(self, option)
             object.__setattr__(self, option, (value,) if isinstance(value, str) else tuple(value))
@@ -231,6 +276,11 @@ class MisaConfig(Preset):
                 f"inner_steps (T) is the number of optimizer steps between two draws, an integer of at least 1; "
                 f"got {self.inner_steps!r}. 50 is the published setting."
             )
+        if self.run_steps is not None and (not isinstance(self.run_steps, int) or self.run_steps < 1):
+            raise ValueError(
+                f"run_steps is the number of optimizer steps of the whole run, an integer of at least 1, or None where "
+                f"that is unknown; got {self.run_steps!r}"
+            )
         ranges: tuple[tuple[str, float, bool, str], ...] = (
             ("lr", self.lr, self.lr >= 0, "at least 0"),
             ("eps", self.eps, self.eps > 0, "larger than 0"),
@@ -238,6 +288,13 @@ class MisaConfig(Preset):
             ("eta", self.eta, self.eta >= 0, "at least 0"),
             ("score_beta", self.score_beta, 0 <= self.score_beta < 1, "in [0, 1)"),
             ("epsilon", self.epsilon, 0 <= self.epsilon <= 1, "in [0, 1]"),
+            (
+                "cold_start_share",
+                self.cold_start_share,
+                0 < self.cold_start_share <= 1,
+                "in (0, 1] (cold_start='none')",
+            ),
+            ("probability_floor", self.probability_floor, 0 <= self.probability_floor <= 1, "in [0, 1]"),
             ("exponent_cap", self.exponent_cap, self.exponent_cap > 0, "larger than 0"),
             ("sample_last", self.sample_last, self.sample_last >= 0, "at least 0"),
             ("max_grad_norm", self.max_grad_norm or 1.0, self.max_grad_norm is None or self.max_grad_norm > 0, "> 0"),
@@ -255,6 +312,7 @@ class MisaConfig(Preset):
             raise ValueError(
                 f"grad_dtype={self.grad_dtype!r} is the dtype of gradient slots, which update_in='backward' has none of"
             )
+        self._check_rest()
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be two numbers in [0, 1); got {self.betas}")
         if not all(0 < weight < math.inf for weight in self.static_weights.values()):
@@ -262,6 +320,38 @@ class MisaConfig(Preset):
                 f"static_weights must be positive and finite; got {dict(self.static_weights)}. What is never to train "
                 "belongs into frozen."
             )
+
+    def _check_rest(self) -> None:
+        if self.rest == "none":
+            without = [option for option, neutral in NO_REST.items() if getattr(self, option) != neutral]
+            if without:
+                raise ValueError(
+                    f"{without[0]}={getattr(self, without[0])!r} says how matrices outside the draw move, but rest is "
+                    f"'none', so they do not. Set rest to one of {', '.join(REST_RATES)}, or leave it out."
+                )
+            return
+        if self.rest_lr is not None and not 0 < self.rest_lr < math.inf:
+            raise ValueError(
+                f"rest_lr is a multiple of lr, positive and finite; got {self.rest_lr}. To move nothing: rest='none'."
+            )
+        if not isinstance(self.rest_every, int) or self.rest_every < 1:
+            raise ValueError(f"rest_every is a number of steps, an integer of at least 1; got {self.rest_every!r}")
+        if self.rest_scores and self.score != "mean_square":
+            raise ValueError(
+                f"rest_scores needs score='mean_square'; score={self.score!r} is of norms after clipping, which what "
+                "rests does not have."
+            )
+        if self.leave_rounding == "keep":
+            raise ValueError(
+                "leave_rounding='keep' keeps on the host 16 more bits of weights that do not change while they are not "
+                f"drawn, but rest={self.rest!r} moves them. Use leave_rounding='stochastic', or rest='none'."
+            )
+
+    @property
+    def rest_rate(self) -> float:
+        """What the rest rule multiplies lr with: ``rest_lr`` or the rule's own; 0 without a rule."""
+        own = REST_RATES.get(self.rest, 0.0)
+        return own if self.rest_lr is None else self.rest_lr
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> MisaConfig:

@@ -10,6 +10,7 @@ B units; G_u the score of a unit, n_u its number of parameters, η and β as in 
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,6 +22,10 @@ from misa_engine.method.config import MisaConfig
 from misa_engine.method.partition import Unit, matches
 from misa_engine.method.rules import RULES, DrawContext
 
+logger = logging.getLogger(__name__)
+
+#: Normalised entropy of the draw's probabilities below which they have collapsed: one of 100 units has 4 in 5.
+COLLAPSED = 0.3
 #: Named wherever a tensor is made: the generator lives on the host, whatever torch.set_default_device says.
 CPU = torch.device("cpu")
 
@@ -28,6 +33,8 @@ CPU = torch.device("cpu")
 #: that a unit that never receives a gradient cannot keep the run in one-step rounds for ever.
 PROBE_ATTEMPTS = 3
 
+#: Scores stop here where a mean is taken, so that their sum is finite.
+LARGEST_SCORE = 1e300
 #: Exponents stop here, far beyond any that matters (exp overflows at 710), so that no difference of two is inf - inf.
 LARGEST_EXPONENT = 1e300
 
@@ -141,22 +148,35 @@ class ImportanceTracker:
         self._carried: list[int] = []  # refused by the last draw and therefore first in the next
         self._left: list[int] = []  # of the present pass
         self._generator = torch.Generator(CPU).manual_seed(config.seed)
+        self._warned = False
 
     def draw(self) -> tuple[int, ...]:
         """Begin the next round: choose its units and return them."""
+        cold = self.round < 0 or self.round_length == 1
         self.round += 1
         unseen = self._unseen()
+        if unseen and not (cold and self.round < self.most_cold_rounds):
+            unseen = []  # the cold start has taken its share of the run
         self.round_length = 1 if unseen else self.config.inner_steps
         if unseen and self.config.cold_start == "probe":
             # Each unit gets its one visit in whatever order, so skipping cannot favour anyone, and saves rounds.
             taken, _ = fill_budget(unseen, self.sizes, self.budget, "skip", self._smallest)
         else:
             taken = self._draw_by_rule(forced=self._carried + unseen + self._least_recent(unseen))
+        if not unseen:
+            self._warn_of_collapse()
         self.active = tuple(taken)
         for unit in taken:
             self.visits[unit] += 1
             self.last_visit[unit] = self.round
         return self.active
+
+    @property
+    def most_cold_rounds(self) -> float:
+        """One-step rounds that the cold start may take: its share of the run, at least one; inf for no limit."""
+        if self.config.run_steps is None or self.config.cold_start_share == 1:
+            return math.inf
+        return max(1, int(self.config.cold_start_share * self.config.run_steps))
 
     def _draw_by_rule(self, forced: list[int]) -> list[int]:
         fill = self.config.fill
@@ -179,7 +199,7 @@ class ImportanceTracker:
         """Units that the cold start still has to visit, in random order; none for rules without scores."""
         if self.config.cold_start == "none" or not self._rule.needs_scores:
             return []
-        unseen = [unit for unit, visits in enumerate(self.visits) if not visits]
+        unseen = [unit for unit, visits in enumerate(self.visits) if not visits and not self._updates[unit]]
         if self.config.cold_start == "probe":
             again = range(1, PROBE_ATTEMPTS)
             unseen += [u for u, missed in enumerate(self._missed) if missed in again and not self._updates[u]]
@@ -215,6 +235,11 @@ class ImportanceTracker:
             else:
                 self._absorb(unit, total / measured)
 
+    def observe(self, unit: int, norm_sum: float, steps: int) -> None:
+        """Let what was measured of a unit that was not active enter its score; arguments as in ``update``."""
+        if steps >= 1 and math.isfinite(norm_sum):
+            self._absorb(unit, norm_sum / steps)
+
     def _absorb(self, unit: int, mean: float) -> None:
         """One step of Eq. (4) for one unit."""
         if self.config.score == "mean_square":
@@ -243,6 +268,9 @@ class ImportanceTracker:
 
     def _context(self) -> DrawContext:
         scores = torch.tensor(self.scores, dtype=torch.float64, device=CPU)
+        if self.most_cold_rounds < math.inf and any(self._updates):  # what the cold start did not get to see is average
+            measured = torch.tensor([updates > 0 for updates in self._updates], device=CPU)
+            scores = torch.where(measured, scores, scores[measured].clamp(max=LARGEST_SCORE).mean())
         return DrawContext(
             scores=scores,
             exponents=self._exponents(scores),
@@ -260,7 +288,12 @@ class ImportanceTracker:
             signal = signal / signal.max()  # first, so that the mean neither overflows nor is subnormal
             signal = signal / signal.mean()
         cap = min(self.config.exponent_cap, LARGEST_EXPONENT)
-        return (self.config.eta * signal).clamp(max=cap)
+        exponents = (self.config.eta * signal).clamp(max=cap)
+        floor = self.config.probability_floor
+        if not floor:
+            return exponents
+        # P ← (1 − floor)·P + floor/B, as exponents again
+        return (exponents.softmax(dim=0) * (1 - floor) + floor / len(self.sizes)).log()
 
     @property
     def entropy(self) -> float:
@@ -269,6 +302,20 @@ class ImportanceTracker:
             return 1.0
         nats = -sum(p * math.log(p) for p in self.probabilities if p > 0)
         return min(1.0, max(0.0, nats / math.log(len(self.sizes))))
+
+    def _warn_of_collapse(self) -> None:
+        """Say once when a few units get nearly all draws; half of 100 units alike are 0.85."""
+        if self._warned or self.config.rule != "importance" or (entropy := self.entropy) >= COLLAPSED:
+            return
+        self._warned = True
+        logger.warning(
+            "round %d is drawn from collapsed probabilities: their normalised entropy is %.2g (1 is uniform), so a few "
+            "units get nearly all visits. Set probability_floor=0.5, which leaves every unit half of a uniform "
+            "draw's chance, or lower eta (now %g).",
+            self.round,
+            entropy,
+            self.config.eta,
+        )
 
     @property
     def coverage(self) -> float:

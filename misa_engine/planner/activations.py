@@ -14,7 +14,7 @@ measures the same pass on fake tensors; the tests hold the two within 3% of each
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 #: CUDA context, cuBLAS workspaces and loaded kernels: 0.35 to 0.5 GiB by card and driver; the upper end is taken.
@@ -205,6 +205,8 @@ def peak(
     *,
     embedding: bool = False,
     head: bool = False,
+    rest: bool = False,
+    rest_outside: bool = False,
 ) -> Peak:
     """The largest moment of a forward and backward pass.
 
@@ -214,8 +216,12 @@ def peak(
         active: layer -> kinds that train in it (see ``saved_by_layer``).
         embedding: the embedding trains.
         head: the output head trains.
+        rest: what ``active`` names only rests in part: its gradients are autograd's own, freed as they are used.
+        rest_outside: and so with the ends that train.
     """
     h, tokens = shape.hidden, micro_batch.tokens
+    inside = replace(micro_batch, gemm_gradients=micro_batch.gemm_gradients and not rest)
+    outside = replace(micro_batch, gemm_gradients=micro_batch.gemm_gradients and not rest_outside)
     lowest = 0 if embedding else min((layer for layer, kinds in active.items() if kinds), default=shape.layers)
     saved = [0] * shape.layers
     boundary = 2 * h * tokens if micro_batch.checkpointing else 0
@@ -226,7 +232,7 @@ def peak(
     )
 
     # autograd holds the head's gradient of a tied matrix until the embedding's arrives, unless a GEMM wrote it away
-    in_slot = micro_batch.gemm_gradients and micro_batch.loss == "plain"
+    in_slot = outside.gemm_gradients and micro_batch.loss == "plain"
     held = 2 * shape.vocabulary * h if shape.tied and embedding and head and not in_slot else 0
 
     kept = shared  # what lies below the present layer
@@ -237,14 +243,14 @@ def peak(
         if flow.recorded:
             saved[layer] = saved_by_layer(shape, micro_batch, kinds, flow)
             kept += boundary
-            extra = held + max(_backward_moments(shape, micro_batch, kinds, flow))
+            extra = held + max(_backward_moments(shape, inside, kinds, flow))
             moments.append(Peak(kept + saved[layer], 0, extra, f"layer {layer}"))
         forward = _forward_moment(shape, micro_batch, kinds, flow, saved[layer], kept)
         passing = forward - kept + (0 if micro_batch.checkpointing else mask)
         moments.append(Peak(kept, 0, passing, f"forward of layer {layer}"))
         if not micro_batch.checkpointing:
             kept += saved[layer]
-    moments += _loss_moments(shape, micro_batch, kept, lowest < shape.layers, head)
+    moments += _loss_moments(shape, outside, kept, lowest < shape.layers, head)
     if embedding:  # its dense gradient is as large as itself
         gradient = 2 * shape.vocabulary * h
         moments.append(Peak(shared, 0, 2 * h * tokens + gradient * (2 if shape.tied and head else 1), "embedding"))

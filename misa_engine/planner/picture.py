@@ -81,13 +81,15 @@ def figure(result: Plan, variants: Mapping[str, Plan]) -> Figure:
 
 def _name_parts(axes: Axes, place: int, parts: list[tuple[float, str]], top: float) -> None:
     """Write each part's name beside the bar at ``place``, moved apart where parts are thin."""
-    for (middle, category), height in zip(parts, spread([m for m, _ in parts], 0.048 * top), strict=True):
+    for (middle, category), height in zip(
+        parts, spread([m for m, _ in parts], 0.048 * top, low=0.024 * top), strict=True
+    ):
         axes.plot([place + 0.3, place + 0.4], [middle, height], color=COLOURS[category], linewidth=1.5)
         axes.text(place + 0.43, height, category.replace("_", " "), fontsize=9, va="center")
 
 
-def spread(wanted: list[float], gap: float) -> list[float]:
-    """Ascending places at least ``gap`` apart, as near as can be to the ascending ones that are wanted.
+def spread(wanted: list[float], gap: float, low: float = 0.0) -> list[float]:
+    """Ascending places at least ``gap`` apart, none below ``low``, as near as can be to the ascending ones wanted.
 
     Neighbours that come too close form a group, which stands where its members want to be on average.
     """
@@ -99,7 +101,7 @@ def spread(wanted: list[float], gap: float) -> list[float]:
             groups[-1][0] += total
             groups[-1][1] += count
     starts = [total / count for total, count in groups for _ in range(int(count))]
-    return [start + number * gap for number, start in enumerate(starts)]
+    return [max(start, low) + number * gap for number, start in enumerate(starts)]
 
 
 def save_picture(result: Plan, variants: Mapping[str, Plan], path: Path) -> None:

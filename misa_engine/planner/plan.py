@@ -21,6 +21,7 @@ from misa_engine.method.partition import Partition, check_budget
 from misa_engine.planner import activations
 from misa_engine.planner.activations import MicroBatch
 from misa_engine.planner.cards import NO_BFLOAT16, Card
+from misa_engine.planner.resting import rest_bytes, step_cost
 from misa_engine.planner.versions import other_versions
 from misa_engine.planner.worst_case import MetaModel, WorstCase
 
@@ -33,6 +34,7 @@ CATEGORIES = (
     "moment_scales",
     "residual_bits",
     "tables",
+    "rest",
     "activations",
     "cross_entropy",
     "temporaries",
@@ -60,6 +62,10 @@ class Plan:
     """Where in a step the peak is."""
     worst_draw: tuple[str, ...]
     """The active parameters for which this is the peak."""
+    resting: tuple[str, ...]
+    """What moves by the rest rule beside them."""
+    step_cost: float
+    """Arithmetic of a step with one micro-batch over that without a rest rule."""
     method: str
     """How activations were found: closed form, or measured on fake tensors."""
     notes: tuple[str, ...] = ()
@@ -96,6 +102,9 @@ class Plan:
             "total_bytes": self.total_bytes,
             "moment": self.moment,
             "worst_draw": list(self.worst_draw),
+            "rest": self.misa.rest,
+            "resting": len(self.resting),
+            "step_cost": self.step_cost,
             "method": self.method,
             "notes": list(self.notes),
             "card": asdict(self.card) if self.card else None,
@@ -146,7 +155,8 @@ def plan(
     worst = WorstCase(meta, misa, micro_batch)
     peak, draw = worst.peak(micro_batch)
     reserve = {"cuda_context": activations.CONTEXT_BYTES, "slack": activations.SLACK_BYTES}
-    fixed = {"weights": meta.weight_bytes, **optimizer_bytes(parts, misa, meta.dtype), **reserve}
+    ours = {**optimizer_bytes(parts, misa, meta.dtype), "rest": rest_bytes(meta.model, parts, misa)}
+    fixed = {"weights": meta.weight_bytes, **ours, **reserve}
     found = fixed | {name: getattr(peak, name) for name in ("activations", "cross_entropy", "temporaries")}
     result = Plan(
         model=meta.name,
@@ -157,6 +167,8 @@ def plan(
         bytes={category: found[category] for category in CATEGORIES if found.get(category)},
         moment=peak.moment,
         worst_draw=draw,
+        resting=worst.resting(draw),
+        step_cost=step_cost(meta.model, parts, misa, budget, checkpointing=micro_batch.checkpointing),
         method="closed form" if meta.shape is not None else "fake tensors",
         notes=_notes(meta, card),
         card=card,

@@ -152,6 +152,7 @@ def measure(
     config: Any,
     active: Collection[str],
     *,
+    resting: Collection[str] = (),
     batch: int = 1,
     length: int = 1024,
     checkpointing: bool = True,
@@ -166,6 +167,7 @@ def measure(
     Args:
         config: a transformers config; its number of layers is what is run.
         active: names of the parameters that train.
+        resting: names of those whose gradients a rest rule uses as they appear, without a slot.
         batch: sequences.
         length: tokens of each.
         checkpointing: recompute each layer in the backward pass (non-reentrant, inputs need no gradient).
@@ -185,6 +187,7 @@ def measure(
     ignored = [*model.parameters(), *model.buffers()]
     with mode:
         ignored += _activate(model, active, gemm_gradients)
+        _activate(model, resting, gemm_gradients=False)
         ids = torch.zeros(batch, length, dtype=torch.long)
         inputs = {"input_ids": ids, "labels": ids, "use_cache": False}
         if padded:

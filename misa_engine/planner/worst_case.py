@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from misa_engine.engine.rest import can_rest
 from misa_engine.errors import UserError
 from misa_engine.method.config import MisaConfig
 from misa_engine.method.partition import Partition, Unit, check_budget, partition_for
 from misa_engine.planner import activations
 from misa_engine.planner.activations import DecoderShape, MicroBatch, Peak
+from misa_engine.planner.resting import resting
 
 #: Norm modules of the families that ``memory`` describes, beyond the matrices that the partition names.
 _NORMS = {"input_layernorm": "norm1", "post_attention_layernorm": "norm2"}
@@ -187,7 +189,15 @@ class WorstCase:
     def __init__(self, meta: MetaModel, misa: MisaConfig, micro_batch: MicroBatch):
         self._meta = meta
         found = dict.fromkeys(draws(meta, misa, micro_batch))  # several orders often lead to the same draw
-        self._draws = [(names, *meta.places(names)) for names in found]
+        can = can_rest(meta.model, meta.partition(misa), misa)
+        self._rests = {names: resting(meta.model, can, misa, names) if can else () for names in found}
+        self._draws = [(names, *meta.places((*names, *self._rests[names]))) for names in found]
+        self._rest = misa.rest != "none"
+        self._rest_outside = misa.rest_outside
+
+    def resting(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """What rests while one of the draws looked at trains."""
+        return self._rests[names]
 
     @property
     def exact(self) -> bool:
@@ -199,9 +209,10 @@ class WorstCase:
         shape = self._meta.shape
         if shape is None:
             names = max((names for names, *_ in self._draws), key=len)
-            return _measured_peak(self._meta, set(names), micro_batch), names
+            return _measured_peak(self._meta, set(names), set(self._rests[names]), micro_batch), names
+        rest = {"rest": self._rest, "rest_outside": self._rest_outside}
         peaks = [
-            (activations.peak(shape, micro_batch, layers, embedding=embedding, head=head), names)
+            (activations.peak(shape, micro_batch, layers, embedding=embedding, head=head, **rest), names)
             for names, layers, embedding, head in self._draws
         ]
         return max(peaks, key=lambda entry: entry[0].total)
@@ -210,7 +221,7 @@ class WorstCase:
 # ---- families without formulas ----
 
 
-def _measured_peak(meta: MetaModel, names: set[str], micro_batch: MicroBatch) -> Peak:
+def _measured_peak(meta: MetaModel, names: set[str], rests: set[str], micro_batch: MicroBatch) -> Peak:
     """Run two shallow models of the same configuration on fake tensors and go on in a straight line to the full depth.
 
     Layers of one kind cost the same, so the line is exact up to where the peak lies.
@@ -218,9 +229,9 @@ def _measured_peak(meta: MetaModel, names: set[str], micro_batch: MicroBatch) ->
     full = meta.config.num_hidden_layers
     period = _period(meta.config)
     if full <= 2 * period:
-        return _measure(meta.config, meta.dtype, names, micro_batch)
+        return _measure(meta.config, meta.dtype, names, rests, micro_batch)
     small, large = (
-        _measure(_shallow(meta.config, depth), meta.dtype, names, micro_batch) for depth in (period, 2 * period)
+        _measure(_shallow(meta.config, depth), meta.dtype, names, rests, micro_batch) for depth in (period, 2 * period)
     )
     steps = (full - period) / period
 
@@ -235,13 +246,14 @@ def _measured_peak(meta: MetaModel, names: set[str], micro_batch: MicroBatch) ->
     )
 
 
-def _measure(config: Any, dtype: torch.dtype, names: set[str], micro_batch: MicroBatch) -> Peak:
+def _measure(config: Any, dtype: torch.dtype, names: set[str], rests: set[str], micro_batch: MicroBatch) -> Peak:
     from misa_engine.planner.probe import measure
 
     try:
         measured = measure(
             config,
             names,
+            resting=rests,
             batch=micro_batch.batch,
             length=micro_batch.length,
             checkpointing=micro_batch.checkpointing,

@@ -32,6 +32,8 @@ class Digest:
     active: np.ndarray  # (R, B) bool
     probabilities: np.ndarray  # (R, B) float, distribution that the round was drawn from
     visits: np.ndarray  # (B,) int, rounds in which the unit trained, over the whole run
+    trained_steps: np.ndarray  # (B,) int, optimizer steps that the unit trained; rounds that the log lost count as T
+    entropy: np.ndarray  # (R,) float, normalised entropy of the probabilities; nan where the log has none
     scores: np.ndarray  # (B,) float, latest G_u; nan where the log has none
     covered_at: int | None  # first round by whose end every unit had trained; None if that never happened
     loss: Curve
@@ -71,16 +73,22 @@ class Digest:
             visits = np.nan_to_num(_by_unit(switches[-1].get("visits") or {}, units)).astype(int)
             for entry in switches[len(trained) :]:
                 visits[[index[name] for name in entry["active"] if name in index]] -= 1
+        steps = np.array([entry["step"] for entry in trained], dtype=int)
+        lengths = np.diff(steps, append=last_step)
+        round_length = (description.get("config") or {}).get("inner_steps", 1)
+        lost = np.maximum(0, visits - active.sum(axis=0))
         seen = (
             np.logical_or.accumulate(active, axis=0).all(axis=1) if len(trained) and units else np.zeros(0, dtype=bool)
         )
         return cls(
             units=units,
             rounds=np.array([entry["round"] for entry in trained], dtype=int),
-            round_steps=np.array([entry["step"] for entry in trained], dtype=int),
+            round_steps=steps,
             active=active,
             probabilities=probabilities,
             visits=visits,
+            trained_steps=lengths @ active + round_length * lost if len(trained) else round_length * lost,
+            entropy=np.array([entry.get("entropy", np.nan) for entry in trained], dtype=float),
             scores=_by_unit(end.get("scores") or (switches[-1].get("scores") if switches else None) or {}, units),
             covered_at=int(trained[int(np.argmax(seen))]["round"]) if seen.any() else None,
             loss=_curve(entries, "loss"),

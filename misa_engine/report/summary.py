@@ -25,7 +25,8 @@ def summary_table(entries: Sequence[Mapping[str, Any]]) -> Table:
     Returns:
         A table for ``rich.print``. "visits" is the number of rounds in which a matrix trained (least–most in the row),
         "rounds" the same as a share, "change" the mean of ‖θ_end − θ_start‖ / ‖θ_start‖. The last rows are the
-        parameters that are always trained and those that are frozen.
+        parameters that are always trained and those that are frozen. Below it stands how visits are distributed over
+        the weights (``coverage_lines``).
     """
     from rich import box
     from rich.table import Table
@@ -73,7 +74,34 @@ def summary_table(entries: Sequence[Mapping[str, Any]]) -> Table:
         state = "none" if unchanged == frozen else f"{frozen - unchanged} CHANGED"  # compared bit for bit
         table.add_section()
         table.add_row("frozen", "–", str(frozen), "0", "0%", "–", "–", state)
+    table.caption, table.caption_justify, table.caption_style = "\n".join(coverage_lines(digest)), "left", ""
     return table
+
+
+def coverage_lines(digest: Digest) -> list[str]:
+    """How the run's visits are distributed over the weights that can be drawn, and how even the draws were.
+
+    A weight's visits are the steps that it trained, divided by T: one-step rounds of the cold start count as 1/T.
+    """
+    config = digest.description.get("config") or {}
+    sizes = np.array([unit.numel for unit in digest.units], dtype=float)
+    if not len(sizes) or "inner_steps" not in config:
+        return []
+    visits = digest.trained_steps / config["inner_steps"]
+    order = np.argsort(visits, kind="stable")
+    middle = visits[order][np.searchsorted(np.cumsum(sizes[order]), sizes.sum() / 2)]
+    never = sizes[digest.trained_steps == 0].sum() / sizes.sum()
+    rest = config.get("rest", "none")
+    moved = "" if rest == "none" else f"; the others moved by {rest}"
+    lines = [
+        f"visits (steps/T): min {visits.min():.2f}, median {middle:.2f}, "
+        f"mean {visits @ sizes / sizes.sum():.2f}, max {visits.max():.2f}",
+        f"never trained: {never:.1%} of what can be drawn{moved}",
+    ]
+    drawn = digest.entropy[np.isfinite(digest.entropy)]
+    if len(drawn):
+        lines.append(f"entropy of draws (1 is uniform): median {np.median(drawn):.2f}, lowest {drawn.min():.2f}")
+    return lines
 
 
 def _groups(units: Sequence[LoggedUnit]) -> list[tuple[str, str, list[int]]]:

@@ -1,10 +1,11 @@
 """Every rule about transformers, TRL and Liger in one place: what their options mean to MISA, and what they rename.
 
     options      FROM_ARGUMENTS, config_from_arguments   TrainingArguments <-> MisaConfig
-    refusals     check_arguments                         fp16, reentrant checkpointing, data parallelism, clipping
+    refusals     check_arguments                         fp16, reentrant checkpointing, DataParallel, FSDP, clipping
+    replicas     prepare_unwrapped, mark_prepared        accelerate wraps in DistributedDataParallel
     names        checkpointing_option, NON_REENTRANT     gradient_checkpointing was renamed in transformers 5.18
     tensors      check_same_model, renamed_tensors       files whose tensor names are not the model's
-    versions     fused_head_in_trl, warn_of_versions     what the installed TRL does; what the planner describes
+    versions     fused_head_in_trl, compiled_modules_follow, warn_of_versions     what the installed packages do
 
 Importing this file imports neither torch nor transformers: ``misa train --help`` reads FROM_ARGUMENTS.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import re
 from collections.abc import Iterable, Mapping
 from importlib import import_module
@@ -25,6 +27,7 @@ from misa_engine.planner.versions import other_versions
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from accelerate import Accelerator  # type: ignore[import-untyped]
     from torch import nn
     from transformers import TrainingArguments
 
@@ -70,7 +73,8 @@ def check_arguments(args: TrainingArguments, config: MisaConfig) -> None:
     """Refuse training arguments under which MISA would train wrongly; nothing has been written by then.
 
     Raises:
-        ValueError: fp16, reentrant checkpointing, more than one process or GPU, or clipping where it cannot be.
+        ValueError: fp16, reentrant checkpointing, several GPUs in one process, sharded weights, or clipping where it
+            cannot be.
     """
     if args.fp16:
         raise ValueError(
@@ -83,11 +87,18 @@ def check_arguments(args: TrainingArguments, config: MisaConfig) -> None:
                 f"{option}={{'use_reentrant': True}} recomputes frozen layers, or fails, once inputs do not require "
                 "gradients. Use {'use_reentrant': False}, which is also the default of transformers 5."
             )
-    if args.world_size > 1 or args.n_gpu > 1:
-        found = f"{args.world_size} processes" if args.world_size > 1 else f"{args.n_gpu} GPUs in one process"
+    if args.n_gpu > 1:
         raise ValueError(
-            f"the Trainer would wrap the model for data parallelism ({found}), which goes out of step when the active "
-            "matrices change. Train in one process on one GPU: CUDA_VISIBLE_DEVICES=0, no torchrun."
+            f"the Trainer would wrap the model in DataParallel ({args.n_gpu} GPUs in one process), which goes out of "
+            "step when the active matrices change. Start one process for each GPU (torchrun --nproc_per_node "
+            f"{args.n_gpu}), or make one visible (CUDA_VISIBLE_DEVICES=0)."
+        )
+    sharded = [name for name in ("fsdp", "deepspeed") if getattr(args, name, None)]
+    sharded += [name for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED") if os.environ.get(name) == "true"]
+    if sharded:
+        raise ValueError(
+            f"{sharded[0]} shards the weights, which MISA does not train yet. Leave it out: every process then holds "
+            "the whole model, and MISA averages the gradients of the active matrices."
         )
     if config.update_in == "backward" and args.max_grad_norm:
         raise ValueError(
@@ -95,6 +106,39 @@ def check_arguments(args: TrainingArguments, config: MisaConfig) -> None:
             "gradients, but update_in='backward' updates each matrix as its gradient arrives. Set max_grad_norm=0, "
             "or use update_in='step'."
         )
+
+
+# ---- several processes ----
+
+
+def prepare_unwrapped(accelerator: Accelerator) -> None:
+    """Let ``accelerator.prepare`` do everything to a model but wrap and move it.
+
+    MISA averages the gradients itself, and the Trainer has moved the model before. On a CPU accelerate would move it
+    again, to a device that it calls cpu:0, and leave the optimizer with weights that nobody uses.
+    """
+    prepare = accelerator.prepare_model
+
+    def prepare_model(model: nn.Module, *_: Any, **__: Any) -> Any:
+        return prepare(model, device_placement=False, evaluation_mode=True)
+
+    vars(accelerator)["prepare_model"] = prepare_model
+
+
+def mark_prepared(model: nn.Module) -> None:
+    """The same where only the model is at hand: accelerate leaves alone what it takes for prepared.
+
+    Raises:
+        ValueError: it would also leave out autocast, which the arguments ask for.
+    """
+    state = import_module("accelerate.state").AcceleratorState
+    precision = state().mixed_precision if state._shared_state else "no"
+    if precision != "no":
+        raise ValueError(
+            f"a plain Trainer with several processes and {precision}=True would train without autocast. Load the model "
+            f"in bfloat16 and leave {precision} off, or use MisaTrainer or MisaMixin."
+        )
+    model._is_accelerate_prepared = True  # type: ignore[assignment]
 
 
 # ---- checkpointing of activations ----
@@ -181,6 +225,17 @@ def load_renamed(checkpoint: Path, model: Any) -> None:
 def fused_head_in_trl() -> bool:
     """Whether the installed SFTTrainer projects hidden states to losses in chunks by itself (TRL 1.15 and later)."""
     return hasattr(import_module("trl.trainer.sft_trainer"), "add_fused_lm_head")
+
+
+#: Compiled modules of torch 2.11 do not see that ``requires_grad`` was switched on after their first call: gradients
+#: are None and whole rounds train nothing. 2.13 is right, and the oldest for which that was seen.
+COMPILED_MODULES_FOLLOW_SINCE = (2, 13)
+
+
+def compiled_modules_follow(torch_version: str) -> bool:
+    """Whether compiled modules of this torch follow ``requires_grad`` from round to round."""
+    numbers = re.match(r"(\d+)\.(\d+)", torch_version)
+    return numbers is None or (int(numbers[1]), int(numbers[2])) >= COMPILED_MODULES_FOLLOW_SINCE
 
 
 @functools.cache

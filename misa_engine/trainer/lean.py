@@ -157,7 +157,10 @@ class LossCheck:
         """
         trainer = self._trainer
         loss, gradient = self._measure(
-            lambda: trainer.compute_loss(trainer.model, dict(self._batch), num_items_in_batch=self._count)
+            lambda: (
+                trainer.compute_loss(trainer.model, dict(self._batch), num_items_in_batch=self._count)
+                / _ranks_in_loss(trainer, self._count)
+            )
         )
         plain, plain_gradient = self._plain
         dtype = torch.bfloat16 if trainer.args.bf16 else next(trainer.model.parameters()).dtype
@@ -209,6 +212,12 @@ class LossCheck:
             loss = loss_of()
             gradients = torch.autograd.grad(loss, parameters) if parameters else ()
             return float(loss.detach()), [gradient.float() for gradient in gradients]
+
+
+def _ranks_in_loss(trainer: Any, count: Tensor | int | None) -> int:
+    """What the Trainer multiplies a loss by that it has divided by the tokens of all processes."""
+    counted = trainer.model_accepts_loss_kwargs and count is not None
+    return int(trainer.accelerator.num_processes) if trainer.args.average_tokens_across_devices and counted else 1
 
 
 def _not_finite(model: nn.Module, loss: float) -> str:

@@ -185,7 +185,7 @@ def untrained_parameters(misa: MISA, visits: Mapping[str, int]) -> set[str]:
 
 
 def describe_switch(event: SwitchEvent, limit: int = 8) -> str:
-    """One line: round, who left, who came, share of the budget in use, milliseconds."""
+    """One line: round, who left, who came, share of the budget in use, entropy of the draw, milliseconds."""
 
     def names(units: tuple[str, ...]) -> str:
         more = f" and {len(units) - limit} more" if len(units) > limit else ""
@@ -193,7 +193,8 @@ def describe_switch(event: SwitchEvent, limit: int = 8) -> str:
 
     return (
         f"round {event.round} at step {event.step}: left {names(event.left)}; came {names(event.came)}; "
-        f"{event.budget_share:.1%} of the budget, {event.active_share:.2%} of the model; {event.milliseconds:.1f} ms"
+        f"{event.budget_share:.1%} of the budget, {event.active_share:.2%} of the model; "
+        f"entropy {event.entropy:.2f}; {event.milliseconds:.1f} ms"
     )
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from misa_engine.engine.optimizer import MISA
 from misa_engine.method.config import MisaConfig, check_choice
 from misa_engine.trainer import checkpoints, resume_options
-from misa_engine.trainer.compat import check_arguments, config_from_arguments
+from misa_engine.trainer.compat import check_arguments, config_from_arguments, mark_prepared, prepare_unwrapped
 from misa_engine.trainer.lean import LossCheck
 from misa_engine.trainer.log_writer import RunLogWriter, describe_run, sampler_metrics
 from misa_engine.trainer.model_config import restored_config, training_fields
@@ -43,8 +44,11 @@ class MisaFactory:
     """
 
     def __call__(self, model: nn.Module, **options: Any) -> MISA:
-        """Build the optimizer for ``model``."""
-        return MISA(model, **options)
+        """Build the optimizer for ``model``; with several processes, keep accelerate from wrapping the model."""
+        optimizer = MISA(model, **options)
+        if optimizer.replicas is not None:
+            mark_prepared(model)
+        return optimizer
 
 
 class _RunCallback(TrainerCallback):
@@ -91,7 +95,7 @@ class MisaMixin(ExactResume):
         **kwargs: the trainer's own arguments.
 
     Raises:
-        ValueError: fp16, reentrant checkpointing, several processes, or an optimizer given by other means.
+        ValueError: fp16, reentrant checkpointing, sharded weights, or an optimizer given by other means.
     """
 
     def __init__(
@@ -112,13 +116,15 @@ class MisaMixin(ExactResume):
             )
         self._own_config = training_fields(kwargs.get("model", args[0] if args else None))
         super().__init__(*args, **kwargs)
+        if optimizer == "misa" and self.args.world_size > 1:
+            prepare_unwrapped(self.accelerator)
         self.misa_config = config_from_arguments(self.args, misa)
         self.optimizer_name = optimizer
         self.log_writer = RunLogWriter(self._out, self.args.device, writer=self.is_world_process_zero())
         self._max_norm = self.misa_config.max_grad_norm or self.args.max_grad_norm or math.inf
         self._staged_checkpoint: Path | None = None
         self._push_later: list[str] = []
-        self._loss_checked = False
+        self._loss_checked = self._filters_loss = False
         self._changed_options: tuple[str, ...] = ()
         self.add_callback(_RunCallback(self))
 
@@ -129,6 +135,13 @@ class MisaMixin(ExactResume):
         """The MISA optimizer, out of accelerate's wrapper; None before training and for the baseline."""
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         return optimizer if isinstance(optimizer, MISA) else None
+
+    def set_initial_training_values(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """As in Trainer; tells MISA the run's length, of which the cold start gets a share."""
+        values = super().set_initial_training_values(*args, **kwargs)
+        if self.misa_config.run_steps is None:
+            self.misa_config = replace(self.misa_config, run_steps=values[-1])  # max_steps
+        return values
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
         """Build MISA, or the baseline's AdamW, over the model."""
@@ -154,7 +167,31 @@ class MisaMixin(ExactResume):
         """One micro-batch, as in Trainer; tells MISA whether it is the last of its step."""
         if self.misa is not None:
             self.misa.last_micro_batch = self.accelerator.sync_gradients
-        return super().training_step(*args, **kwargs)
+        return self._finite_for_the_log(super().training_step(*args, **kwargs))
+
+    def _finite_for_the_log(self, loss: Tensor) -> Tensor:
+        """``logging_nan_inf_filter`` without its two waits for the device in every micro-batch, to the same numbers.
+
+        Where it is on, Trainer reads the loss to see whether it is finite, and if not logs the mean so far instead.
+        """
+        mean_of = getattr(self, "_tr_loss", None)
+        if mean_of is None:  # an older transformers, which keeps the sum to itself and goes on filtering
+            return loss
+        if self.args.logging_nan_inf_filter:
+            self.args.logging_nan_inf_filter, self._filters_loss = False, True
+        if not self._filters_loss:
+            return loss
+        steps = 1 + self.state.global_step - self._globalstep_last_logged
+        return torch.where(loss.isfinite(), loss, mean_of / steps)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Trainer, which leaves losses that are not finite out of the mean here too."""
+        given = self.args.logging_nan_inf_filter
+        self.args.logging_nan_inf_filter = given or self._filters_loss
+        try:
+            return super().evaluation_loop(*args, **kwargs)
+        finally:
+            self.args.logging_nan_inf_filter = given
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         misa = self.misa
@@ -207,6 +244,7 @@ class MisaMixin(ExactResume):
         writer, best = self.args.should_save, self.state.best_model_checkpoint
         self._push_later = []
         with checkpoints.staging(final, self._out, writer=writer) as staged:
+            self.accelerator.wait_for_everyone()  # until the folder is there: each process saves its random state
             try:
                 self._staged_checkpoint = staged
                 super()._save_checkpoint(model, trial)

@@ -73,7 +73,9 @@ def collect(args: Any, config: MisaConfig, optimizer: str, train_dataset: Any) -
         "fixed": {
             **{name: plain[name] for name in FIXED if name in plain},
             "optimizer": optimizer,
-            "sequences of a step": args.train_batch_size * args.gradient_accumulation_steps,
+            "sequences of a step": args.train_batch_size
+            * args.gradient_accumulation_steps
+            * getattr(args, "world_size", 1),
             "training data": describe_data(train_dataset),
         },
         "batch": {name: plain[name] for name in BATCH},

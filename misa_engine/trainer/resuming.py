@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import Trainer
 
+from misa_engine.engine.replicas import lost_ranks
 from misa_engine.method.config import MisaConfig
 from misa_engine.trainer import checkpoints, compat, completeness, resume_options
 from misa_engine.trainer.log_writer import RunLogWriter
@@ -74,6 +75,7 @@ class ExactResume(_Base):
             ValueError: the checkpoint is missing, incomplete, or of another model or configuration; or the trainer's
                 loss is not the plain one (see ``misa_engine.trainer.lean``).
             CheckpointError: a checkpoint could not be written.
+            ReplicaError: another process of the run has ended.
         """
         with lock_run(self._out) if self.args.should_save else nullcontext():
             if self.args.should_save:
@@ -82,7 +84,8 @@ class ExactResume(_Base):
             checkpoint = self._resume_point(resume_from_checkpoint)
             self.check_loss()
             self.log_writer.arm()
-            return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+            with lost_ranks(self.args.process_index) if self.args.world_size > 1 else nullcontext():
+                return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
 
     def _resume_point(self, wanted: str | bool | None) -> Path | None:
         """The checkpoint to go on from, whole, of this model and of a run with these options."""

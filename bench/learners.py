@@ -1,0 +1,95 @@
+"""Who learns in the learning suite: a method of ``BASELINES`` with its settings, by name or by options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from misa_engine.errors import UserError, did_you_mean
+from misa_engine.method.config import MisaConfig
+
+#: Options that are the case's own and not MisaConfig's.
+SHARED = ("delta", "inner_steps")
+#: Rest rules whose steps are as large as Adam's at the same rate.
+STATELESS = ("sign", "row_norm", "sinkhorn")
+
+
+@dataclass(frozen=True)
+class Learner:
+    """A row of the matrix."""
+
+    method: str
+    """Of ``BASELINES``; empty is the base itself."""
+    rate: float = 1.0
+    """Where its learning rates are tried, as a multiple of full AdamW's."""
+    misa: Mapping[str, Any] = field(default_factory=dict)
+    """Options of MisaConfig."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Other settings that differ from the matrix's."""
+
+
+def _misa(rate: float = 3.0, **options: Any) -> Learner:
+    # a preset's own cold start: what a short run pays for it is what is measured
+    return Learner("misa", rate, {"cold_start": None, **options})
+
+
+#: Every row is tried at as many learning rates, around ``rate`` times full AdamW's.
+LEARNERS: dict[str, Learner] = {
+    "base": Learner(""),
+    "adamw": Learner("adamw"),
+    "adamw8bit": Learner("adamw8bit"),
+    "lora": Learner("lora", 3.0),
+    "rslora": Learner("rslora", 3.0),
+    "dora": Learner("dora", 3.0),
+    "galore": Learner("galore", 3.0),
+    "badam": Learner("badam", 3.0),
+    "lisa": Learner("lisa", 3.0),
+    "lisa-layers": Learner("lisa-layers", 3.0),
+    "uniform": Learner("uniform", 3.0),
+    "misa": _misa(),
+    "misa-paper": _misa(1.0, preset="paper"),
+    "misa-official": _misa(preset="official"),
+    "misa-none": _misa(rest="none"),
+    **{f"misa-{rule}-{rate}": _misa(rest=rule, rest_lr=rate) for rule in STATELESS for rate in (0.1, 0.3)},
+    **{f"misa-{rule}-0.3-above": _misa(rest=rule, rest_lr=0.3, rest_scope="above") for rule in STATELESS[:2]},
+    "misa-sgd": _misa(rest="sgd"),
+}
+
+
+def learner_of(text: str) -> Learner:
+    """A learner by its name, or by name and options of MisaConfig: ``misa:rest=sign:rest_lr=0.3:delta=0.03``.
+
+    Raises:
+        UserError: unknown name or option, or a value that MisaConfig refuses.
+    """
+    name, *words = text.split(":")
+    if name not in LEARNERS:
+        raise UserError(f"unknown method {name!r}.{did_you_mean(name, LEARNERS)} Known: {', '.join(LEARNERS)}.")
+    learner = LEARNERS[name]
+    if not words:
+        return learner
+    if learner.method not in ("misa", "uniform", "lisa", "lisa-layers"):
+        raise UserError(f"{text}: options are MISA's, and {name} is none of its rules.")
+    options = dict(_option(text, word) for word in words)
+    shared = {key: options.pop(key) for key in SHARED if key in options}
+    misa = {**learner.misa, **options}
+    try:
+        MisaConfig.from_dict({**shared, **misa})
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{text}: {error}") from error
+    return Learner(learner.method, learner.rate, misa, {**learner.settings, **shared})
+
+
+def _option(text: str, word: str) -> tuple[str, Any]:
+    key, given, value = word.partition("=")
+    known = {entry.name for entry in fields(MisaConfig)}
+    if not given or key not in known:
+        hint = did_you_mean(key, known)
+        raise UserError(f"{text}: {word!r} is no option=value of MisaConfig.{hint}")
+    for kind in (int, float):
+        try:
+            return key, kind(value)
+        except ValueError:
+            continue
+    return key, {"true": True, "false": False, "none": value}.get(value.lower(), value)

@@ -1,0 +1,57 @@
+"""All buffers of an optimizer, made once, large enough for every draw that the budget allows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from misa_engine.engine.arena import Arena, capacity_for
+from misa_engine.engine.host import HostStore
+from misa_engine.engine.update import ArenaUpdate
+from misa_engine.method.config import MisaConfig
+
+
+def buffers_for(
+    config: MisaConfig,
+    parameters: Mapping[str, nn.Parameter],
+    sampled: Sequence[str],
+    always: Sequence[str],
+    budget: int,
+    n_groups: int,
+    backend: str,
+) -> tuple[Arena, HostStore, ArenaUpdate]:
+    """Allocate the arena, what is kept on the host, and the accounts of a step.
+
+    Args:
+        config: dtypes, and what is kept of matrices that leave.
+        parameters: name -> parameter, on the device and of the dtype of training.
+        sampled: names of those that can be drawn.
+        always: names of those that are always trained.
+        budget: most elements that sampled parameters hold together.
+        n_groups: torch's parameter groups.
+        backend: "triton" or "reference".
+    """
+    some = parameters[sampled[0]]
+    sizes = {name: parameter.numel() for name, parameter in parameters.items()}
+    capacity, slots = capacity_for(budget, [sizes[name] for name in sampled], [sizes[name] for name in always])
+    arena = Arena(
+        capacity,
+        slots,
+        dtype=some.dtype,
+        device=some.device,
+        split=some.dtype == torch.bfloat16 and config.master == "split",
+        state_dtype=config.state_dtype,
+        grad_dtype=torch.float32 if config.grad_dtype == "float32" else some.dtype,
+        hold_gradients=config.update_in == "step",
+    )
+    host = HostStore(
+        arena,
+        moments=config.revisit in ("keep", "offload"),
+        pack=config.revisit == "offload",
+        residual=config.leave_rounding == "keep",
+        backend=backend,
+        numels=[sizes[name] for name in sampled],
+    )
+    return arena, host, ArenaUpdate(arena, n_groups, config, backend)

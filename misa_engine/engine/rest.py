@@ -1,0 +1,196 @@
+"""RestRule: matrices outside the draw take a step without state, inside the backward pass that made their gradients.
+
+    round start      resting = what is neither drawn, always trained nor frozen (scope "above": above the lowest drawn)
+    step begins      is it a step in which they move? then requires_grad on
+    gradient         arrives merged in .grad -> measured, used (kernels/rest), freed; requires_grad off until then
+    step ends        the next one begins
+
+A gradient lives from the GEMM that makes it to the hook that uses it, so at most one of them exists, of the size of the
+largest matrix. It is autograd's own tensor: only autograd knows when all uses of a tied or reused weight are in.
+With accumulation one micro-batch a step moves them: the last where ``last_micro_batch`` is set, otherwise the first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import increment_version
+
+from misa_engine.engine.gemm_gradients import stores_transposed
+from misa_engine.engine.gradients import Groups, check_dense
+from misa_engine.engine.marks import phase
+from misa_engine.engine.places import Places
+from misa_engine.kernels.rest import RestScratch, passes, rest_step
+from misa_engine.method.config import MisaConfig
+from misa_engine.method.partition import Partition, Unit, partition_for
+from misa_engine.method.sampling import ImportanceTracker
+
+
+def can_rest(model: nn.Module, partition: Partition, config: MisaConfig) -> tuple[str, ...]:
+    """Names of the matrices that the rest rule may move, in the model's order; none without a rule.
+
+    All matrices of units and, with ``rest_outside``, embeddings and head, but for what ``frozen`` and ``always_train``
+    name. Norms and biases never rest: they have no rows.
+    """
+    if config.rest == "none":
+        return ()
+    units = partition.units
+    if config.rest_outside:
+        units = partition_for(model, dataclasses.replace(config, include_outside=True)).units
+    inside = {name for unit in units for name in unit.params}
+    return tuple(name for name, tensor in model.named_parameters() if name in inside and tensor.ndim >= 2)
+
+
+class RestRule:
+    """Decides which matrices rest, and moves each as its gradient arrives.
+
+    Args:
+        model: the model; a parameter that it names later lies higher.
+        names: of every matrix that can rest (``can_rest``).
+        group_of: name -> torch's parameter group, whose learning rate counts.
+        config: the rule and its options.
+        groups: gives torch's parameter groups.
+        places: who owns each parameter, and whether it is where it was.
+        backend: "triton" or "reference".
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        names: Sequence[str],
+        group_of: Mapping[str, int],
+        config: MisaConfig,
+        groups: Groups,
+        places: Places,
+        *,
+        backend: str,
+    ):
+        named = dict(model.named_parameters())
+        self._parameters, self._config, self._backend = {name: named[name] for name in names}, config, backend
+        self._position = {name: index for index, name in enumerate(named)}
+        self._group_of, self._groups, self._places = group_of, groups, places
+        self._index = {name: index for index, name in enumerate(self._parameters)}
+        self._transposed = {name: bool(stores_transposed(places.owner(name))) for name in self._parameters}
+        self._streams = {name: _stream(config.seed, name) for name in self._parameters}
+        shapes = [(p.numel() // p.shape[-1], p.shape[-1]) for p in self._parameters.values()]
+        device = next(iter(self._parameters.values())).device
+        self._scratch = RestScratch.allocate(max(n for n, _ in shapes), max(m for _, m in shapes), device)
+        # Σ g² of each one's gradient in this step (nan: none), and over the round with how many steps entered
+        self._sumsq, self._sums, self._measured = torch.zeros(3, len(shapes), dtype=torch.float32, device=device)
+        self._part = torch.zeros(1, dtype=torch.float32, device=device)
+        self._sumsq.fill_(torch.nan)
+        self.names: tuple[str, ...] = ()
+        self._waiting: set[str] = set()  # what may still move in this step
+        self._step, self._last_micro_batch, self._accumulates = 0, True, False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        return self._scratch.nbytes + 3 * self._sumsq.nbytes + self._part.nbytes
+
+    @property
+    def last_micro_batch(self) -> bool:
+        """Whether the next backward pass is the last of its step, the one that moves what rests."""
+        return self._last_micro_batch
+
+    @last_micro_batch.setter
+    def last_micro_batch(self, value: bool) -> None:
+        if value != self._last_micro_batch:
+            self._last_micro_batch = value
+            self._accumulates |= not value
+            self._show()
+
+    def bind(self, trained: Sequence[str]) -> None:
+        """Follow a new draw; ``trained`` is what holds a slot now. To be followed by ``begin_step``."""
+        taken = set(trained)
+        lowest = min(self._position[name] for name in trained) if self._config.rest_scope == "above" else -1
+        resting = tuple(name for name in self._parameters if name not in taken and self._position[name] > lowest)
+        for name in set(self.names) - taken - set(resting):  # no longer above the lowest one
+            self._parameters[name].requires_grad_(False)
+        self.names, self._waiting, self._accumulates = resting, set(), False
+
+    def begin_step(self, step: int) -> None:
+        """Begin step number ``step`` of the training, counted from 0."""
+        if self._config.rest_scores:
+            finite = self._sumsq.isfinite()
+            self._sums += torch.where(finite, self._sumsq, 0.0)
+            self._measured += finite
+            self._sumsq.fill_(torch.nan)
+        self._step = step
+        moves = (step + 1) % self._config.rest_every == 0
+        self._waiting = set(self.names) if moves else set()
+        self._show()
+
+    def round_tensors(self) -> dict[str, Tensor]:
+        """What the round has accumulated so far, for a checkpoint; nothing where nothing is wanted of it."""
+        return {"rest_sums": self._sums, "rest_measured": self._measured} if self._config.rest_scores else {}
+
+    def observe(self, tracker: ImportanceTracker, units: Sequence[Unit], repeated: bool) -> None:
+        """At the end of a round, with ``rest_scores``: let what was measured enter the scores of units that rested.
+
+        One micro-batch's gradient cannot be compared with the sum of several, so nothing enters after a round with
+        accumulation (``repeated``, where nobody named the last micro-batch).
+        """
+        if not self._config.rest_scores:
+            return
+        self.begin_step(self._step)  # the last step's sums
+        sums, measured = torch.stack([self._sums, self._measured]).tolist()  # one wait for the device
+        self._sums.zero_()
+        self._measured.zero_()
+        for index, unit in enumerate(units):
+            matrices = [self._index[name] for name in unit.params if name in self._index]
+            if index not in tracker.active and matrices and not (repeated or self._accumulates):
+                tracker.observe(index, sum(sums[i] for i in matrices), int(min(measured[i] for i in matrices)))
+
+    @torch.no_grad()
+    def take(self, name: str, parameter: nn.Parameter) -> bool:
+        """Move ``name`` by the gradient that has arrived, once a step, and free it; False for what cannot rest."""
+        if name not in self._index:
+            return False
+        gradient, parameter.grad = parameter.grad, None
+        if gradient is None or name not in self._waiting or not self._last_micro_batch:
+            return True  # of a graph from before: the step, or the micro-batch, that it was meant for is over
+        self._waiting.discard(name)
+        parameter.requires_grad_(False)
+        self._places.check(name)
+        check_dense(name, gradient)
+        with phase("resting"):
+            self._move(name, parameter, gradient)
+        increment_version([parameter])  # a graph that holds it must be refused, and kernels do not say
+        return True
+
+    def _move(self, name: str, parameter: nn.Parameter, gradient: Tensor) -> None:
+        lr = float(self._groups()[self._group_of[name]]["lr"])
+        rate = lr * self._config.rest_rate * self._config.rest_every
+        transposed, index = self._transposed[name], self._index[name]
+        weight, gradient = parameter.detach(), gradient.detach().contiguous()
+        stacked = weight.ndim == 3 and passes(self._config.rest, transposed) not in ((), ("rows",))
+        seed = (self._streams[name] + 0x9E3779B97F4A7C15 * (self._step + 1)) % (1 << 63)
+        total = self._sumsq[index : index + 1].zero_()
+        for part, (w, g) in enumerate(zip(weight, gradient, strict=True) if stacked else [(weight, gradient)]):
+            rest_step(
+                w.view(-1, w.shape[-1]),
+                g.view(-1, g.shape[-1]),
+                self._part,
+                self._scratch,
+                rule=self._config.rest,
+                rate=rate,
+                seed=(seed + part) % (1 << 63),
+                transposed=transposed,
+                backend=self._backend,
+            )
+            total += self._part
+
+    def _show(self) -> None:
+        """Let autograd make gradients of exactly what may move in the next backward pass."""
+        for name in self.names:
+            self._parameters[name].requires_grad_(self._last_micro_batch and name in self._waiting)
+
+
+def _stream(seed: int, name: str) -> int:
+    # the same in every process: Python's own hash() is salted
+    return int.from_bytes(hashlib.blake2b(f"rest:{seed}:{name}".encode(), digest_size=7).digest(), "little")

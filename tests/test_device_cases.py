@@ -1,0 +1,33 @@
+"""The cases that test_optimizer_gpu.py runs on a GPU, on a CPU: so that the first minute with one is not theirs."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from optimizer_cases import CASES
+
+#: Those whose kernels differ; a case takes 5 to 20 s in the interpreter.
+INTERPRETED = ("float32_slots", "both_schedules", "a_skipped_step")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_case_holds_for_the_reference(case):
+    CASES[case]("cpu", "reference")
+
+
+def test_cases_hold_in_the_interpreter():
+    pytest.importorskip("triton", reason="the Triton backend needs triton")
+    tests = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, str(tests / "optimizer_cases.py"), "triton", *INTERPRETED],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout) == dict.fromkeys(INTERPRETED, "")
