@@ -29,7 +29,7 @@ def test_dry_run_prints_units_budget_draw_and_memory_and_writes_nothing(
     shown = capsys.readouterr().out
     assert "14 units in 2 layers" in shown and "at most 8,019 of 40,096 parameters train at a time" in shown
     assert "first draw: " in shown and "24 records" in shown and "nothing was written" in shown
-    rows = dict(line.strip().rsplit("  ", 1) for line in shown.split("memory, ")[1].splitlines()[1:8] if "iB" in line)
+    rows = dict(line.strip().rsplit("  ", 1) for line in shown.split("memory, ")[1].splitlines()[1:10] if "iB" in line)
     assert "weights" in " ".join(rows) and "together" in " ".join(rows)
     assert list(tmp_path.iterdir()) == []
     assert main(flags("--dry_run", optimizer="adamw")) == 0
