@@ -94,6 +94,27 @@ def test_the_python_function_takes_a_config_and_options():
     assert found.fits and found.total_bytes == sum(found.bytes.values()) and found.misa.state_dtype == "int8"
 
 
+def test_names_beside_a_bar_stand_apart_and_near_their_parts():
+    from misa_engine.planner.picture import spread
+
+    assert spread([1.0, 5.0, 9.0], 1.0) == [1.0, 5.0, 9.0]
+    placed = spread([7.0, 15.0, 15.1, 15.2, 21.0], 1.0)
+    assert placed == pytest.approx([7.0, 14.1, 15.1, 16.1, 21.0])
+    assert spread([0.1, 0.2, 9.0], 1.0, low=0.5) == pytest.approx([0.5, 1.5, 9.0])
+    assert spread([], 1.0) == []
+
+
+def test_the_picture_says_what_fits_and_names_every_part(monkeypatch, tmp_path):
+    from matplotlib.figure import Figure
+
+    seen: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: seen.append(self))
+    assert main(["plan", "--model", "tinyllama", "--gpu", "8GiB", "--plot", str(tmp_path / "plan.png")]) in (0, 2)
+    texts = [text.get_text() for text in seen[0].axes[0].texts]
+    assert any(text.endswith("fits") for text in texts) or any("does not fit" in text for text in texts)
+    assert {"weights", "activations", "first moment"} <= set(texts) and not seen[0].legends
+
+
 def test_the_picture_is_a_png(capsys, tmp_path):
     assert main(["plan", "--model", "tinyllama", "--plot", str(tmp_path / "plan.png")]) == 0
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")

@@ -146,7 +146,9 @@ def _describe(inputs: Inputs, *, fresh: bool) -> str:
         )
     # records are counted when they have been tokenized: misa_engine.cli.data_report
     stream = "" if hasattr(inputs.train_data, "__len__") else "\n\ntraining data: a stream, not counted"
-    return f"{summary}{stream}\n"
+    device = inputs.arguments.sft.device
+    place = "the CPU" if device.type == "cpu" else str(device)
+    return f"{summary}{stream}\n\ntrains on {place}\n"
 
 
 def _check_required(arguments: TrainArguments) -> None:
@@ -242,7 +244,7 @@ def _show_coverage(trainer: Any) -> None:
 
 
 def quiet(arguments: TrainArguments) -> None:
-    """No progress bars into a log file, and no warning about pinned memory on a machine without a GPU."""
+    """No progress bars but that of loading weights, which a log file does not get; no warning about pinned memory."""
     sft, given = arguments.sft, arguments.given
     if sft.log_level in ("debug", "info"):  # every switch is a line at level info
         logger = logging.getLogger("misa_engine")
@@ -251,15 +253,15 @@ def quiet(arguments: TrainArguments) -> None:
             logger.addHandler(logging.StreamHandler())
     if sft.device.type == "cpu" and "dataloader_pin_memory" not in given:
         sft.dataloader_pin_memory = False
-    if sys.stderr.isatty():
-        return
     import datasets
     from transformers.utils.logging import disable_progress_bar
 
-    datasets.disable_progress_bars()
-    disable_progress_bar()
+    datasets.disable_progress_bars()  # five for each data set; the report says more
+    if not sys.stderr.isatty():
+        disable_progress_bar()
+        os.environ.setdefault("TQDM_DISABLE", "1")  # DPOTrainer's
     if "disable_tqdm" not in given:
-        sft.disable_tqdm = True
+        sft.disable_tqdm = True  # misa_engine.cli.live_line
 
 
 def _choose_forward(arguments: TrainArguments, model_type: str) -> None:
@@ -282,11 +284,14 @@ def _train(trainer: Any, checkpoint: Path | None, out: Path) -> None:
     Raises:
         Stopped: a signal did; what was reached is in a checkpoint.
     """
+    from misa_engine.cli.live_line import LiveLine
     from misa_engine.cli.stopping import StopOnSignal
 
     stop = StopOnSignal(out, lambda: getattr(trainer.misa, "replicas", None))
+    line = LiveLine()
+    line.replace_others(trainer)
     trainer.add_callback(stop)
-    with stop.watching():
+    with stop.watching(), line.shown():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stop.received is not None and trainer.state.global_step < trainer.state.max_steps:
         raise stop.stopped()

@@ -196,9 +196,12 @@ def _ratio_colours() -> Any:
 
 
 def _colour_limit(relative: np.ndarray) -> float:
-    """Half the width of the colour scale in powers of two: all but the outermost 1%, within 2x … 64x."""
+    """Half the width of the colour scale in powers of two: all but the outermost 1%, within 2x … 1024x.
+
+    A skewed sampler leaves most units far below chance; at a narrower limit they would all look alike.
+    """
     known = np.abs(relative[np.isfinite(relative)])
-    return float(np.clip(np.ceil(np.percentile(known, 99)), 1, 6)) if known.size else 1.0
+    return float(np.clip(np.ceil(np.percentile(known, 99)), 1, 10)) if known.size else 1.0
 
 
 def _ratio_bar(figure: Figure, image: Any, axes: Axes, scale: float) -> None:

@@ -75,7 +75,10 @@ def loss_curves(digest: Digest) -> Figure:
     axes.grid(color="#E4E4E4", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=9.5)
-    write_titles(figure, 0.085 * 9, "Training and held-out loss", f"{digest.label}, {digest.last_step} steps")
+    whole_numbers(axes.xaxis)
+    heldout = digest.heldout or any(entry.get("eval_loss") for entry in digest.baselines.values())
+    title = "Training loss" if not heldout else "Training and held-out loss" if digest.loss else "Held-out loss"
+    write_titles(figure, 0.085 * 9, title, f"{digest.label}, {digest.last_step} steps")
     return figure
 
 
