@@ -39,9 +39,9 @@ class MISA(torch.optim.Optimizer):
     """Adam on a changing, importance-sampled set of weight matrices (arXiv 2511.00056, Algorithm 1).
 
     Every T steps a few units, together at most a share δ of the model, are drawn with probabilities that follow their
-    tracked gradient norms. They train for the next T steps; every other matrix has no state, and moves by the rest rule
-    (``rest``) as its gradient passes by, or is frozen (``rest="none"``, as in the paper). Build it before freezing
-    anything and on the device where the model will train.
+    tracked gradient norms, and train for T steps. Every other matrix has no state: it moves by the ``rest`` rule as its
+    gradient passes by, or is frozen (``rest="none"``, as in the paper). Build it before freezing anything and on the
+    device where the model will train.
 
     Example:
         >>> optimizer = MISA(model, lr=1e-5, delta=0.03)
