@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from collections.abc import Iterable
 from dataclasses import fields, replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +33,8 @@ def run(words: list[str]) -> int:
     options = _parser().parse_args(words)
     into = Path(options.into) if options.into else None
     if options.render:
+        from misa_engine.bench.rendering import render
+
         render(Path(options.render), into)
         return DONE
     known(options.suite, SUITES, "benchmark")
@@ -46,6 +45,7 @@ def run(words: list[str]) -> int:
     if results.exists() and not (options.overwrite or options.resume):
         raise UserError(f"{results} exists: choose another --output, or say --overwrite or --resume.")
     bench = settings_of(options)
+    from misa_engine.bench.rendering import render
     from misa_engine.bench.runner import pack, run_bench
     from misa_engine.bench.suites import cases_of
 
@@ -140,58 +140,6 @@ def settings_of(options: argparse.Namespace) -> Bench:
     except ValueError as error:
         raise UserError(str(error)) from error
     return bench
-
-
-def render(path: Path, into: Path | None = None) -> None:
-    """Tables, page and pictures from stored results, a run's or the kernel benchmarks'.
-
-    Args:
-        path: results.json, or what ``pytest bench/ --benchmark-json`` wrote.
-        into: a Markdown file that gets the page between its markers.
-
-    Raises:
-        UserError: the file cannot be read or is none of them, or ``into`` has no markers.
-    """
-    from misa_engine.bench import learning_results, tables
-
-    drawn: list[Path] = []
-    made, marker = tables.page, "misa bench"
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        if "benchmarks" in document:
-            text = tables.kernel_page(document)
-        else:
-            if learning := document.get("kind") == "learning":
-                made, marker = learning_results.page, f"misa bench learning {document['settings']['base']}"
-            drawn = _pictures(document, path, "learning_pictures" if learning else "pictures")
-            text = made(document, [Path(name.name) for name in drawn])
-    except OSError as error:
-        raise UserError(f"--render {path}: {error}") from error
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"--render {path} holds no results of misa bench: {error!r}") from error
-    path.with_suffix(".md").write_text(text, encoding="utf-8")
-    if into is not None:
-        try:
-            tables.insert(lambda links: made(document, links), drawn, into, marker)
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"--into {into}: {error}") from error
-    shown = tables.tables if made is tables.page else lambda document: learning_results.tables(document["results"])
-    for table in [] if "benchmarks" in document else shown(document):
-        table.show()
-    print("\n".join(str(name) for name in (path, path.with_suffix(".md"), *drawn)))
-    kernels = path.with_name("kernels.json")
-    if path.name == "results.json" and kernels.exists():
-        render(kernels)
-
-
-def _pictures(document: dict[str, Any], path: Path, module: str) -> list[Path]:
-    try:
-        drawer = import_module(f"misa_engine.bench.{module}")
-    except ModuleNotFoundError as error:
-        print(f"no pictures: {error}; pip install 'misa_engine[bench]', then --render {path}", file=sys.stderr)
-        return []
-    drawn: list[Path] = drawer.pictures(document, path.parent)
-    return drawn
 
 
 def _parser() -> Parser:

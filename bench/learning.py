@@ -20,12 +20,13 @@ from torch import Tensor, nn
 
 from misa_engine import MISA
 from misa_engine.bench.baselines import BASELINES, build
-from misa_engine.bench.bases import Words, cosine, digest_of, load_base
+from misa_engine.bench.bases import cosine, digest_of, load_base
 from misa_engine.bench.cases import Case, Report, Row
 from misa_engine.bench.learners import Learner, learner_of
 from misa_engine.bench.measure import environment, memory_counters, resident_bytes, spread
 from misa_engine.bench.method import Method, Settings, Unavailable
 from misa_engine.bench.tasks import IGNORED, Task, final_number, load_task
+from misa_engine.bench.words import Words
 from misa_engine.bench.workload import batches
 from misa_engine.method.partition import partition
 

@@ -211,17 +211,12 @@ def page(document: Row, pictures: Sequence[Path] = ()) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def publish(rows: Sequence[Row], settings: Row, output: Path) -> None:
-    """Write results.json (summaries; the runs are files of their own), its page and its pictures."""
-    from misa_engine.bench.command import render
-    from misa_engine.bench.runner import write
-
-    document: dict[str, Any] = {
+def document_of(rows: Sequence[Row], settings: Row) -> dict[str, Any]:
+    """What results.json holds of a matrix: summaries; the runs are files of their own."""
+    return {
         "kind": "learning",
         "environment": environment(torch.device("cpu")),
         "settings": dict(settings),
         "parameters": max((row["learning"]["total_parameters"] for row in rows if "learning" in row), default=None),
         "results": [{name: value for name, value in one.items() if name != "runs"} for one in summarise(rows)],
     }
-    write(document, output / "results.json")
-    render(output / "results.json")

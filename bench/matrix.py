@@ -124,8 +124,9 @@ def run_matrix(
     matrix: Learning, cases: list[Any], output: Path, *, deadline_s: float, say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     """Run what has no result yet; returns all rows of the folder, those of other matrices too."""
-    from misa_engine.bench.learning_results import publish
+    from misa_engine.bench.learning_results import document_of
     from misa_engine.bench.processes import CaseProcesses
+    from misa_engine.bench.rendering import render
     from misa_engine.bench.runner import terminated_as_interrupt, write
 
     folder = output / "runs"
@@ -156,7 +157,8 @@ def run_matrix(
     finally:
         rows = read_rows(output)
         if rows:
-            publish(rows, fixed(matrix), output)
+            write(document_of(rows, fixed(matrix)), output / "results.json")
+            render(output / "results.json")
     return rows
 
 

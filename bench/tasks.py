@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from misa_engine.bench.bases import Words
 from misa_engine.bench.method import Unavailable
+from misa_engine.bench.words import Words
 from misa_engine.bench.workload import HELD_OUT, documents
 
 #: Label of a token that counts in no loss.

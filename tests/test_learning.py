@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from misa_engine.bench import bases, learning, learning_results, matrix, presets, tasks
-from misa_engine.bench.bases import Bytes
 from misa_engine.bench.cases import run_case
 from misa_engine.bench.learners import LEARNERS, learner_of
 from misa_engine.bench.tasks import IGNORED
+from misa_engine.bench.words import Bytes
 from misa_engine.cli.main import main
 from misa_engine.errors import UserError
 

@@ -89,8 +89,7 @@ class MISA(torch.optim.Optimizer):
         self._parameters = {name: named[name] for name in dict.fromkeys((*self._always, *sampled, *resting))}
         self.dtype = guards.common_dtype(self._parameters)
         guards.check_sparse(model, self._parameters)
-        device = next(iter(self._parameters.values())).device
-        self.backend = choose_backend(config.backend, device)
+        self.backend = choose_backend(config.backend, named[sampled[0]].device)
         groups, group_of = build_groups(model, self._parameters, config)
         if self.replicas is not None:
             self.replicas.agree(model, config)
