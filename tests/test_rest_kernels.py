@@ -63,6 +63,25 @@ def test_steps_far_below_half_an_ulp_arrive():
     assert torch.equal(weight - 1e-6, weight)  # what rounding to nearest would have done
 
 
+@pytest.mark.parametrize("every", [1, 32, 64, 128])
+def test_the_noise_of_rounding_falls_only_when_a_step_nears_an_ulp(every):
+    """Of n steps s, made every k: √(n·s·ulp·(1 - k·s/ulp)); the mean is n·s whatever k (docs/algorithm.md)."""
+    step, steps, ulp = 1e-6, 2048, 2.0**-13  # of weights between 1/64 and 1/32
+    weight, grad = torch.full((64, 256), 0.02, dtype=torch.bfloat16), torch.ones(64, 256, dtype=torch.bfloat16)
+    scratch, sumsq, before = RestScratch.allocate(64, 256, "cpu"), torch.zeros(1), weight.double()
+    moved = weight.clone()
+    for index in range(steps // every):
+        rest_step(moved, grad, sumsq, scratch, rule="sign", rate=step * every, seed=index, backend="reference")
+    drift = before - moved.double()
+    noise = math.sqrt(steps * step * max(0.0, ulp - every * step))
+    # 16,384 weights: the mean is known to noise/128, the noise itself to 1 in 180; twice 3 of these
+    assert drift.mean().item() == pytest.approx(steps * step, abs=6 * ulp / 128 + 6 * noise / 128)
+    if every < 128:
+        assert drift.std().item() == pytest.approx(noise, rel=0.04)
+    else:  # steps above an ulp
+        assert drift.std().item() < ulp
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rule", RULES)
 def test_what_moves_nothing(rule, dtype):
