@@ -156,7 +156,8 @@ def test_the_plan_agrees_with_the_fit_by_hand(subjects, name):
         ]
         passes.append(MicroBatch(1, 1, False, "plain"))
         for micro_batch, thousands in zip(passes, tokens, strict=True):
-            found = plan(subjects(name), card="rtx4090", delta=delta, state_dtype=state_dtype, micro_batch=micro_batch)
+            options = {"delta": delta, "state_dtype": state_dtype, "rest": "none"}
+            found = plan(subjects(name), card="rtx4090", micro_batch=micro_batch, **options)
             assert 0.92 < found.max_tokens_per_micro_batch / (1000 * thousands) < 1.02, (
                 micro_batch,
                 state_dtype,

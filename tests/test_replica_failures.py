@@ -57,6 +57,7 @@ def build_apart(rank: int) -> dict[str, str]:
         "refused": attempt(lambda: MISA(build(), lr=1e-4, delta=0.001 if other else 0.2)),
         "unknown": attempt(lambda: MISA(build(), **({"detla": 1} if other else drift))),
         "rest": attempt(lambda: MISA(build(), rest="sign", **drift)),
+        "default": MISA(build(), **drift).config.rest,
         "wrapped": attempt(lambda: MISA(nn.parallel.DistributedDataParallel(build()), **drift)),
     }
     torch.__version__ = f"{torch.__version__}{'x' if other else ''}"
@@ -79,6 +80,7 @@ def test_what_differs_between_ranks_is_refused_by_name(tmp_path):
     both = run_ranks(build_apart, tmp_path)
     for said in both:
         assert isinstance(said, dict), said
+        assert said["default"] == "none"  # the preset's own rule is for one process
         for case, pattern in DIFFERENCES.items():
             assert re.search(pattern, said[case]), (case, said[case])
     first, second = both

@@ -69,16 +69,16 @@ def test_a_run_with_scores_of_what_rests_resumes_at_a_switch_and_within_a_round(
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        ({"rest_lr": 0.1}, "rest is 'none'"),
-        ({"rest_outside": True}, "rest is 'none'"),
-        ({"rest_scope": "above"}, "rest is 'none'"),
-        ({"rest_every": 2}, "rest is 'none'"),
+        ({"rest": "none", "rest_lr": 0.1}, "rest is 'none'"),
+        ({"rest": "none", "rest_outside": True}, "rest is 'none'"),
+        ({"rest": "none", "rest_scope": "above"}, "rest is 'none'"),
+        ({"rest": "none", "rest_every": 2}, "rest is 'none'"),
         ({"rest": "sing"}, "Did you mean 'sign'"),
         ({"rest": "sign", "rest_lr": 0.0}, "positive and finite"),
         ({"rest": "sign", "rest_lr": float("nan")}, "positive and finite"),
         ({"rest": "sign", "rest_every": 0}, "at least 1"),
         ({"rest": "sign", "leave_rounding": "keep"}, "leave_rounding"),
-        ({"rest_scores": True}, "rest is 'none'"),
+        ({"rest": "none", "rest_scores": True}, "rest is 'none'"),
         ({"rest": "sign", "rest_scores": True, "preset": "official"}, "score='mean_square'"),
     ],
 )

@@ -44,10 +44,10 @@ def test_matrices_and_bytes_are_the_engines(family, scope, outside):
 
 def test_without_a_rule_nothing_rests_and_nothing_is_counted():
     model = TINY["llama"]()
-    parts, config = partition_for(model, MisaConfig()), MisaConfig()
+    parts, config = partition_for(model, MisaConfig()), MisaConfig(rest="none")
     assert rest_bytes(model, parts, config) == 0
     assert step_cost(model, parts, config, 100, checkpointing=True) == 1.0
-    found = plan(LlamaConfig(**SMALL), delta=0.3)
+    found = plan(LlamaConfig(**SMALL), delta=0.3, rest="none")
     assert found.resting == () and "rest" not in found.bytes and found.to_dict()["step_cost"] == 1.0
 
 
@@ -118,7 +118,7 @@ def test_a_family_without_formulas_is_measured_with_what_rests():
     model = TINY["gpt2"]()
     none, all_, above = (
         plan(model.config, delta=0.3, micro_batch=MicroBatch(1, 16, False, "plain"), **options)
-        for options in ({}, {"rest": "sign"}, {"rest": "sign", "rest_scope": "above"})
+        for options in ({"rest": "none"}, {"rest": "sign"}, {"rest": "sign", "rest_scope": "above"})
     )
     assert none.method == all_.method == "fake tensors"
     assert none.total_bytes < above.total_bytes <= all_.total_bytes and len(all_.resting) >= len(above.resting) > 0
@@ -153,15 +153,15 @@ def test_the_cost_of_a_step_is_two_operations_a_resting_weight():
 
 
 def test_plan_takes_the_options_and_hands_them_on(capsys):
-    words = ["plan", "--model", "tinyllama", "--rest", "row_norm", "--rest_lr", "0.2", "--rest_every", "2"]
+    words = ["plan", "--model", "tinyllama", "--rest", "sinkhorn", "--rest_lr", "0.2", "--rest_every", "2"]
     words += ["--rest_outside", "--accumulation", "4", "--length", "256"]
     assert main([*words, "--gpu", "rtx4090"]) == 0
     shown = capsys.readouterr().out
-    assert "rest row_norm: up to " in shown and "move by 0.2 x lr at every 2 steps" in shown
+    assert "rest sinkhorn: up to " in shown and "move by 0.2 x lr at every 2 steps" in shown
     assert "\n  rest  " in shown  # a category of bytes
     assert main([*words, "--max_vram_gb", "24"]) == 0
     command = capsys.readouterr().out.strip().splitlines()[-1]
-    for option in ("--rest row_norm", "--rest_lr 0.2", "--rest_every 2", "--rest_outside true"):
+    for option in ("--rest sinkhorn", "--rest_lr 0.2", "--rest_every 2", "--rest_outside true"):
         assert option in command
     assert main(["plan", "--model", "tinyllama", "--rest", "sign", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -173,7 +173,7 @@ def test_the_solver_counts_what_rests():
     from misa_engine.planner.solve import Wishes, solve
 
     meta = MetaModel(LlamaConfig(**SMALL))
-    misa = MisaConfig(delta=0.1)
+    misa = MisaConfig(delta=0.1, rest="none")
     wishes = Wishes(delta=0.1, state_dtype="float32", checkpointing=False, length=256, most_sequences=1 << 12)
     limit = Card.of("2GiB")
     plain, rests = (
@@ -186,7 +186,7 @@ def test_the_solver_counts_what_rests():
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--rest_lr", "0.2"], "rest is 'none'"),
+        (["--rest", "none", "--rest_lr", "0.2"], "rest is 'none'"),
         (["--rest", "sing"], "sign"),
         (["--rest", "sign", "--rest_lr", "-1"], "rest_lr is a multiple of lr"),
     ],
@@ -201,7 +201,7 @@ def test_the_preview_shows_the_rule_and_its_bytes():
     config = MisaConfig(delta=0.2, rest="sign", rest_every=2)
     shown = preview(TINY["llama"](), config, accumulation=2)
     assert "rest sign: " in shown and "at every 2 steps" in shown and "\n  rest  " in shown
-    assert "rest" not in preview(TINY["llama"](), MisaConfig(delta=0.2))
+    assert "rest" not in preview(TINY["llama"](), MisaConfig(delta=0.2, rest="none"))
 
 
 # ---- a run ----
@@ -227,6 +227,6 @@ def test_a_run_with_the_rule_says_so_before_and_after(tmp_path, tmp_path_factory
 
 def test_a_rate_without_a_rule_is_refused_before_anything_is_written(tmp_path, tmp_path_factory, capsys):
     place = make_workplace(tmp_path, tmp_path_factory.mktemp("cache"))
-    assert main(words(place, tmp_path / "out", rest_lr=0.2)) == 2
+    assert main(words(place, tmp_path / "out", rest="none", rest_lr=0.2)) == 2
     error = capsys.readouterr().err
     assert "rest is 'none'" in error and error.count("\n") == 1 and not (tmp_path / "out").exists()

@@ -31,7 +31,7 @@ def quiet():
 
 
 def test_a_plain_trainer_trains_active_units_only(tmp_path, tokens):
-    training = plain_trainer(tmp_path, tokens, misa={"cold_start": "none"}, max_steps=3)
+    training = plain_trainer(tmp_path, tokens, misa={"cold_start": "none", "rest": "none"}, max_steps=3)
     before = weights(training.model)
     training.train()
     optimizer = training.optimizer.optimizer
@@ -103,7 +103,7 @@ class CountLayerForwards(TrainerCallback):
 def test_checkpointing_recomputes_nothing_below_the_lowest_active_unit(which, tmp_path, tokenizer, texts, tokens):
     model = tiny(num_hidden_layers=4)
     counter = CountLayerForwards(model)
-    misa = {"delta": 0.04, "inner_steps": 1, "cold_start": "none"}
+    misa = {"delta": 0.04, "inner_steps": 1, "cold_start": "none", "rest": "none"}
     options = {"gradient_checkpointing": True, "max_steps": 12}
     if which == "Trainer":
         training = plain_trainer(tmp_path, tokens, model, misa=misa, **options)
@@ -209,9 +209,9 @@ def test_grad_norm_is_the_true_norm_and_clipping_leaves_gradients_and_scores_raw
 
 
 def test_fused_clipping_trains_like_the_trainer_clipping_in_place(misa_trainer, tmp_path, tokens):
-    fused = misa_trainer(max_grad_norm=0.5)
+    fused = misa_trainer(misa={**MISA_OPTIONS, "rest": "none"}, max_grad_norm=0.5)
     fused.train()
-    misa = {"run_steps": COMMON["max_steps"]}  # which a plain Trainer does not tell its optimizer
+    misa = {"rest": "none", "run_steps": COMMON["max_steps"]}  # the latter a plain Trainer does not tell its optimizer
     in_place = plain_trainer(tmp_path / "plain", tokens, max_grad_norm=0.5, misa=misa)
     in_place.train()
     for (name, a), b in zip(fused.model.named_parameters(), in_place.model.parameters(), strict=True):
@@ -230,8 +230,10 @@ def test_a_norm_given_to_misa_wins_over_the_arguments(misa_trainer):
 
 
 def test_accumulation_equals_the_big_batch(misa_trainer):
-    big = misa_trainer("big", per_device_train_batch_size=4, max_steps=5)
-    small = misa_trainer("small", per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=5)
+    misa = {**MISA_OPTIONS, "rest": "none"}  # what rests moves by the last micro-batch alone
+    big = misa_trainer("big", misa=misa, per_device_train_batch_size=4, max_steps=5)
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 5}
+    small = misa_trainer("small", misa=misa, **options)
     big.train()
     small.train()
     assert big.misa.active == small.misa.active
@@ -255,7 +257,8 @@ def test_schedulers_reach_every_group(misa_trainer, scheduler):
 
 def test_the_run_log_and_the_metrics_tell_what_happened(misa_trainer, texts, caplog):
     with caplog.at_level(logging.INFO, logger=log_writer.__name__):
-        training = misa_trainer(misa={**MISA_OPTIONS, "cold_start": "none"}, eval_dataset=texts.select(range(4)))
+        misa = {**MISA_OPTIONS, "cold_start": "none", "rest": "none"}
+        training = misa_trainer(misa=misa, eval_dataset=texts.select(range(4)))
         before = weights(training.model)
         start = training.evaluate()["eval_loss"]
         training.train()

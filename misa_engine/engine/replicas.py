@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from misa_engine.engine.arena import Arena
-from misa_engine.method.config import NO_REST, MisaConfig
+from misa_engine.method.config import MisaConfig
 
 logger = logging.getLogger(__name__)
 
@@ -253,7 +253,7 @@ def for_replicas(config: MisaConfig, replicas: Replicas | None) -> MisaConfig:
 
     A rule that the caller named stays, and is refused by ``agree``.
     """
-    if replicas is None or config.rest == "none" or {"rest", *NO_REST} & config.given:
+    if replicas is None or (shared := config.for_processes()) is config:
         return config
     if replicas.rank == 0:
         logger.warning(
@@ -261,7 +261,7 @@ def for_replicas(config: MisaConfig, replicas: Replicas | None) -> MisaConfig:
             "Matrices outside the draw stand still.",
             replicas.size,
         )
-    return MisaConfig.from_dict({**config.to_dict(), "rest": "none", **NO_REST})
+    return shared
 
 
 def _describe(model: nn.Module, config: MisaConfig) -> dict[str, dict[str, str]]:

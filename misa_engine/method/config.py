@@ -347,6 +347,12 @@ class MisaConfig(Preset):
                 f"drawn, but rest={self.rest!r} moves them. Use leave_rounding='stochastic', or rest='none'."
             )
 
+    def for_processes(self) -> MisaConfig:
+        """This config for several processes: the preset's rest rule, which is for one, is off; a given one stays."""
+        if self.rest == "none" or {"rest", *NO_REST} & self.given:
+            return self
+        return MisaConfig.from_dict({**self.to_dict(), "rest": "none", **NO_REST})
+
     @property
     def rest_rate(self) -> float:
         """What the rest rule multiplies lr with: ``rest_lr`` or the rule's own; 0 without a rule."""

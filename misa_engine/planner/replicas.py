@@ -81,7 +81,7 @@ def replica_traffic(parts: Partition, misa: MisaConfig, dtype: torch.dtype, gpus
     """
     if gpus < 2:
         raise ValueError(f"gpus is the number of cards that train together, at least 2; got {gpus}")
-    if misa.rest != "none":
+    if misa.for_processes().rest != "none":
         raise ValueError(f"rest={misa.rest!r} is for one process; several cards need rest='none'")
     size = 4 if misa.grad_dtype == "float32" else dtype.itemsize
     active = check_budget(parts, misa.delta) + sum(parts.numels[name] for name in parts.always)
