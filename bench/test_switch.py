@@ -32,9 +32,9 @@ OPTIONS: dict[str, Any] = dict(rule="cyclic", cold_start="none", inner_steps=10*
 WAYS: dict[str, dict[str, Any]] = {
     "misa": {},
     "misa, int8 moments": {"state_dtype": "int8"},
-    "misa, leave_rounding=keep": {"leave_rounding": "keep"},
+    "misa, leave_rounding=keep": {"leave_rounding": "keep", "rest": "none"},
     "misa, revisit=offload": {"revisit": "offload"},
-    "misa, both": {"revisit": "offload", "leave_rounding": "keep"},
+    "misa, both": {"revisit": "offload", "leave_rounding": "keep", "rest": "none"},
 }
 
 

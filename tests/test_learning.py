@@ -267,7 +267,7 @@ def test_options_make_a_learner_and_are_checked():
         ("misa:rest_l=0.3", "Did you mean rest_lr?"),
         ("misa:rest=sing", "sing"),
         ("adamw:rest=sign", "options are MISA's"),
-        ("misa:rest_lr=0.3", "rest"),
+        ("misa-none:rest_lr=0.3", "rest"),
     ):
         with pytest.raises(UserError, match=said.replace("?", r"\?")):
             learner_of(text)

@@ -213,7 +213,7 @@ def test_a_plan_that_does_not_fit_its_card_is_printed_and_refused(capsys):
         (["--model", "llama-3-8b", "--gpu", "rtx409"], ["Did you mean rtx4090?", "h100"]),
         (["--model", "llama-3-8b", "--gpu", "-3"], ["unknown card"]),
         (["--model", "./nowhere"], ["does not exist"]),
-        (["--model", "someone/unheard-of"], ["cannot be loaded", "llama-3-8b"]),
+        (["--model", "someone/unheard-of"], ["cannot be reached", "name the directory"]),
         (["--model", "llama-3-8b", "--delta", "0.001"], ["smallest that works"]),
         (["--model", "llama-3-8b", "--delta", "3"], ["(0, 1]"]),
         (["--model", "llama-3-8b", "--detla", "0.1"], ["--delta"]),

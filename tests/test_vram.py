@@ -93,8 +93,8 @@ def test_the_trial_covers_the_longest_sequence_with_the_worst_draw_and_restores_
         bf16=False, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False},
     )  # fmt: skip
     rows = Dataset.from_dict({"input_ids": [[5, 6, 7, 8]] * 4})
-    trainer = MisaTrainer(model=model, args=args, misa={"delta": 0.3}, train_dataset=rows)
-    planned = plan(model.config, delta=0.3, micro_batch=MicroBatch(3, 48, True, "chunked"))
+    trainer = MisaTrainer(model=model, args=args, misa={"delta": 0.3, "rest": "none"}, train_dataset=rows)
+    planned = plan(model.config, delta=0.3, rest="none", micro_batch=MicroBatch(3, 48, True, "chunked"))
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     seen = {}
 

@@ -74,7 +74,7 @@ def small_case(seed: int) -> tuple[MetaModel, MisaConfig, MicroBatch]:
         gemm_gradients=pick.random() < 0.7,
         padded=pick.random() < 0.3,
     )
-    return meta, MisaConfig(**options), micro_batch
+    return meta, MisaConfig(**options, rest="none"), micro_batch
 
 
 @pytest.mark.parametrize("seeds", [range(16), pytest.param(range(16, 400), marks=pytest.mark.exhaustive)], ids=str)

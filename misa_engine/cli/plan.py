@@ -52,7 +52,7 @@ def _run(options: argparse.Namespace) -> int:
             "include_outside": options.include_outside,
         }
     )
-    misa = misa.for_processes() if options.gpus > 1 else misa
+    misa = misa.for_processes() if (options.gpus or 1) > 1 else misa
     if options.length is not None and options.length < 2:
         raise UserError(f"--length must be at least 2, a token and the one that follows; got {options.length}")
     limit = Card.of(f"{options.max_vram_gb:g}GiB" if options.max_vram_gb is not None else options.gpu)

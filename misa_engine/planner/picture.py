@@ -21,6 +21,7 @@ COLOURS = {
     "moment_scales": "#F0E442",
     "residual_bits": "#009E73",
     "tables": "#000000",
+    "rest": "#000000",
     "activations": "#D55E00",
     "cross_entropy": "#CC79A7",
     "temporaries": "#882255",

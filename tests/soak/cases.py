@@ -173,6 +173,7 @@ def draw(seed: int) -> Case:
         "inner_steps": dice.choice((1, 2, 3, 5)),
         "lr": dice.choice((1e-3, 1e-2)),
         "seed": dice.randrange(1000),
+        "rest": "none",  # the twin in plain torch leaves alone what is not drawn
     }
     optional: dict[str, tuple[float, tuple[Any, ...]]] = {
         "preset": (0.4, ("paper", "official")),
