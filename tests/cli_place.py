@@ -40,6 +40,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, log_handlers_of_the_sess
     model: Any = TINY["llama"](vocab_size=384, max_position_embeddings=128)
     model.save_pretrained(place / "model")
     ByT5Tokenizer().save_pretrained(place / "model")
+    TINY["bert"]().save_pretrained(place / "encoder")
     (place / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
     chat = {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]}
     (place / "chat.jsonl").write_text(json.dumps(chat) + "\n")

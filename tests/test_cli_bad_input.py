@@ -29,6 +29,7 @@ BAD = {
     "no output": bad("needs --output_dir", output_dir=None),
     "model directory missing": bad("model directory ./no/model does not exist", model_name_or_path="./no/model"),
     "not a model directory": bad("config.json is missing", model_name_or_path="{place}"),
+    "an encoder": bad("'bert' is an encoder", model_name_or_path="{place}/encoder"),
     "model is a file": bad("is a file", model_name_or_path="{place}/data.jsonl"),
     "data missing": bad("does not exist", dataset="no.jsonl"),
     "messages without template": bad("no chat template", dataset="{place}/chat.jsonl"),

@@ -308,6 +308,18 @@ def test_a_model_that_is_no_decoder_is_refused_in_one_line(capsys, tmp_path, kin
     assert f"model type {kind!r} is no causal language model" in error and len(error) < 300
 
 
+@pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert", "modernbert", "electra", "deberta-v2", "xlm"])
+def test_an_encoder_is_refused_in_one_line(capsys, tmp_path, kind):
+    error = refused(capsys, "--model", saved_config(tmp_path, kind))
+    assert f"model type {kind!r} is an encoder" in error and "MisaTrainer" in error and len(error) < 300
+
+
+def test_an_encoder_that_was_made_a_decoder_is_planned(capsys, tmp_path):
+    fields = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    place = saved_config(tmp_path, "bert", is_decoder=True, vocab_size=200, **fields)
+    assert planned(capsys, "--model", place, "--delta", "0.3", "--length", "32", "--loss", "plain")["fits"]
+
+
 @pytest.mark.parametrize("kind", ["mamba", "mamba2"])
 def test_a_recurrent_model_is_refused_before_it_is_measured(capsys, tmp_path, kind):
     assert "is recurrent" in refused(capsys, "--model", saved_config(tmp_path, kind))

@@ -4,12 +4,14 @@ import itertools
 import random
 
 import pytest
-from transformers import LlamaConfig, Qwen3Config
+from transformers import LlamaConfig, MixtralConfig, Qwen3Config
 
-from misa_engine import MisaConfig
+from misa_engine import MisaConfig, plan
 from misa_engine.method.partition import check_budget
+from misa_engine.planner import probe
 from misa_engine.planner.activations import LOSSES, MicroBatch, peak
 from misa_engine.planner.cards import published_config
+from misa_engine.planner.plan import most_that_fits
 from misa_engine.planner.probe import measure
 from misa_engine.planner.worst_case import MetaModel, WorstCase
 
@@ -121,6 +123,39 @@ def test_a_family_without_formulas_is_measured_and_scaled():
     estimate, names = WorstCase(meta, MisaConfig(delta=0.05), micro_batch).peak(micro_batch)
     found = measure(meta.config, names, batch=1, length=1024, checkpointing=True, loss="plain")
     assert abs(estimate.total / found.peak - 1) < TOLERANCE
+
+
+def small_mixtral(**fields) -> MixtralConfig:
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return MixtralConfig(**sizes, vocab_size=1000, num_hidden_layers=8, num_local_experts=4, **fields)
+
+
+def test_a_mixture_of_experts_is_planned_with_five_passes_and_none_is_run_twice(monkeypatch):
+    passes = []
+
+    def counted(config, names, **options):
+        passes.append((config.num_hidden_layers, options["batch"], options["length"]))
+        return measure(config, names, **options)
+
+    monkeypatch.setattr(probe, "measure", counted)
+    meta = MetaModel(small_mixtral())
+    first = plan(meta, card="8GiB", delta=0.2, micro_batch=MicroBatch(1, 1024))
+    assert first.method == "fake tensors" and len(passes) == len(set(passes)) == 5
+    plan(meta, card="8GiB", delta=0.2, state_dtype="int8", micro_batch=MicroBatch(1, 1024))
+    assert len(passes) == 5  # the precision of moments does not change a pass
+
+
+@pytest.mark.parametrize("fields", [{}, {"sliding_window": 256}], ids=["tokens only", "a mask of the length's square"])
+def test_what_is_said_to_fit_a_family_without_formulas_is_what_a_pass_needs(fields):
+    meta, misa = MetaModel(small_mixtral(**fields)), MisaConfig(delta=0.2)
+    micro_batch = MicroBatch(1, 1024, True, "plain")
+    worst = WorstCase(meta, misa, micro_batch)
+    assert worst.grows_with_tokens(micro_batch, (256, 512, 1024)) == (not fields)
+    for size in (MicroBatch(6, 1024, True, "plain"), MicroBatch(1, 3000, True, "plain")):
+        what = "batch" if size.batch > 1 else "length"
+        room = worst.peak(size)[0].total
+        found, most = most_that_fits(worst, micro_batch, room, what, 1 << 17), getattr(size, what)
+        assert abs(found / most - 1) < TOLERANCE or abs(found - most) <= 1
 
 
 @pytest.mark.parametrize("delta", [0.01, 0.03])

@@ -54,6 +54,8 @@ def load_config(arguments: ModelArguments, trust_remote_code: bool) -> Pretraine
     """The model's configuration with --config_overrides applied."""
     from transformers import AutoConfig
 
+    from misa_engine.planner.worst_case import check_decoder
+
     name = arguments.model_name_or_path
     assert name is not None
     check_model_directory(name, weights=not arguments.from_scratch)
@@ -76,6 +78,7 @@ def load_config(arguments: ModelArguments, trust_remote_code: bool) -> Pretraine
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"the configuration of {_named(name)} cannot be loaded: {reason}") from error
     check_unquantized(config, name)
+    check_decoder(config)
     return config
 
 
