@@ -62,7 +62,7 @@ def peers() -> str:
 
 
 def learning() -> str:
-    """The README's short form of what was learnt: rows of several seeds; the quick matrix only where there is no other."""
+    """The README's short form of what was learnt: rows of several seeds, and quick only if there is no other."""
     parts = []
     stored = [path for name in ("real", "small", "quick") if (path := LEARNING / name / "results.json").exists()]
     for path in [path for path in stored if path.parent.name != "quick"] or stored:
