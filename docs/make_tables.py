@@ -62,7 +62,7 @@ def peers() -> str:
 
 
 def learning() -> str:
-    """The README's short form of what was learnt, from the quick matrix only where there is no other."""
+    """The README's short form of what was learnt: rows of several seeds, and quick only if there is no other."""
     parts = []
     stored = [path for name in ("real", "small", "quick") if (path := LEARNING / name / "results.json").exists()]
     for path in [path for path in stored if path.parent.name != "quick"] or stored:
@@ -70,6 +70,7 @@ def learning() -> str:
         where, base = document["settings"], short(document["parameters"])
         for task in dict.fromkeys(row["task"] for row in document["results"]):
             rows = [row for row in document["results"] if row["task"] == task and row["loss"] is not None]
+            rows = [row for row in rows if row["seeds"] > 1] or rows
             seeds = sorted({row["seeds"] for row in rows})
             rates = sorted({row["rates"] for row in rows})
             start = f"base {rows[0]['base_loss']:.3f}" if rows[0]["base_loss"] is not None else "base not measured"

@@ -53,7 +53,7 @@ def test_a_case_is_the_same_whenever_it_is_drawn():
     assert len({str(draw(seed).plain("seed")) for seed in range(20)}) == 20
 
 
-PLAIN = Case(seed=3, family="plain", steps=6, options={"delta": 0.5, "inner_steps": 2, "lr": 1e-2})
+PLAIN = Case(seed=3, family="plain", steps=6, options={"delta": 0.5, "inner_steps": 2, "lr": 1e-2, "rest": "none"})
 
 
 class Tampered(Run):

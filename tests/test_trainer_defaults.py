@@ -77,7 +77,8 @@ def test_a_loss_that_is_not_finite_is_filtered_from_the_log_without_reading_any_
         trainer_class = type("Overflowing", (Overflow, base), {"overflows": (5, 6)})
         options = {"max_steps": 6, "gradient_accumulation_steps": 2, "logging_nan_inf_filter": filtered}
         options |= {"max_grad_norm": 0.0, "per_device_eval_batch_size": 2}
-        misa = {**MISA_OPTIONS, "rest": "none"}  # the plain trainer does not name the last micro-batch
+        # the plain trainer names neither the last micro-batch nor the length of the run
+        misa = {**MISA_OPTIONS, "rest": "none", "run_steps": options["max_steps"]}
         factory = (MisaFactory, {**misa, "seed": 42, "lr": 1e-2})
         own = {"misa": misa} if base is MisaTrainer else {"optimizer_cls_and_kwargs": factory}
         training = trainer_class(

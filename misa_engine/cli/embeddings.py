@@ -34,4 +34,4 @@ def resize(arguments: TrainArguments, model: Any, tokenizer: Any) -> TrainArgume
         flush=True,
     )
     always = tuple(dict.fromkeys((*arguments.misa.always_train, *names)))
-    return replace(arguments, misa=replace(arguments.misa, always_train=always))
+    return replace(arguments, misa=arguments.misa.altered(always_train=always))

@@ -144,7 +144,7 @@ def variants(meta: Any, result: Any) -> dict[str, Any]:
     found = {}
     for checkpointing in (True, False):
         for state_dtype in CHOICES["state_dtype"]:
-            misa = replace(result.misa, state_dtype=state_dtype)
+            misa = result.misa.altered(state_dtype=state_dtype)
             micro_batch = replace(result.micro_batch, checkpointing=checkpointing)
             label = f"{state_dtype} moments\n{'' if checkpointing else 'no '}checkpointing"
             found[label] = plan(meta, misa=misa, micro_batch=micro_batch)
@@ -178,7 +178,7 @@ def coverage_of(options: argparse.Namespace, meta: Any, result: Any) -> tuple[Co
     delta = coverage.enough.get("delta")
     if coverage.visits >= ENOUGH or delta is None or meta.shape is None:  # without formulas a plan takes a second
         return coverage, None
-    return coverage, plan(meta, card=result.card, misa=replace(misa, delta=delta), micro_batch=micro_batch).fits
+    return coverage, plan(meta, card=result.card, misa=misa.altered(delta=delta), micro_batch=micro_batch).fits
 
 
 def train_command(options: argparse.Namespace, result: Any) -> str:

@@ -347,6 +347,10 @@ class MisaConfig(Preset):
                 f"drawn, but rest={self.rest!r} moves them. Use leave_rounding='stochastic', or rest='none'."
             )
 
+    def altered(self, **changes: Any) -> MisaConfig:
+        """This config with ``changes``, which still knows what the caller gave and what the preset filled in."""
+        return MisaConfig.from_dict({**{name: getattr(self, name) for name in self.given}, **changes})
+
     def for_processes(self) -> MisaConfig:
         """This config for several processes: the preset's rest rule, which is for one, is off; a given one stays."""
         if self.rest == "none" or {"rest", *NO_REST} & self.given:

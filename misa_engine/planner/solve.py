@@ -52,7 +52,7 @@ def solve(meta: MetaModel, limit: Card, misa: MisaConfig, micro_batch: MicroBatc
     modes = [wishes.checkpointing] if wishes.checkpointing is not None else [False, True]
     smallest: Plan | None = None
     for delta, state_dtype, checkpointing in product(deltas, states, modes):
-        options = replace(misa, delta=delta, state_dtype=state_dtype)
+        options = misa.altered(delta=delta, state_dtype=state_dtype)
         shape = replace(micro_batch, checkpointing=checkpointing, length=wishes.length, batch=wishes.batch or 1)
         try:
             candidate = replace(plan(meta, misa=options, micro_batch=shape), card=limit)
@@ -120,7 +120,7 @@ def _largest_delta(meta: MetaModel, limit: Card, smallest: Plan) -> float | None
     low = math.nextafter(max(unit.numel for unit in parts.units) / parts.total, 1.0) * 1.0001
 
     def fits(delta: float) -> bool:
-        candidate = plan(meta, misa=replace(smallest.misa, delta=delta), micro_batch=smallest.micro_batch)
+        candidate = plan(meta, misa=smallest.misa.altered(delta=delta), micro_batch=smallest.micro_batch)
         return candidate.total_bytes <= limit.total_bytes
 
     if low >= smallest.misa.delta or not fits(low):

@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +139,7 @@ class MisaMixin(ExactResume):
         """As in Trainer; tells MISA the run's length, of which the cold start gets a share."""
         values = super().set_initial_training_values(*args, **kwargs)
         if self.misa_config.run_steps is None:
-            self.misa_config = replace(self.misa_config, run_steps=values[-1])  # max_steps
+            self.misa_config = self.misa_config.altered(run_steps=values[-1])  # max_steps
         return values
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
@@ -149,6 +148,7 @@ class MisaMixin(ExactResume):
         self.log_writer.remember(model)
         if self.optimizer is None and self.optimizer_name == "misa":
             self.optimizer = MISA(model, self.misa_config)
+            self.misa_config = self.optimizer.config  # several processes train without the preset's rest rule
             self.optimizer.measure_on_arrival = False  # _get_grad_norm measures every step, before clipping
         elif self.optimizer is None:
             config = self.misa_config
