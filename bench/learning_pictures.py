@@ -25,7 +25,9 @@ def pictures(document: Row, folder: Path) -> list[Path]:
 
 
 def _curves(results: Sequence[Row]) -> Figure:
-    figure, (by_tokens, by_time) = new_figure(11, 1.6 + max(3.2, 0.2 * len(results)), 2)
+    title = f"Learning: {results[0]['task']}"
+    height = 1.4 + max(3.2, 0.2 * len(results))
+    figure, (by_tokens, by_time) = new_figure(11, height, 2, title, "each method at its best learning rate")
     for number, result in enumerate(results):
         style: dict[str, Any] = {
             "color": CURVES[number % len(CURVES)],
@@ -46,14 +48,13 @@ def _curves(results: Sequence[Row]) -> Figure:
     by_tokens.set_xlabel("tokens")
     by_time.set_xlabel("CPU s of training steps")
     by_tokens.set_ylabel("held-out loss, median of the seeds")
-    figure.suptitle(f"{results[0]['task']}: each at its best learning rate")
     figure.legend(loc="outside right center", frameon=False, fontsize=7)
     return figure
 
 
 def _pareto(results: Sequence[Row]) -> Figure:
     """Held-out loss over held memory; the line joins what nothing beats in both."""
-    figure, (axes,) = new_figure(9, 5, 1)
+    figure, (axes,) = new_figure(9, 4.7, 1, f"Memory against loss: {results[0]['task']}")
     best = float("inf")
     front: list[Row] = []
     for result in sorted(results, key=lambda one: (one["total_held_bytes"], one["loss"])):
@@ -77,6 +78,5 @@ def _pareto(results: Sequence[Row]) -> Figure:
     axes.set_xscale("log")
     axes.set_xlabel("MiB held by gradients, optimizer state and adapters")
     axes.set_ylabel("held-out loss (median; line: all seeds)")
-    axes.set_title(f"{results[0]['task']}: memory against loss", fontsize=10)
     axes.legend(fontsize=7, frameon=False)
     return figure

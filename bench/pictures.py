@@ -6,17 +6,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from misa_engine.bench.checks import MOST_RESERVED_BYTES
 from misa_engine.bench.tables import GIB, status, tokens
+from misa_engine.report import figures
+from misa_engine.report.figures import BLUE, GREEN, GREY, PINK, write_titles
+from misa_engine.report.figures import ORANGE as RED
 
-#: Okabe-Ito, told apart by colour-blind readers.
-BLUE, ORANGE, GREEN, PINK, YELLOW, SKY, RED, GREY = (
-    "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#56B4E9", "#D55E00", "#6B6B6B",
-)  # fmt: skip
+#: The rest of Okabe-Ito, whose darker orange is the reports'.
+ORANGE, YELLOW, SKY = "#E69F00", "#F0E442", "#56B4E9"
 PHASES = {"forward": SKY, "backward": ORANGE, "clip": GREEN, "step": RED, "switch": PINK}
 CURVES = (BLUE, ORANGE, GREEN, PINK, SKY, RED, GREY, "#000000", "#8B6914")
 #: Dashes that leave room for one another: curves that coincide are seen as alternating dashes.
@@ -45,18 +45,20 @@ def pictures(document: Row, folder: Path) -> list[Path]:
 
 def save(drawn: Mapping[str, Figure], folder: Path, where: Row) -> list[Path]:
     """Write the figures with where and when their numbers were measured; returns the files."""
-    for name, figure in drawn.items():
+    for figure in drawn.values():
         footnote = f"{where['hardware']}, {where['date']}, commit {where['commit']}"
         figure.text(0.01, 0.01, footnote, fontsize=7, color=GREY)
-        figure.savefig(folder / f"{name}.png", dpi=150, facecolor="white")
-    return [folder / f"{name}.png" for name in drawn]
+    return [figures.save(figure, folder / f"{name}.png") for name, figure in drawn.items()]
 
 
-def new_figure(width: float, height: float, panels: int) -> tuple[Figure, list[Any]]:
-    """An empty figure of the house style and its panels, side by side."""
-    room = ConstrainedLayoutEngine(rect=(0, 0.05, 1, 0.95))  # below it is the footnote
-    figure = Figure(figsize=(width, height), layout=room)
-    FigureCanvasAgg(figure)
+def new_figure(width: float, height: float, panels: int, title: str, *lines: str) -> tuple[Figure, list[Any]]:
+    """A figure of the house style: title and lines below it, empty panels side by side, in so many inches."""
+    head = 0.65 + 0.24 * len(lines)
+    height += head
+    figure = figures.new_figure(width, height)
+    foot = 0.25 / height  # the footnote
+    figure.set_layout_engine(ConstrainedLayoutEngine(rect=(0, foot, 1, 1 - foot - head / height)))
+    write_titles(figure, 0.12, title, *lines)
     axes = list(figure.subplots(1, panels, squeeze=False)[0])
     for one in axes:
         one.spines[["top", "right"]].set_visible(False)
@@ -65,8 +67,9 @@ def new_figure(width: float, height: float, panels: int) -> tuple[Figure, list[A
 
 def _bars(rows: Sequence[Row]) -> Figure:
     """Step time, tokens per second beside it, and peak memory; what did not run says why."""
-    figure, (time, memory) = new_figure(10, 1.6 + 0.42 * len(rows), 2)
     mixed = len({tokens(row) for row in rows}) > 1
+    where = f"{rows[0]['shape']}{'' if mixed else f', {tokens(rows[0])} tokens'}, {rows[0]['settings']['device']}"
+    figure, (time, memory) = new_figure(10, 1.1 + 0.42 * len(rows), 2, "Time and memory of a step", where)
     places, names = range(len(rows)), [row["method"] + (f", {tokens(row)}" if mixed else "") for row in rows]
     colours = [BLUE if row["method"].startswith("misa") else "#BBBBBB" for row in rows]
     on_cpu = rows[0]["settings"]["device"] == "cpu"
@@ -97,13 +100,12 @@ def _bars(rows: Sequence[Row]) -> Figure:
     memory.set_xlabel(f"peak {'resident' if on_cpu else 'reserved'} memory, {name}")
     for axes in (time, memory):
         axes.invert_yaxis()
-    own = "" if mixed else f", {tokens(rows[0])} tokens"
-    figure.suptitle(f"{rows[0]['shape']}{own}, {rows[0]['settings']['device']}", fontsize=11)
     return figure
 
 
 def _phases(rows: Sequence[Row]) -> Figure:
-    figure, (axes,) = new_figure(8.5, 0.4 * len(rows) + 1.6, 1)
+    where = f"{rows[0]['shape']}, {rows[0]['settings']['device']}"
+    figure, (axes,) = new_figure(8.5, 0.4 * len(rows) + 1.1, 1, "Phases of a step", where)
     names, start = [row["method"] for row in rows], [0.0] * len(rows)
     for phase, colour in PHASES.items():
         # a switch is shown as it weighs on each step
@@ -120,7 +122,8 @@ def _phases(rows: Sequence[Row]) -> Figure:
 def _timeline(row: Row) -> Figure:
     """Bytes over two steps, stacked: weights, each optimizer buffer, activations and temporaries."""
     record, on_cpu = row["timeline"], row["settings"]["device"] == "cpu"
-    figure, (axes,) = new_figure(10, 4.6, 1)
+    where = f"{row['shape']}, {row['method']}, {tokens(row)} tokens"
+    figure, (axes,) = new_figure(10, 4.4, 1, "Memory over two steps with a switch between them", where)
     unit, name = (1 << 20, "MiB") if on_cpu else (GIB, "GiB")
     times = [at * 1e3 for at, _ in record["points"]]
     held = [size / unit for _, size in record["points"]]
@@ -145,7 +148,5 @@ def _timeline(row: Row) -> Figure:
     axes.set_xlim(times[0], times[-1])
     axes.set_xlabel("milliseconds on the host")
     axes.set_ylabel(f"{'resident' if on_cpu else 'allocated'}, {name}")
-    title = f"{row['shape']}, {row['method']}, {tokens(row)} tokens: two steps with a switch between them"
-    axes.set_title(title, fontsize=10)
     axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure

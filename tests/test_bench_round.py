@@ -16,6 +16,7 @@ from misa_engine.bench.presets import CARD_GIB, PRESETS, Bench
 from misa_engine.bench.suites import MEMORY_PEERS, cases_of
 from misa_engine.bench.training import LongestCase, StepCase, SwitchCase
 from misa_engine.errors import UserError
+from misa_engine.report import figures
 
 GIB = 1 << 30
 ROOT = Path(__file__).resolve().parents[1]
@@ -263,6 +264,13 @@ def test_a_page_shows_the_numbers_of_the_json():
     assert "out of memory |" in page and "torch 2.11" in page and "triton" not in page
     assert "- plan for other: no plan: none here" in page and "Held-out loss" not in page
     assert "pinned to torch's flash kernel" in page
+
+
+def test_the_bench_s_pictures_have_the_house_s_title_and_colours():
+    figure = pictures._bars(gpu_document()["results"])
+    (title,) = [text for text in figure.texts if text.get_text() == "Time and memory of a step"]
+    assert title.get_fontsize() == 15 and title.get_fontweight() == "bold" and title.get_ha() == "left"
+    assert not figure.get_suptitle() and pictures.BLUE == figures.BLUE and pictures.RED == figures.ORANGE
 
 
 def test_pictures_are_drawn_of_a_gpu_round(tmp_path):

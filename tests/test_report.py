@@ -201,6 +201,23 @@ def test_map_has_a_panel_for_each_kind_and_one_for_what_is_outside(tmp_path):
     assert "outside the layers" in titles and "MLP: down" in titles
 
 
+def test_one_step_rounds_of_a_cold_start_are_narrow_in_the_map(tmp_path):
+    from misa_engine.report.importance_map import importance_map
+
+    write_run(tmp_path, rounds=6)
+    lines = [json.loads(line) for line in (tmp_path / LOG_NAME).read_text().splitlines()]
+    begins = {0: 0, 10: 1, 20: 2, 30: 3}  # three rounds of one step, then of ten or more
+    for entry in lines:
+        if entry["type"] == "switch":
+            entry["step"] = begins.get(entry["step"], entry["step"])
+    lines.sort(key=lambda entry: entry["step"])
+    (tmp_path / LOG_NAME).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    panel = importance_map(Digest.of(RunLog.read(tmp_path))).axes[0]
+    edges = panel.collections[0].get_coordinates()[0, :, 0]
+    np.testing.assert_array_equal(edges, [0, 1, 2, 3, 40, 50, 60])
+    assert panel.get_xlim() == (0, 60)
+
+
 def test_long_run_keeps_a_mark_for_every_visit_when_rounds_share_a_column(tmp_path):
     from misa_engine.report.figures import binned
 

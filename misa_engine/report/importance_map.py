@@ -41,10 +41,11 @@ KIND_TITLES = {
 
 
 def importance_map(digest: Digest) -> Figure:
-    """One panel a matrix kind: rounds to the right, layers upwards, colour = how likely the sampler drew the matrix.
+    """One panel a matrix kind: steps to the right, layers upwards, colour = how likely the sampler drew the matrix.
 
-    The colour is probability over uniform probability on a logarithmic scale, so 1 (white) is blind chance. A black
-    bar marks the rounds in which the matrix trained.
+    A round is as wide as it is long, so that the one-step rounds of a cold start are slivers. The colour is probability
+    over uniform probability on a logarithmic scale, so 1 (white) is blind chance. A black bar marks the rounds in which
+    the matrix trained.
     """
     kinds = list(dict.fromkeys(unit.kind for unit in digest.units if unit.layer is not None))
     outside = [i for i, unit in enumerate(digest.units) if unit.layer is None]
@@ -86,7 +87,7 @@ def importance_map(digest: Digest) -> Figure:
             image = _map_panel(axes, digest, relative, [[i] for i in outside], scale)
             _outside_axis(axes, [digest.units[i] for i in outside], height)
         if panel + columns >= panels:
-            axes.set_xlabel("round")
+            axes.set_xlabel("optimizer steps")
     write_titles(figure, left, "Which matrices the sampler trained", _map_subtitle(digest))
     bar_height = min(4.0, height - head - foot)
     bar_axes = figure.add_axes(
@@ -107,29 +108,29 @@ def _map_panel(axes: Axes, digest: Digest, relative: np.ndarray, members: Sequen
             trained[row] = digest.active[:, list(units)].mean(axis=1)
     group = math.ceil(len(digest.rounds) / _MOST_COLUMNS)
     colour, trained = binned(colour, group), binned(trained, group)
-    first = int(digest.rounds[0])
-    extent = (first - 0.5, first - 0.5 + colour.shape[1] * group, -0.5, len(members) - 0.5)
+    begins = _round_edges(digest)
+    edges = np.append(begins[:-1:group], begins[-1])
     axes.set_facecolor("#DDDDDD")  # no such matrix in this layer
-    image = axes.imshow(
-        np.clip(colour, -scale, scale),
-        cmap=_ratio_colours(),
-        vmin=-scale,
-        vmax=scale,
-        aspect="auto",
-        origin="lower",
-        interpolation="nearest",
-        extent=extent,
-    )
+    layers = np.arange(len(members) + 1) - 0.5
+    values = np.ma.masked_invalid(np.clip(colour, -scale, scale))
+    image = axes.pcolormesh(edges, layers, values, cmap=_ratio_colours(), vmin=-scale, vmax=scale)
     marks = np.zeros((3 * len(members), colour.shape[1], 4))
     marks[1::3, :, 3] = np.where(trained > 0, np.maximum(trained, 0.35), 0.0)  # the middle third of each row
-    axes.imshow(marks, aspect="auto", origin="lower", interpolation="nearest", extent=extent)
+    axes.pcolormesh(edges, np.arange(len(marks) + 1) / 3 - 0.5, marks)
     if digest.covered_at is not None and len(digest.rounds) > 2:
-        axes.axvline(digest.covered_at + 0.5, color=GREEN, linewidth=1.4, linestyle=(0, (4, 2)))
-    axes.set_xlim(first - 0.5, int(digest.rounds[-1]) + 0.5)
+        covered = begins[list(digest.rounds).index(digest.covered_at) + 1]
+        axes.axvline(covered, color=GREEN, linewidth=1.4, linestyle=(0, (4, 2)))
+    axes.set_xlim(edges[0], edges[-1])
     axes.set_ylim(-0.5, len(members) - 0.5)
     axes.tick_params(labelsize=8)
     whole_numbers(axes.xaxis)
     return image
+
+
+def _round_edges(digest: Digest) -> np.ndarray:
+    """Steps at which the rounds begin, and where the last one ends: (R + 1,) int, ascending."""
+    end = max(digest.last_step, int(digest.round_steps[-1]) + 1)
+    return np.append(digest.round_steps, end)
 
 
 def _layer_axis(axes: Axes, layers: Sequence[int], label: str) -> None:
