@@ -188,8 +188,10 @@ def test_plain_text_is_packed_full_and_the_baseline_trains_everything(
     assert tokens[0] == 2 * 128  # two sequences of the model's 128 positions, without padding
 
 
-def test_chat_from_scratch_compiled_by_layer(flags: Callable[..., list[str]], workplace: Path, tmp_path: Path) -> None:
-    """A chat template from a file, random weights of another size, per-layer compilation."""
+def test_chat_from_scratch_compiled_by_layer(
+    flags: Callable[..., list[str]], workplace: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A chat template from a file, random weights of another size, per-layer compilation that says what it costs."""
     words = flags(
         "--from_scratch",
         "--torch_compile",
@@ -203,6 +205,8 @@ def test_chat_from_scratch_compiled_by_layer(flags: Callable[..., list[str]], wo
     assert main(words) == 0
     assert weights(tmp_path / "out")["model.layers.0.self_attn.q_proj.weight"].shape == (16, 16)
     assert (tmp_path / "out" / "chat_template.jinja").exists()
+    (line,) = [told for record in caplog.records if (told := record.getMessage()).startswith("--torch_compile: after")]
+    assert "compiled anew (at most 64 graphs each)" in line and "copied into their slots" in line
 
 
 def test_report_without_a_run_is_the_users_mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -64,6 +64,33 @@ def test_layers_compiled_one_by_one_follow_the_active_set():
         torch.testing.assert_close(compiled[name], eager[name], rtol=0, atol=1e-4)
 
 
+def test_a_model_compiled_as_a_whole_is_told_what_that_costs(caplog, monkeypatch):
+    from torch._dynamo.backends.common import aot_autograd
+
+    from misa_engine.engine.gemm_gradients import GemmGradients
+
+    torch._dynamo.reset()
+    compiled_at, written, rounds = [], [], []
+    write = GemmGradients.write
+    monkeypatch.setattr(GemmGradients, "write", lambda self, *given: written.append(1) or write(self, *given))
+    model = torch.compile(tiny(), backend=aot_autograd(fw_compiler=lambda graph, _: compiled_at.append(1) or graph))
+    optimizer = MISA(model, lr=1e-3, delta=0.3, inner_steps=1)
+    (told,) = [record.getMessage() for record in caplog.records if "compiled as a whole" in record.getMessage()]
+    assert "after 8 of them" in told and "copied into their slots" in told and "layer.compile()" in told
+    assert "\n" not in told
+    for _ in range(3):  # what is said is what happens
+        before = len(compiled_at)
+        train(model, optimizer, batches(), 1)
+        rounds.append(len(compiled_at) > before)
+    assert all(rounds) and not written
+    torch._dynamo.reset()
+
+
+def test_a_plain_model_is_told_nothing_of_compilation(caplog):
+    MISA(tiny(), lr=1e-3, delta=0.3)
+    assert not any("compiled" in record.getMessage() for record in caplog.records)
+
+
 def test_accelerate_prepares_and_steps_it():
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     model = tiny()

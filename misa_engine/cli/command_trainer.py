@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from copy import copy
 from inspect import signature
@@ -12,6 +13,8 @@ from misa_engine.errors import UserError, bad_input
 
 if TYPE_CHECKING:
     from misa_engine.cli.arguments import TrainArguments
+
+logger = logging.getLogger(__name__)
 
 
 def build_trainer(
@@ -108,7 +111,12 @@ def _compile_layers(trainer: Any, model: Any, arguments: TrainArguments) -> None
 
     # One graph for each pattern of active matrices in a layer: 8 (the default limit) with at most one of 7 matrices,
     # twice that because the lowest active layer's input needs no gradient, more with pairs.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    limit = torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     for layer in model.get_submodule(container).children():
         layer.compile(**{name: value for name, value in options.items() if value})
     trainer.args.torch_compile = False
+    logger.warning(
+        "--torch_compile: after a draw, layers with a new pattern of active matrices are compiled anew (at most %d "
+        "graphs each), and weight gradients are copied into their slots instead of being computed there.",
+        limit,
+    )

@@ -29,10 +29,30 @@ def one_config(config: MisaConfig | None, options: Mapping[str, Any]) -> MisaCon
     return config if config is not None else MisaConfig.from_dict(options)
 
 
+def announce(model: nn.Module, new: Sequence[str]) -> None:
+    """Say what the user should know before the first step: ``announce_new`` and ``announce_compiled``."""
+    announce_new(new)
+    announce_compiled(model)
+
+
 def announce_new(names: Sequence[str]) -> None:
     """Say, at level warning, which parameters are trained in every step because their checkpoint did not hold them."""
     if names:
         logger.warning("%s trained in every step. frozen=[...] leaves them out.", describe_new(names))
+
+
+def announce_compiled(model: nn.Module) -> None:
+    """Say, at level warning, what ``torch.compile(model)`` costs: one graph holds all layers, so no draw fits it twice.
+
+    In a graph the layers' own ``forward`` runs (``gemm_gradients.py``), hence the second cost.
+    """
+    if any(isinstance(getattr(module, "_orig_mod", None), nn.Module) for module in model.modules()):
+        logger.warning(
+            "The model is compiled as a whole: each round of other active matrices is compiled anew, after %d of them "
+            "(torch._dynamo.config.recompile_limit) torch runs it uncompiled, and weight gradients are copied into "
+            "their slots instead of being computed there. Compile layer by layer: layer.compile(), after MISA(model).",
+            torch._dynamo.config.recompile_limit,
+        )
 
 
 def check_model(model: nn.Module) -> None:

@@ -106,7 +106,7 @@ class MISA(torch.optim.Optimizer):
         self._callbacks: list[Callable[[SwitchEvent], None]] = []
         self._model_bytes = sum(parameter.nbytes for parameter in named.values())  # tied ones are listed once
 
-        guards.announce_new(self.partition.new)
+        guards.announce(model, self.partition.new)
         self._attach(model, group_of, resting)
         self._open_round({}, started=time.perf_counter())
 
