@@ -145,6 +145,18 @@ def test_a_mixture_of_experts_is_planned_with_five_passes_and_none_is_run_twice(
     assert len(passes) == 5  # the precision of moments does not change a pass
 
 
+def test_eager_attention_is_never_taken_for_straight():
+    """At short lengths its square hardly shows: a line through them would promise too much at long ones."""
+    config = published_config("gemma-2-9b")
+    config.num_hidden_layers, config.layer_types = 8, config.layer_types[:8]
+    meta, misa = MetaModel(config), MisaConfig(delta=0.05)
+    micro_batch = MicroBatch(1, 1024, True, "plain")
+    worst = WorstCase(meta, misa, micro_batch)
+    assert not worst.grows_with_tokens(micro_batch, (256, 512, 1024))
+    room = worst.peak(MicroBatch(1, 6000, True, "plain"))[0].total
+    assert abs(most_that_fits(worst, micro_batch, room, "length", 1 << 17) / 6000 - 1) < TOLERANCE
+
+
 @pytest.mark.parametrize("fields", [{}, {"sliding_window": 256}], ids=["tokens only", "a mask of the length's square"])
 def test_what_is_said_to_fit_a_family_without_formulas_is_what_a_pass_needs(fields):
     meta, misa = MetaModel(small_mixtral(**fields)), MisaConfig(delta=0.2)
