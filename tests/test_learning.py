@@ -64,9 +64,9 @@ def bench(out, work, *words):
 
 
 def test_a_run_is_a_file_in_the_shape_of_pefts_comparison_and_ours(here, tmp_path, work, capsys):
-    assert bench(tmp_path, work, "--methods", "adamw,misa,lora") == 0
+    assert bench(tmp_path, work, "--methods", "adamw,misa") == 0
     runs = {row["settings"]["learner"]: row for row in matrix.read_rows(tmp_path)}
-    assert set(runs) == {"base", "adamw", "misa", "lora"} and {row["status"] for row in runs.values()} == {"ok"}
+    assert set(runs) == {"base", "adamw", "misa"} and {row["status"] for row in runs.values()} == {"ok"}
     row = runs["misa"]
     assert {"created_at", "total_time", "experiment_name", "train_config", "peft_config", "error_msg"} <= set(
         row["run_info"]
@@ -83,14 +83,18 @@ def test_a_run_is_a_file_in_the_shape_of_pefts_comparison_and_ours(here, tmp_pat
     assert runs["base"]["learning"]["heldout_loss"] != ours["heldout_loss"]
     assert len({run["learning"]["base_digest"] + run["learning"]["task_digest"] for run in runs.values()}) == 1
     assert row["settings"]["work"] == work.name  # no folder of this machine
-    # LoRA's rank is chosen so that it has no less memory than MISA
-    held = {name: run["learning"].get("total_held_bytes") for name, run in runs.items()}
-    misa = runs["misa"]["learning"]["held_bytes"]
-    assert misa["gradients"] + misa["first_moment"] + misa["second_moment"] <= held["lora"] < held["adamw"]
     page = (tmp_path / "results.md").read_text()
     assert "| misa |" in page and "gap closed" in page
     for name in ("learning_text.png", "memory_text.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG") and name in page
+
+
+def test_loras_rank_is_chosen_so_that_it_has_no_less_memory_than_misa(here, tmp_path, work):
+    pytest.importorskip("peft", reason="LoRA's row needs peft: pip install -c constraints.txt -e '.[bench]'")
+    assert bench(tmp_path, work, "--methods", "adamw,misa,lora") == 0
+    runs = {row["settings"]["learner"]: row["learning"] for row in matrix.read_rows(tmp_path)}
+    held, misa = {name: run.get("total_held_bytes") for name, run in runs.items()}, runs["misa"]["held_bytes"]
+    assert misa["gradients"] + misa["first_moment"] + misa["second_moment"] <= held["lora"] < held["adamw"]
 
 
 def test_every_method_gets_as_many_rates_and_seeds_and_sees_the_same_text(here, tmp_path, work):
