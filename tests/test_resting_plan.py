@@ -11,11 +11,11 @@ from command import make_workplace, words
 from misa_engine import MISA, MisaConfig, plan
 from misa_engine.cli.main import main
 from misa_engine.cli.preview import preview
-from misa_engine.engine.rest import can_rest
+from misa_engine.engine.rest import can_rest, resting_while
 from misa_engine.method.partition import partition_for
 from misa_engine.planner.activations import DecoderShape, MicroBatch, peak
 from misa_engine.planner.probe import measure
-from misa_engine.planner.resting import rest_bytes, resting, step_cost
+from misa_engine.planner.resting import rest_bytes, step_cost
 from misa_engine.planner.worst_case import MetaModel, WorstCase
 from misa_engine.report.log import RunLog
 from models import TINY
@@ -27,6 +27,10 @@ pytestmark = [
 ]
 
 
+def order_of(model):
+    return {name: place for place, (name, _) in enumerate(model.named_parameters())}
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
 @pytest.mark.parametrize("scope", ["all", "above"])
 @pytest.mark.parametrize("outside", [False, True])
@@ -34,19 +38,21 @@ def test_matrices_and_bytes_are_the_engines(family, scope, outside):
     config = MisaConfig(delta=0.3, rest="sinkhorn", rest_scope=scope, rest_outside=outside, seed=2)
     model = TINY[family]()
     parts = partition_for(model, config)
-    planned = rest_bytes(model, parts, config)
+    can = can_rest(model, parts, config)
+    planned = rest_bytes(model, can)
     optimizer = MISA(model, config)
     names = [name for index in optimizer.tracker.active for name in optimizer.units[index].params]
     expected = {name for name, parameter in model.named_parameters() if parameter.requires_grad} - set(names)
-    assert set(resting(model, can_rest(model, parts, config), config, [*parts.always, *names])) == expected
+    assert set(resting_while([*parts.always, *names], can, order_of(model), config)) == expected
     assert planned == optimizer.memory()["rest"] > 0
 
 
 def test_without_a_rule_nothing_rests_and_nothing_is_counted():
     model = TINY["llama"]()
     parts, config = partition_for(model, MisaConfig()), MisaConfig(rest="none")
-    assert rest_bytes(model, parts, config) == 0
-    assert step_cost(model, parts, config, 100, checkpointing=True) == 1.0
+    can = can_rest(model, parts, config)
+    assert rest_bytes(model, can) == 0
+    assert step_cost(model, parts, can, config, 100, checkpointing=True) == 1.0
     found = plan(LlamaConfig(**SMALL), delta=0.3, rest="none")
     assert found.resting == () and "rest" not in found.bytes and found.to_dict()["step_cost"] == 1.0
 
@@ -96,7 +102,7 @@ def test_fake_tensors_need_what_a_real_step_with_the_rule_does(checkpointing, ou
     step()
     optimizer.step()
     optimizer.zero_grad()
-    rests = resting(model, can, misa, names)
+    rests = resting_while(names, can, order_of(model), misa)
     fake = measure(
         config, names, resting=rests, length=512, checkpointing=checkpointing, loss="plain", dtype=torch.float32
     )
@@ -136,9 +142,9 @@ def test_the_cost_of_a_step_is_two_operations_a_resting_weight():
     budget = drawable // 4
 
     def cost(checkpointing=False, accumulation=1, **options):
-        return step_cost(
-            model, parts, replace(misa, **options), budget, checkpointing=checkpointing, accumulation=accumulation
-        )
+        config = replace(misa, **options)
+        can = can_rest(model, parts, config)
+        return step_cost(model, parts, can, config, budget, checkpointing=checkpointing, accumulation=accumulation)
 
     for checkpointing, operations in ((False, 4), (True, 6)):
         without = operations * (drawable + head) + 2 * budget

@@ -10,13 +10,15 @@ two rules differ on 7.6e-6 of the finite patterns.
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 from torch import Tensor
 
 from ..backend import uses_triton
 from .reference import join_into, round_stochastic_reference, split_into
 
-__all__ = ["join", "join_into", "random_keys", "round_stochastic_", "split", "split_into"]
+__all__ = ["join", "join_into", "random_keys", "round_stochastic_", "seed_of", "split", "split_into"]
 
 
 def split(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,6 +64,14 @@ def round_stochastic_(
     from .kernel import launch_round_stochastic
 
     launch_round_stochastic(weight, lo, key1, key2, first_index)
+
+
+def seed_of(*parts: object) -> int:
+    """A seed, 0 <= seed < 2^56, from anything that names one use of random bits, such as run, round and parameter.
+
+    The same in every process: Python's own hash() is salted.
+    """
+    return int.from_bytes(hashlib.blake2b(":".join(map(str, parts)).encode(), digest_size=7).digest(), "little")
 
 
 def random_keys(seed: int) -> tuple[int, int]:

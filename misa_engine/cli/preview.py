@@ -68,7 +68,7 @@ def preview(
         f"every {config.inner_steps} steps (preset {config.preset}, rule {config.rule})",
     ]
     if config.rest != "none":
-        cost = step_cost(model, parts, config, budget, checkpointing=checkpointing)
+        cost = step_cost(model, parts, rests, config, budget, checkpointing=checkpointing)
         lines.append(rest_line(config, len(rests), cost, accumulation))
     if fresh:
         drawn = [parts.units[index] for index in tracker.draw()]
@@ -76,7 +76,7 @@ def preview(
         lines.append(f"first draw: {len(drawn)} units, {size:,} parameters, {size / budget:.1%} of the budget:")
         lines += [f"  {unit.name}  {unit.numel:,}" for unit in drawn]
     memory = {"weights": sum(p.nbytes for p in model.parameters()), **optimizer_bytes(parts, config, dtype)}
-    memory["rest"] = rest_bytes(model, parts, config)
+    memory["rest"] = rest_bytes(model, rests)
     return "\n".join([*lines, "", memory_table(memory)])
 
 

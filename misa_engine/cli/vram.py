@@ -20,7 +20,7 @@ from misa_engine.errors import UserError
 from misa_engine.method.config import MisaConfig
 from misa_engine.planner.activations import CONTEXT_BYTES, MicroBatch
 from misa_engine.planner.cards import Card
-from misa_engine.planner.plan import Plan, plan
+from misa_engine.planner.plan import OPTIMIZER, Plan, plan
 from misa_engine.planner.solve import Wishes, solve
 from misa_engine.planner.worst_case import MetaModel
 from misa_engine.trainer.compat import NON_REENTRANT, checkpointing_option, fused_head_in_trl, warn_of_versions
@@ -117,10 +117,7 @@ def dry_step(trainer: Any, planned: Plan) -> None:
     model, device, args = trainer.model, trainer.args.device, trainer.args
     width = planned.micro_batch.length
     size = model.get_input_embeddings().weight.shape[0]
-    arena_bytes = sum(
-        planned.bytes.get(name, 0)
-        for name in ("gradients", "first_moment", "second_moment", "moment_scales", "residual_bits", "tables", "rest")
-    )
+    arena_bytes = sum(planned.bytes.get(name, 0) for name in OPTIMIZER)
     with _undisturbed(trainer, {*planned.worst_draw, *planned.resting}):
         try:
             arena = torch.empty(arena_bytes, dtype=torch.uint8, device=device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Mapping, Sequence
 
 from torch import nn
@@ -11,7 +10,7 @@ from torch.autograd.graph import increment_version
 from misa_engine.engine.arena import Arena
 from misa_engine.engine.gradients import GradientIntake
 from misa_engine.engine.host import HostStore
-from misa_engine.kernels.split_float import round_stochastic_
+from misa_engine.kernels.split_float import round_stochastic_, seed_of
 
 
 class ActiveSet:
@@ -122,14 +121,11 @@ class ActiveSet:
         slot = self._arena.slots[index]
         if self._arena.residual is not None and self._rounding_seed is not None:
             bits = self._arena.residual[slot.start : slot.start + slot.numel]
-            round_stochastic_(slot.weight, bits, self._stream(name, round), backend=self._backend)
+            # one stream of random bits for each (seed, round, parameter)
+            seed = seed_of(self._rounding_seed, round, name)
+            round_stochastic_(slot.weight, bits, seed, backend=self._backend)
             increment_version([slot.weight])  # for graphs that hold it, as after an update
         return self._host.leave(name, index, steps)
-
-    def _stream(self, name: str, round: int) -> int:
-        # one for each (seed, round, parameter), the same in every process: Python's own hash() is salted
-        text = f"{self._rounding_seed}:{round}:{name}".encode()
-        return int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "little")
 
     def _freeze(self, name: str) -> None:
         parameter = self._parameters[name]

@@ -12,9 +12,9 @@ With accumulation one micro-batch a step moves them: the last where ``last_micro
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from misa_engine.engine.gradients import Groups, check_dense
 from misa_engine.engine.marks import phase
 from misa_engine.engine.places import Places
 from misa_engine.kernels.rest import RestScratch, passes, rest_step
+from misa_engine.kernels.split_float import seed_of
 from misa_engine.method.config import MisaConfig
 from misa_engine.method.partition import Partition, Unit, partition_for
 from misa_engine.method.sampling import ImportanceTracker
@@ -40,9 +41,50 @@ def can_rest(model: nn.Module, partition: Partition, config: MisaConfig) -> tupl
         return ()
     units = partition.units
     if config.rest_outside:
-        units = partition_for(model, dataclasses.replace(config, include_outside=True)).units
+        units = partition_for(model, config.altered(include_outside=True)).units
     inside = {name for unit in units for name in unit.params}
     return tuple(name for name, tensor in model.named_parameters() if name in inside and tensor.ndim >= 2)
+
+
+def resting_while(
+    trained: Collection[str], names: Sequence[str], position: Mapping[str, int], config: MisaConfig
+) -> tuple[str, ...]:
+    """Those of ``names`` that rest while others train.
+
+    Args:
+        trained: what holds a slot, always trained parameters included.
+        names: of every matrix that can rest (``can_rest``).
+        position: name -> place in the model's order; a later one lies higher.
+        config: the rule's scope.
+    """
+    taken = set(trained)
+    lowest = min(position[name] for name in taken) if config.rest_scope == "above" else -1
+    return tuple(name for name in names if name not in taken and position[name] > lowest)
+
+
+@dataclass(frozen=True)
+class RestBuffers:
+    """All that a rest rule allocates, once."""
+
+    scratch: RestScratch
+    sumsq: Tensor  # (matrices,) float32, Σ g² of each one's gradient in this step; nan: none
+    sums: Tensor  # (matrices,) float32, the same over the steps of a round
+    measured: Tensor  # (matrices,) float32, how many steps entered
+    part: Tensor  # (1,) float32, Σ g² of one of several stacked matrices
+
+    @classmethod
+    def allocate(cls, matrices: Sequence[Tensor], device: torch.device | str) -> RestBuffers:
+        """For these matrices; on the meta device, to know the bytes."""
+        shapes = [(matrix.numel() // matrix.shape[-1], matrix.shape[-1]) for matrix in matrices]
+        rows, cols = (max(sizes) for sizes in zip(*shapes, strict=True))
+        sumsq, sums, measured = torch.zeros(3, len(shapes), dtype=torch.float32, device=device)
+        part = torch.zeros(1, dtype=torch.float32, device=device)
+        return cls(RestScratch.allocate(rows, cols, device), sumsq.fill_(torch.nan), sums, measured, part)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of them."""
+        return self.scratch.nbytes + 3 * self.sumsq.nbytes + self.part.nbytes
 
 
 class RestRule:
@@ -75,14 +117,9 @@ class RestRule:
         self._group_of, self._groups, self._places = group_of, groups, places
         self._index = {name: index for index, name in enumerate(self._parameters)}
         self._transposed = {name: bool(stores_transposed(places.owner(name))) for name in self._parameters}
-        self._streams = {name: _stream(config.seed, name) for name in self._parameters}
-        shapes = [(p.numel() // p.shape[-1], p.shape[-1]) for p in self._parameters.values()]
-        device = next(iter(self._parameters.values())).device
-        self._scratch = RestScratch.allocate(max(n for n, _ in shapes), max(m for _, m in shapes), device)
-        # Σ g² of each one's gradient in this step (nan: none), and over the round with how many steps entered
-        self._sumsq, self._sums, self._measured = torch.zeros(3, len(shapes), dtype=torch.float32, device=device)
-        self._part = torch.zeros(1, dtype=torch.float32, device=device)
-        self._sumsq.fill_(torch.nan)
+        self._streams = {name: seed_of("rest", config.seed, name) for name in self._parameters}
+        matrices = list(self._parameters.values())
+        self._buffers = RestBuffers.allocate(matrices, matrices[0].device)
         self.names: tuple[str, ...] = ()
         self._waiting: set[str] = set()  # what may still move in this step
         self._step, self._last_micro_batch, self._accumulates = 0, True, False
@@ -90,7 +127,7 @@ class RestRule:
     @property
     def nbytes(self) -> int:
         """Bytes of all buffers."""
-        return self._scratch.nbytes + 3 * self._sumsq.nbytes + self._part.nbytes
+        return self._buffers.nbytes
 
     @property
     def last_micro_batch(self) -> bool:
@@ -106,28 +143,32 @@ class RestRule:
 
     def bind(self, trained: Sequence[str]) -> None:
         """Follow a new draw; ``trained`` is what holds a slot now. To be followed by ``begin_step``."""
-        taken = set(trained)
-        lowest = min(self._position[name] for name in trained) if self._config.rest_scope == "above" else -1
-        resting = tuple(name for name in self._parameters if name not in taken and self._position[name] > lowest)
-        for name in set(self.names) - taken - set(resting):  # no longer above the lowest one
+        resting = resting_while(trained, tuple(self._parameters), self._position, self._config)
+        for name in set(self.names).difference(trained, resting):  # no longer above the lowest one
             self._parameters[name].requires_grad_(False)
         self.names, self._waiting, self._accumulates = resting, set(), False
 
     def begin_step(self, step: int) -> None:
         """Begin step number ``step`` of the training, counted from 0."""
-        if self._config.rest_scores:
-            finite = self._sumsq.isfinite()
-            self._sums += torch.where(finite, self._sumsq, 0.0)
-            self._measured += finite
-            self._sumsq.fill_(torch.nan)
+        self._add_up()
         self._step = step
         moves = (step + 1) % self._config.rest_every == 0
         self._waiting = set(self.names) if moves else set()
         self._show()
 
+    def _add_up(self) -> None:
+        """Let what the last step measured enter the round's sums."""
+        if self._config.rest_scores:
+            buffers = self._buffers
+            finite = buffers.sumsq.isfinite()
+            buffers.sums.add_(torch.where(finite, buffers.sumsq, 0.0))
+            buffers.measured.add_(finite)
+            buffers.sumsq.fill_(torch.nan)
+
     def round_tensors(self) -> dict[str, Tensor]:
         """What the round has accumulated so far, for a checkpoint; nothing where nothing is wanted of it."""
-        return {"rest_sums": self._sums, "rest_measured": self._measured} if self._config.rest_scores else {}
+        wanted = self._config.rest_scores
+        return {"rest_sums": self._buffers.sums, "rest_measured": self._buffers.measured} if wanted else {}
 
     def observe(self, tracker: ImportanceTracker, units: Sequence[Unit], repeated: bool) -> None:
         """At the end of a round, with ``rest_scores``: let what was measured enter the scores of units that rested.
@@ -137,10 +178,11 @@ class RestRule:
         """
         if not self._config.rest_scores:
             return
-        self.begin_step(self._step)  # the last step's sums
-        sums, measured = torch.stack([self._sums, self._measured]).tolist()  # one wait for the device
-        self._sums.zero_()
-        self._measured.zero_()
+        self._add_up()
+        found = self._buffers.sums, self._buffers.measured
+        sums, measured = torch.stack(found).tolist()  # one wait for the device
+        for buffer in found:
+            buffer.zero_()
         for index, unit in enumerate(units):
             matrices = [self._index[name] for name in unit.params if name in self._index]
             if index not in tracker.active and matrices and not (repeated or self._accumulates):
@@ -170,27 +212,25 @@ class RestRule:
         weight, gradient = parameter.detach(), gradient.detach().contiguous()
         stacked = weight.ndim == 3 and passes(self._config.rest, transposed) not in ((), ("rows",))
         seed = (self._streams[name] + 0x9E3779B97F4A7C15 * (self._step + 1)) % (1 << 63)
-        total = self._sumsq[index : index + 1].zero_()
-        for part, (w, g) in enumerate(zip(weight, gradient, strict=True) if stacked else [(weight, gradient)]):
-            rest_step(
-                w.view(-1, w.shape[-1]),
-                g.view(-1, g.shape[-1]),
-                self._part,
-                self._scratch,
-                rule=self._config.rest,
-                rate=rate,
-                seed=(seed + part) % (1 << 63),
-                transposed=transposed,
-                backend=self._backend,
-            )
-            total += self._part
+        step = partial(
+            rest_step,
+            scratch=self._buffers.scratch,
+            rule=self._config.rest,
+            rate=rate,
+            transposed=transposed,
+            backend=self._backend,
+        )
+        total, part = self._buffers.sumsq[index : index + 1], self._buffers.part
+        if not stacked:
+            width = weight.shape[-1]
+            step(weight.view(-1, width), gradient.view(-1, width), total, seed=seed)
+            return
+        total.zero_()
+        for place, (w, g) in enumerate(zip(weight, gradient, strict=True)):
+            step(w, g, part, seed=(seed + place) % (1 << 63))
+            total += part
 
     def _show(self) -> None:
         """Let autograd make gradients of exactly what may move in the next backward pass."""
         for name in self.names:
             self._parameters[name].requires_grad_(self._last_micro_batch and name in self._waiting)
-
-
-def _stream(seed: int, name: str) -> int:
-    # the same in every process: Python's own hash() is salted
-    return int.from_bytes(hashlib.blake2b(f"rest:{seed}:{name}".encode(), digest_size=7).digest(), "little")

@@ -355,7 +355,7 @@ class MisaConfig(Preset):
         """This config for several processes: the preset's rest rule, which is for one, is off; a given one stays."""
         if self.rest == "none" or {"rest", *NO_REST} & self.given:
             return self
-        return MisaConfig.from_dict({**self.to_dict(), "rest": "none", **NO_REST})
+        return self.altered(rest="none")
 
     @property
     def rest_rate(self) -> float:

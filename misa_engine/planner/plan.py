@@ -25,16 +25,12 @@ from misa_engine.planner.resting import rest_bytes, step_cost
 from misa_engine.planner.versions import other_versions
 from misa_engine.planner.worst_case import MetaModel, WorstCase
 
+#: Categories of what the optimizer holds on the device.
+OPTIMIZER = ("gradients", "first_moment", "second_moment", "moment_scales", "residual_bits", "tables", "rest")
 #: Order of the categories in tables and pictures.
 CATEGORIES = (
     "weights",
-    "gradients",
-    "first_moment",
-    "second_moment",
-    "moment_scales",
-    "residual_bits",
-    "tables",
-    "rest",
+    *OPTIMIZER,
     "activations",
     "cross_entropy",
     "temporaries",
@@ -155,7 +151,7 @@ def plan(
     worst = WorstCase(meta, misa, micro_batch)
     peak, draw = worst.peak(micro_batch)
     reserve = {"cuda_context": activations.CONTEXT_BYTES, "slack": activations.SLACK_BYTES}
-    ours = {**optimizer_bytes(parts, misa, meta.dtype), "rest": rest_bytes(meta.model, parts, misa)}
+    ours = {**optimizer_bytes(parts, misa, meta.dtype), "rest": rest_bytes(meta.model, worst.can_rest)}
     fixed = {"weights": meta.weight_bytes, **ours, **reserve}
     found = fixed | {name: getattr(peak, name) for name in ("activations", "cross_entropy", "temporaries")}
     result = Plan(
@@ -168,7 +164,7 @@ def plan(
         moment=peak.moment,
         worst_draw=draw,
         resting=worst.resting(draw),
-        step_cost=step_cost(meta.model, parts, misa, budget, checkpointing=micro_batch.checkpointing),
+        step_cost=step_cost(meta.model, parts, worst.can_rest, misa, budget, checkpointing=micro_batch.checkpointing),
         method="closed form" if meta.shape is not None else "fake tensors",
         notes=_notes(meta, card),
         card=card,

@@ -6,51 +6,42 @@ is 2 more, which the rest rule asks for in one micro-batch of each ``rest_every`
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from torch import nn
 
-from misa_engine.engine.rest import can_rest
+from misa_engine.engine.rest import RestBuffers
 from misa_engine.method.config import MisaConfig
 from misa_engine.method.partition import Partition
 
 
-def resting(model: nn.Module, can: Sequence[str], misa: MisaConfig, trained: Collection[str]) -> tuple[str, ...]:
-    """Those of ``can`` (see ``can_rest``) that rest while ``trained`` holds the slots, as the engine chooses them."""
-    taken = set(trained)
-    if misa.rest_scope == "above":
-        order = [name for name, _ in model.named_parameters()]
-        lowest = min(order.index(name) for name in taken)
-        taken |= set(order[:lowest])
-    return tuple(name for name in can if name not in taken)
-
-
-def rest_bytes(model: nn.Module, parts: Partition, misa: MisaConfig) -> int:
-    """Bytes of the optimizer's own buffers for what rests: factors of the largest rows and columns, norms."""
+def rest_bytes(model: nn.Module, can: Sequence[str]) -> int:
+    """Bytes that the optimizer allocates for the matrices ``can`` (see ``can_rest``), without allocating anything."""
     named = dict(model.named_parameters())
-    shapes = [
-        (named[name].numel() // named[name].shape[-1], named[name].shape[-1]) for name in can_rest(model, parts, misa)
-    ]
-    if not shapes:
-        return 0
-    rows, cols = (max(sizes) for sizes in zip(*shapes, strict=True))
-    return 4 * (rows + cols + max(rows, cols) + 3 * len(shapes) + 1)
+    return RestBuffers.allocate([named[name] for name in can], "meta").nbytes if can else 0
 
 
 def step_cost(
-    model: nn.Module, parts: Partition, misa: MisaConfig, budget: int, *, checkpointing: bool, accumulation: int = 1
+    model: nn.Module,
+    parts: Partition,
+    can: Sequence[str],
+    misa: MisaConfig,
+    budget: int,
+    *,
+    checkpointing: bool,
+    accumulation: int = 1,
 ) -> float:
     """Arithmetic of a step over that without a rest rule, on average over draws; attention's products left out.
 
     Args:
         model: with its input embedding known to transformers, which multiplies nothing unless it is also the head.
         parts: its partition.
+        can: what can rest (``can_rest``).
         misa: the rest rule.
         budget: parameters that are drawn at a time.
         checkpointing: layers are computed again.
         accumulation: micro-batches of a step.
     """
-    can = set(can_rest(model, parts, misa))
     if not can:
         return 1.0
     ends = (getattr(model, "get_input_embeddings", None), getattr(model, "get_output_embeddings", None))

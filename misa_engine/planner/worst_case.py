@@ -14,13 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from misa_engine.engine.rest import can_rest
+from misa_engine.engine.rest import can_rest, resting_while
 from misa_engine.errors import UserError
 from misa_engine.method.config import MisaConfig
 from misa_engine.method.partition import Partition, Unit, check_budget, partition_for
 from misa_engine.planner import activations
 from misa_engine.planner.activations import DecoderShape, MicroBatch, Peak
-from misa_engine.planner.resting import resting
 
 #: Norm modules of the families that ``memory`` describes, beyond the matrices that the partition names.
 _NORMS = {"input_layernorm": "norm1", "post_attention_layernorm": "norm2"}
@@ -229,8 +228,9 @@ class WorstCase:
     def __init__(self, meta: MetaModel, misa: MisaConfig, micro_batch: MicroBatch):
         self._meta = meta
         found = dict.fromkeys(draws(meta, misa, micro_batch))  # several orders often lead to the same draw
-        can = can_rest(meta.model, meta.partition(misa), misa)
-        self._rests = {names: resting(meta.model, can, misa, names) if can else () for names in found}
+        self.can_rest = can_rest(meta.model, meta.partition(misa), misa)
+        position = {name: place for place, (name, _) in enumerate(meta.model.named_parameters())}
+        self._rests = {names: resting_while(names, self.can_rest, position, misa) for names in found}
         self._draws = [(names, *meta.places((*names, *self._rests[names]))) for names in found]
         self._rest = misa.rest != "none"
         self._rest_outside = misa.rest_outside
