@@ -92,4 +92,4 @@ def _option(text: str, word: str) -> tuple[str, Any]:
             return key, kind(value)
         except ValueError:
             continue
-    return key, {"true": True, "false": False, "none": value}.get(value.lower(), value)
+    return key, {"true": True, "false": False}.get(value.lower(), value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from misa_engine import MISA
-from training import loss_of
+from training import batches, loss_of, tiny, weights
 
 DELTA = 0.3
 
@@ -25,3 +25,14 @@ def active(optimizer):
 
 def backward(model, data):
     loss_of(model, next(data)).backward()
+
+
+def moved_in_one_pass(family="llama", architecture=None, **options):
+    """One backward pass with a rest rule: the model, its optimizer, name -> how far each moved, and a plain twin."""
+    model, twin = (tiny(family, **(architecture or {})) for _ in range(2))
+    optimizer = build(model, **options)
+    before = weights(model)
+    backward(model, batches())
+    backward(twin, batches())
+    moved = {name: before[name] - parameter.detach() for name, parameter in model.named_parameters()}
+    return model, optimizer, moved, twin

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from documentation import docs_script
 from misa_engine import MisaConfig
 from misa_engine.method.config import CHOICES
 
@@ -27,11 +28,8 @@ EACH_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relativ
 
 @pytest.fixture(scope="module")
 def make_tables():
-    sys.path.insert(0, str(ROOT / "docs"))
-    try:
-        yield importlib.import_module("make_tables")
-    finally:
-        sys.path.remove(str(ROOT / "docs"))
+    with docs_script("make_tables") as script:
+        yield script
 
 
 def text_of(page: Path) -> str:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from misa_engine.method.config import REST_RATES
-from resting import active, backward, build, matrices
+from resting import active, backward, build, matrices, moved_in_one_pass
 from training import batches, changed, loss_of, tiny, train, weights
 
 RULES = tuple(REST_RATES)
@@ -81,14 +81,10 @@ def test_embeddings_and_head_move_with_rest_outside_and_patterns_stay_frozen():
 
 
 def test_a_tied_head_moves_once_by_the_sum_of_both_uses():
-    model, twin = tiny(tie_word_embeddings=True), tiny(tie_word_embeddings=True)
-    optimizer = build(model, rest_outside=True)
-    before = weights(model)["model.embed_tokens.weight"]
-    backward(model, batches())
-    backward(twin, batches())
-    gradient = twin.get_parameter("model.embed_tokens.weight").grad
-    moved = before - model.get_parameter("model.embed_tokens.weight").detach()
-    torch.testing.assert_close(moved, gradient.sign() * 3e-4, rtol=1e-4, atol=2e-8)
+    name = "model.embed_tokens.weight"
+    _, optimizer, moved, twin = moved_in_one_pass(architecture={"tie_word_embeddings": True}, rest_outside=True)
+    gradient = twin.get_parameter(name).grad
+    torch.testing.assert_close(moved[name], gradient.sign() * 3e-4, rtol=1e-4, atol=2e-8)
     optimizer.step()
 
 
@@ -219,23 +215,17 @@ def test_two_seeds_round_differently_and_one_seed_alike():
 
 
 def test_conv1d_normalises_its_columns():
-    model, twin = tiny("gpt2"), tiny("gpt2")
-    optimizer = build(model, rest="row_norm")
-    before = weights(model)
-    backward(model, batches())
-    backward(twin, batches())
+    model, optimizer, moved, twin = moved_in_one_pass("gpt2", rest="row_norm")
     name = sorted(n for n in matrices(model, optimizer) - active(optimizer) if "c_" in n)[0]
     gradient = twin.get_parameter(name).grad
     expected = 3e-4 * gradient / gradient.square().mean(0, keepdim=True).sqrt()
-    moved = before[name] - model.get_parameter(name).detach()
-    torch.testing.assert_close(moved, expected, rtol=1e-3, atol=2e-8)
+    torch.testing.assert_close(moved[name], expected, rtol=1e-3, atol=2e-8)
     optimizer.step()
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"use_reentrant": False}], ids=str)
-def test_checkpointing_changes_nothing(kwargs):
+def test_checkpointing_changes_nothing():
     plain, checkpointed = tiny(), tiny()
-    checkpointed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, **kwargs})
+    checkpointed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for model in (plain, checkpointed):
         train(model, build(model, rest_outside=True), batches(), 5)
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), checkpointed.parameters(), strict=True))
@@ -327,18 +317,14 @@ def test_a_graph_from_before_the_move_is_refused_by_torch():
 
 
 def test_stacked_experts_are_normalised_one_by_one():
-    model, twin = tiny("mixtral"), tiny("mixtral")
-    optimizer = build(model, rest="sinkhorn")
-    before = weights(model)
-    backward(model, batches())
-    backward(twin, batches())
-    stacked = [n for n in sorted(matrices(model, optimizer) - active(optimizer)) if before[n].ndim == 3]
+    model, optimizer, moved, twin = moved_in_one_pass("mixtral", rest="sinkhorn")
+    stacked = [n for n in sorted(matrices(model, optimizer) - active(optimizer)) if moved[n].ndim == 3]
     for name in stacked:
         gradient = twin.get_parameter(name).grad
-        moved = (before[name] - model.get_parameter(name).detach()) / (1e-3 * REST_RATES["sinkhorn"])
+        step = moved[name] / (1e-3 * REST_RATES["sinkhorn"])
         for expert in range(len(gradient)):
             if gradient[expert].abs().sum() > 0:  # an expert that saw tokens
-                assert moved[expert].square().mean().sqrt().item() == pytest.approx(1.0, abs=0.05)
+                assert step[expert].square().mean().sqrt().item() == pytest.approx(1.0, abs=0.05)
     assert stacked
     optimizer.step()
 

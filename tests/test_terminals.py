@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import getpass
 import html
-import importlib
 import re
 import socket
-import sys
 import tempfile
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+
+from documentation import docs_script
 
 ROOT = Path(__file__).parents[1]
 PICTURES = sorted((ROOT / "docs/terminals").glob("*.svg"))
@@ -25,11 +25,8 @@ MACHINE_PATH = re.compile(
 
 @pytest.fixture(scope="module")
 def make_terminals():
-    sys.path.insert(0, str(ROOT / "docs"))
-    try:
-        yield importlib.import_module("make_terminals")
-    finally:
-        sys.path.remove(str(ROOT / "docs"))
+    with docs_script("make_terminals") as script:
+        yield script
 
 
 def shown_by(picture: Path) -> str:

@@ -43,9 +43,7 @@ class DataReport:
     def __str__(self) -> str:
         """Some lines of text."""
         kept = self.records - self.empty - self.prompt_too_long
-        lines = [f"{self.name} data: {self.records:,} records in, {kept:,} trained on"]
-        if self.name != "training":
-            lines = [f"{self.name} data: {self.records:,} records in, {kept:,} evaluated on"]
+        lines = [heading(self.name, f"{self.records:,} records", kept)]
         if self.empty:
             lines.append(f"  dropped: {self.empty:,} without a token to predict (empty text or completion)")
         if self.prompt_too_long:
@@ -60,6 +58,11 @@ class DataReport:
         lines.append(f"  tokens a record: {length_bins(self.lengths)}")
         lines.append(f"  tokens in the loss: {self.in_loss:,} of {self.tokens:,} ({self.in_loss / self.tokens:.0%})")
         return "\n".join([*lines, f"  a record, [what is in the loss in brackets]: {self.sample}"])
+
+
+def heading(name: str, records: str, kept: int) -> str:
+    """The first line of a report: what came in, and how much of it is used for what."""
+    return f"{name} data: {records} in, {kept:,} {'trained' if name == 'training' else 'evaluated'} on"
 
 
 def histogram(lengths: list[int]) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from misa_engine.cli.data_report import NAMES, SHOWN, histogram, length_bins
+from misa_engine.cli.data_report import NAMES, SHOWN, heading, histogram, length_bins
 from misa_engine.errors import UserError, bad_input, did_you_mean
 
 if TYPE_CHECKING:
@@ -111,8 +111,7 @@ class PreferenceReport:
     def __str__(self) -> str:
         """Some lines of text."""
         kept = self.records - self.same - self.prompt_too_long
-        verb = "trained on" if self.name == "training" else "evaluated on"
-        lines = [f"{self.name} data: {self.records:,} preferences in, {kept:,} {verb}"]
+        lines = [heading(self.name, f"{self.records:,} preferences", kept)]
         if self.same:
             lines.append(f"  dropped: {self.same:,} whose chosen and rejected answers are the same")
         if self.prompt_too_long:
