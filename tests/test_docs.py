@@ -188,8 +188,9 @@ def test_the_learning_pages_are_made_from_the_stored_results(make_tables):
     """misa bench --render bench/results/learning/NAME/results.json --into docs/benchmarks.md."""
     from misa_engine.bench import learning_results
 
-    stored = sorted(make_tables.LEARNING.glob("*/results.json"))
-    assert stored
+    # quick shows that everything runs and ranks nothing: its page stays beside its results
+    stored = sorted(path for path in make_tables.LEARNING.glob("*/results.json") if path.parent.name != "quick")
+    assert {"small", "real"} <= {path.parent.name for path in stored}
     for path in stored:
         document = json.loads(text_of(path))
         tasks = dict.fromkeys(row["task"] for row in document["results"])
