@@ -79,11 +79,12 @@ def test_the_round_killed_at_every_stage_keeps_its_results_and_is_finished_by_la
         if now:
             with tarfile.open(archive) as packed:
                 inside = json.load(packed.extractfile(f"{out.name}/results.json"))
-            assert len(inside["cases"]) >= len(kept)
+            # SIGKILL between the two writes leaves the archive one case behind, until the next call packs it again
+            assert len(inside["cases"]) >= len(kept) - 1
         kept = now
         if len(kept) == len(planned):
             break
-    assert [row["case"] for row in kept] == planned
+    assert [row["case"] for row in kept] == [row["case"] for row in inside["cases"]] == planned
     assert {row["status"] for row in kept if row["case"] != "GPU tests"} <= {"ok"}, {
         row["case"]: row["status"] for row in kept if row["status"] != "ok"
     }
