@@ -22,6 +22,7 @@ usage: misa <command> [options]
   misa plan     bytes by category and what fits a card   (misa plan --help)
   misa bench    memory, speed and loss beside the baselines (misa bench --help)
   misa profile  trace, time and bytes by phase, overhead    (misa profile --help)
+  misa reproduce  the paper's experiments, a page each   (misa reproduce --help)
   misa fetch    a small real model to try things on      (misa fetch --help)
   misa report   draw the pictures of a run again            (misa report OUT)
 
@@ -38,6 +39,7 @@ COMMANDS: dict[str, tuple[str, str, str | None]] = {
     "plan": ("misa_engine.cli.plan", "command", None),
     "bench": ("misa_engine.bench.command", "run", None),
     "profile": ("misa_engine.bench.command", "profile", "transformers"),
+    "reproduce": ("misa_engine.bench.reproduce.command", "run", "yaml"),
     "fetch": ("misa_engine.cli.fetch", "command", None),
     "report": ("misa_engine.cli.report", "command", None),
 }
