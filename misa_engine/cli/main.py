@@ -19,6 +19,7 @@ usage: misa <command> [options]
 
   misa train    train a causal language model with MISA     (misa train --help)
   misa data     what becomes of your records, before any training (misa data --help)
+  misa eval     tasks, forgetting, comparison with a base (misa eval --help)
   misa plan     bytes by category and what fits a card   (misa plan --help)
   misa bench    memory, speed and loss beside the baselines (misa bench --help)
   misa profile  trace, time and bytes by phase, overhead    (misa profile --help)
@@ -36,6 +37,7 @@ Try it without any model or data: misa train --demo"""
 COMMANDS: dict[str, tuple[str, str, str | None]] = {
     "train": ("misa_engine.cli.train", "command", None),
     "data": ("misa_engine.cli.data_command", "command", "trl"),
+    "eval": ("misa_engine.cli.evaluate", "command", None),
     "plan": ("misa_engine.cli.plan", "command", None),
     "bench": ("misa_engine.bench.command", "run", None),
     "profile": ("misa_engine.bench.command", "profile", "transformers"),
