@@ -11,6 +11,7 @@ from misa_engine.bench.cases import Case
 from misa_engine.bench.matrix import file_name
 from misa_engine.bench.reproduce.cases import ReproduceCase
 from misa_engine.bench.reproduce.experiments import BASES, EXPERIMENTS, TINY, Experiment, Run, recipe_of
+from misa_engine.bench.reproduce.scoring import check_tasks
 from misa_engine.bench.reproduce.sources import MT_BENCH, SOURCES, files_of
 from misa_engine.bench.training import StepCase
 from misa_engine.errors import UserError
@@ -93,7 +94,8 @@ def case_of(run: Run, place: Place) -> Case:
         from_scratch=bool(recipe.get("from_scratch")),
         overrides={} if tiny else dict(recipe.get("config_overrides", {})),
         points=TINY["points"] if tiny else 20, tasks=experiment.tasks,
-        questions=TINY["questions"] if tiny else 0, new_tokens=TINY["new_tokens"] if tiny else 0,
+        questions=TINY["questions"] if tiny else 0, beams=TINY["beams"] if tiny else 0,
+        evaluated=str(place.output / "evaluation"), new_tokens=TINY["new_tokens"] if tiny else 1024,
         judged=str(judged) if experiment.judged else "",
     )  # fmt: skip
 
@@ -136,6 +138,7 @@ def check_inputs(runs: list[Run], place: Place) -> None:
         if not experiment.source:
             return
         files_of(SOURCES[experiment.source], place.data, f"misa reproduce {name}")
+        check_tasks(experiment.tasks, place.data)
         if experiment.judged:
             files_of(MT_BENCH, place.data, f"misa reproduce {name}")
         for model in dict.fromkeys(run.model for run in runs):

@@ -67,8 +67,12 @@ class ReproduceCase(Case, Settings):
     tasks: tuple[str, ...] = ()
     questions: int = 0
     """Of each task, at most; 0 is all."""
-    new_tokens: int = 0
-    """Generated a question, at most; 0 is the task's own number."""
+    beams: int = 0
+    """Of generated answers; 0 is the protocol's own number."""
+    evaluated: str = ""
+    """The folder that gets the answers to the tasks."""
+    new_tokens: int = 1024
+    """Of an answer to MT-Bench, at most."""
     judged: str = ""
     """The file that gets answers to MT-Bench's questions; empty answers none."""
 
@@ -102,12 +106,12 @@ class ReproduceCase(Case, Settings):
             method.model.eval()
         if self.tasks:
             scores, notes = score_tasks(method.model, words.tokenizer, self.tasks, Path(self.data),
-                questions=self.questions, new_tokens=self.new_tokens)  # fmt: skip
+                Path(self.evaluated), name=self.name, questions=self.questions, beams=self.beams)  # fmt: skip
             measured |= scores
             ours["notes"] = notes
         if self.judged:
             ours["judged"] = answer_judged(method.model, words, Path(self.data), Path(self.judged), self.name,
-                new_tokens=self.new_tokens or 1024)  # fmt: skip
+                new_tokens=self.new_tokens)  # fmt: skip
 
     def _train(
         self, method: Method, stream: Any, held_out: Tensor, steps: int, ours: Row, report: Callable[[], None]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from misa_engine.bench.reproduce.experiments import EXPERIMENTS, Run, runs_of, seeds_at
+from misa_engine.bench.reproduce.experiments import EXPERIMENTS, Run, runs_of
 from misa_engine.cli.parsing import Parser, positive_size
 from misa_engine.errors import DONE, FAILED, UserError, did_you_mean
 
@@ -37,8 +37,8 @@ def run(words: list[str]) -> int:
     if options.name not in EXPERIMENTS:
         hint = did_you_mean(options.name, EXPERIMENTS)
         raise UserError(f"unknown experiment {options.name!r}.{hint} Known: {', '.join(EXPERIMENTS)}.")
-    seeds = seeds_at(EXPERIMENTS[options.name], options.scale)
-    every, chosen = runs_of(options.name, seeds=seeds), runs_of(options.name, options.runs, seeds)
+    every = runs_of(options.name, scale=options.scale)
+    chosen = runs_of(options.name, options.runs, options.scale)
     if not chosen:
         raise UserError(f"no run of {options.name} matches --runs {options.runs!r}; --list names them.")
     if options.list:
@@ -76,7 +76,7 @@ def _reproduce(options: argparse.Namespace, every: list[Run], chosen: list[Run])
     try:
         run_pending(
             cases, output / "runs", device=device, deadline_s=options.deadline_s, unkept=("toys",),
-            private=("directory", "data", "judged", "folder"), say=lambda line: print(line, flush=True),
+            private=("directory", "data", "judged", "evaluated", "folder"), say=lambda line: print(line, flush=True),
         )  # fmt: skip
     finally:
         rows = finish(options.name, fixed, output, every)

@@ -86,6 +86,7 @@ class Run:
         return f"{self.model} {self.entry.label} seed {self.seed}"
 
 
+#: Metrics of what ``misa eval`` calls ``adapters:NAME``.
 MATH_TASKS = ("gsm8k", "svamp", "aqua", "mawps")
 COMMONSENSE_TASKS = ("boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc-e", "arc-c", "obqa")
 _KNOWN = "its own publication's setting, not the paper's"
@@ -109,6 +110,10 @@ _PRETRAINING = (
 )
 
 
+def _generated(names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(f"adapters:{name}" for name in names)
+
+
 def _axis(name: str, option: str, values: Mapping[Any, str], own: bool = False) -> tuple[Entry, ...]:
     made = []
     for value, source in values.items():
@@ -128,14 +133,15 @@ EXPERIMENTS: dict[str, Experiment] = {
         summary="Fine-tuned on MATH10K, answers to GSM8K, SVAMP, AQuA and MAWPS generated and matched "
         "(LLM-Adapters' protocol; not comparable with log-likelihood accuracies).",
         models=("llama3-8b", "qwen2.5-7b"), recipe="llama3-8b-math", source="math10k", entries=_FINE_TUNING,
-        metrics=("average", *MATH_TASKS, "heldout_loss"), tasks=MATH_TASKS,
+        metrics=("average", *MATH_TASKS, "heldout_loss"), tasks=_generated(MATH_TASKS),
     ),
     "commonsense": Experiment(
         title="Commonsense reasoning: commonsense_170k",
         summary="Fine-tuned on commonsense_170k, answers to eight sets generated and matched (LLM-Adapters' "
         "protocol; not comparable with log-likelihood accuracies).",
         models=("llama3-8b", "qwen2.5-7b"), recipe="llama3-8b-commonsense", source="commonsense170k",
-        entries=_FINE_TUNING, metrics=("average", *COMMONSENSE_TASKS, "heldout_loss"), tasks=COMMONSENSE_TASKS,
+        entries=_FINE_TUNING, metrics=("average", *COMMONSENSE_TASKS, "heldout_loss"),
+        tasks=_generated(COMMONSENSE_TASKS),
         tiny_steps=8,
     ),
     "alpaca": Experiment(
@@ -195,28 +201,28 @@ EXPERIMENTS: dict[str, Experiment] = {
 
 #: What ``--scale tiny`` makes of a run: steps are the experiment's own, the rest is this.
 TINY: dict[str, Any] = {
-    "batch": 2, "accumulation": 1, "length": 256, "rows": 8, "points": 4, "questions": 3, "new_tokens": 12,
-    "lr_factor": 20.0, "delta_factor": 5.0, "delta_most": 0.6, "inner_steps_divisor": 10, "seeds": 1, "lr_most": 3e-3,
+    "batch": 2, "accumulation": 1, "length": 256, "rows": 8, "points": 4, "questions": 2, "beams": 1, "new_tokens": 12,
+    "lr_factor": 20.0, "lr_most": 3e-3, "delta_factor": 5.0, "delta_most": 0.6, "inner_steps_divisor": 10,
+    "seeds": 1, "models": 1,
 }  # fmt: skip
 
 
-def runs_of(name: str, pattern: str = "", seeds: int = 0) -> list[Run]:
+def runs_of(name: str, pattern: str = "", scale: str = "paper") -> list[Run]:
     """The runs of an experiment, in the order in which they are run: seeds outermost.
 
     Args:
         name: of ``EXPERIMENTS``.
         pattern: part of a run's name, or a pattern with ``*``; empty is every run.
-        seeds: at most so many; 0 is all.
+        scale: paper, or tiny, which has one seed and, as every model is the same toy there, one model.
     """
-    experiment = EXPERIMENTS[name]
-    chosen = experiment.seeds[:seeds] if seeds else experiment.seeds
-    made = _product(name, experiment, chosen)
+    tiny = scale == "tiny"
+    made = _product(name, EXPERIMENTS[name], TINY["seeds"] if tiny else None, TINY["models"] if tiny else None)
     return [run for run in made if not pattern or pattern in run.name or fnmatch(run.name, pattern)]
 
 
-def _product(name: str, experiment: Experiment, seeds: tuple[int, ...]) -> Iterator[Run]:
-    for seed in seeds:
-        for model in experiment.models:
+def _product(name: str, experiment: Experiment, seeds: int | None, models: int | None) -> Iterator[Run]:
+    for seed in experiment.seeds[:seeds]:
+        for model in experiment.models[:models]:
             for entry in experiment.entries:
                 yield Run(experiment=name, model=model, entry=entry, seed=seed)
 
@@ -234,8 +240,3 @@ def recipe_of(recipe: str, variant: str = "official") -> Mapping[str, Any]:
     text = files("misa_engine").joinpath(f"recipes/{variant}-{recipe}.yaml").read_text(encoding="utf-8")
     found: Mapping[str, Any] = yaml.safe_load(text)
     return found
-
-
-def seeds_at(experiment: Experiment, scale: str) -> int:
-    """How many seeds a scale runs; 0 is all of the experiment's."""
-    return TINY["seeds"] if scale == "tiny" else 0

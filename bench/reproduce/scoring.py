@@ -4,35 +4,80 @@ from __future__ import annotations
 
 import hashlib
 import json
+import statistics
 import time
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from misa_engine.bench.bases import digest_of
+from misa_engine.bench.matrix import file_name
 from misa_engine.bench.reproduce.sources import MT_BENCH, PlainWords, files_of, prompt_of
 from misa_engine.errors import UserError
 
+#: Prefix of the tasks whose answers are generated and matched; their accuracies alone are averaged.
+GENERATED = "adapters:"
+
 
 def score_tasks(
-    model: Any, tokenizer: Any, tasks: Sequence[str], data: Path, *, questions: int, new_tokens: int
+    model: Any, tokenizer: Any, tasks: Sequence[str], data: Path, output: Path, *, name: str, questions: int, beams: int
 ) -> tuple[dict[str, float], list[str]]:
-    """Accuracies in percent by task, their mean as ``average``, and what a reader must know.
+    """Percentages by task as ``misa eval`` finds them, the mean of generated ones as ``average``, and what failed.
+
+    A task that cannot be evaluated leaves a note: what was trained for hours must not be lost with it.
 
     Args:
         model: trained, in evaluation mode.
         tokenizer: of the model.
         tasks: as ``misa eval`` names them.
         data: the data folder.
+        output: folder that gets each answer.
+        name: of the run.
         questions: of each task, at most; 0 is all.
-        new_tokens: generated a question, at most; 0 is the task's own number.
+        beams: of generated answers; 0 is the protocol's own number.
     """
-    if find_spec("misa_engine.evaluation") is None:
-        return {}, [f"not scored ({', '.join(tasks)}): this installation has no misa eval"]
-    raise NotImplementedError
+    from misa_engine.evaluation import Settings, Subject, evaluate
+
+    label = file_name(name, "")
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    subject = Subject(
+        label=label, path=label, load_model=lambda: model, load_tokenizer=lambda: tokenizer, dtype=dtype,
+        digest=digest_of(model),
+    )  # fmt: skip
+    settings = Settings(data=data, limit=questions or None, num_beams=beams or None)
+    scores: dict[str, float] = {}
+    notes: list[str] = []
+    for task in tasks:
+        try:
+            found = evaluate([subject], [task], output, settings=settings, say=lambda line: None).of(label, task)
+        except UserError as error:
+            notes.append(f"{task} was not scored: {error}")
+            continue
+        scores[metric_of(task)] = 100 * next(iter(found.metrics.values())).value
+    if scores and not notes and all(task.startswith(GENERATED) for task in tasks):
+        scores["average"] = statistics.fmean(scores.values())
+    return scores, notes
+
+
+def metric_of(task: str) -> str:
+    """A task's column."""
+    return task.removeprefix(GENERATED)
+
+
+def check_tasks(tasks: Sequence[str], data: Path) -> None:
+    """Refuse tasks that cannot be evaluated, before anything is trained.
+
+    Raises:
+        UserError: a package or data is missing; the message is the command that gets it.
+    """
+    from misa_engine.evaluation import Settings
+    from misa_engine.evaluation.tasks import tasks_named
+
+    for task in tasks_named(tasks):
+        task.check([], Settings(data=data))
 
 
 @torch.no_grad()
