@@ -201,7 +201,7 @@ EXPERIMENTS: dict[str, Experiment] = {
 
 #: What ``--scale tiny`` makes of a run: steps are the experiment's own, the rest is this.
 TINY: dict[str, Any] = {
-    "batch": 2, "accumulation": 1, "length": 256, "rows": 8, "points": 4, "questions": 2, "beams": 1, "new_tokens": 12,
+    "batch": 2, "accumulation": 1, "length": 320, "rows": 8, "points": 4, "questions": 2, "beams": 1, "new_tokens": 12,
     "lr_factor": 20.0, "lr_most": 3e-3, "delta_factor": 5.0, "delta_most": 0.6, "inner_steps_divisor": 10,
     "seeds": 1, "models": 1,
 }  # fmt: skip

@@ -131,7 +131,7 @@ def _claims(claims: Sequence[Row]) -> str:
     for claim in claims:
         for one in claim["found"]:
             held = {
-                None: "not measured",
+                None: "not judged",
                 True: '<span class="yes">holds</span>',
                 False: '<span class="no">does not</span>',
             }

@@ -129,9 +129,8 @@ def records_of(paths: Iterable[Path]) -> list[dict[str, Any]]:
         except (ValueError, OSError, IndexError, TypeError, KeyError) as error:
             raise UserError(f"{path} is no list of records: {error}. Get it again.") from error
         if missing:
-            raise UserError(
-                f"{path}: its records have no {' and no '.join(sorted(missing))}; they have {set(rows[0])}."
-            )
+            has = ", ".join(sorted(rows[0]))
+            raise UserError(f"{path}: its records have no {' and no '.join(sorted(missing))}; they have {has}.")
         found += rows
     return found
 
@@ -163,7 +162,12 @@ def load_rows(name: str, data: Path, words: PlainWords, *, batch: int, length: i
         return Rows(stacked(stream(paths, words, length), batch), test, 0, digest_of(test))
     records = sorted(records_of(paths), key=lambda record: hashlib.sha256(repr(record).encode()).digest())
     pairs = [(prompt_of(record), str(record["output"])) for record in records]
-    test, rows = answers(pairs[:held_out], words, length), answers(pairs[held_out:], words, length)
+    fitting = answers(pairs, words, length)
+    test, rows = fitting[:held_out], fitting[held_out:]
+    if not len(rows):
+        raise UserError(
+            f"{name}: {len(fitting)} records fit {length} tokens, and {held_out} are held out: none is left."
+        )
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
     return Rows(endless(rows[order], batch), test, len(rows), digest_of(test))
 

@@ -117,7 +117,7 @@ def _alpaca(data: Path) -> None:
 
     rows = [
         {"instruction": asked, "input": "", "output": said, "text": f"{asked}\n{said}"}
-        for asked, said in islice(instructions(), TRAIN)
+        for asked, said in islice((pair for pair in instructions() if sum(map(len, pair)) < 160), TRAIN)
     ]
     path = data / "alpaca-gpt4/data/train-00000-of-00001-toy.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
