@@ -222,7 +222,7 @@ def test_tasks_can_be_asked_of_the_toys_and_prompts_are_those_of_training(toy_fo
     from misa_engine.evaluation.adapters import ALPACA
 
     for name in ("math", "commonsense"):
-        check_tasks(EXPERIMENTS[name].tasks, toy_folder / "data")
+        check_tasks(EXPERIMENTS[name].tasks.values(), toy_folder / "data")
     assert sources.prompt_of({"instruction": "Add.", "input": ""}) == ALPACA.format("Add.")
 
 

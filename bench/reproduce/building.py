@@ -67,7 +67,7 @@ def _outer(misa: Mapping[str, Any]) -> dict[str, Any]:
 
 def _tiny(found: dict[str, Any], experiment: Experiment) -> dict[str, Any]:
     small = {name: TINY[name] for name in ("batch", "accumulation", "rows")}
-    small["length"] = min(found["length"], TINY["length"])
+    small["length"] = TINY["length"]
     small["steps"] = experiment.tiny_steps
     small["lr"] = min(found["lr"] * TINY["lr_factor"], TINY["lr_most"])
     small["delta"] = min(found["delta"] * TINY["delta_factor"], TINY["delta_most"])
@@ -93,7 +93,7 @@ def case_of(run: Run, place: Place) -> Case:
         directory=str(model_directory(run.model, place)), data=str(data_folder(place)),
         from_scratch=bool(recipe.get("from_scratch")),
         overrides={} if tiny else dict(recipe.get("config_overrides", {})),
-        points=TINY["points"] if tiny else 20, tasks=experiment.tasks,
+        points=TINY["points"] if tiny else 20, tasks={**experiment.tasks, **(experiment.tiny_tasks if tiny else {})},
         questions=TINY["questions"] if tiny else 0, beams=TINY["beams"] if tiny else 0,
         evaluated=str(place.output / "evaluation"), new_tokens=TINY["new_tokens"] if tiny else 1024,
         judged=str(judged) if experiment.judged else "",
@@ -138,7 +138,7 @@ def check_inputs(runs: list[Run], place: Place) -> None:
         if not experiment.source:
             return
         files_of(SOURCES[experiment.source], place.data, f"misa reproduce {name}")
-        check_tasks(experiment.tasks, place.data)
+        check_tasks(experiment.tasks.values(), place.data)
         if experiment.judged:
             files_of(MT_BENCH, place.data, f"misa reproduce {name}")
         for model in dict.fromkeys(run.model for run in runs):

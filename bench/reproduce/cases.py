@@ -64,7 +64,8 @@ class ReproduceCase(Case, Settings):
     points: int = 20
     """Of the curve."""
     checkpointing: bool = True
-    tasks: tuple[str, ...] = ()
+    tasks: Mapping[str, str] = field(default_factory=dict)
+    """Metric -> task of ``misa eval``."""
     questions: int = 0
     """Of each task, at most; 0 is all."""
     beams: int = 0

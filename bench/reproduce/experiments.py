@@ -64,8 +64,10 @@ class Experiment:
     metrics: tuple[str, ...]
     """Columns of the table; the first is what the experiment is about."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    tasks: tuple[str, ...] = ()
-    """Measured after training."""
+    tasks: Mapping[str, str] = field(default_factory=dict)
+    """Measured after training: metric -> task of ``misa eval``."""
+    tiny_tasks: Mapping[str, str] = field(default_factory=dict)
+    """Which stand for some of them at scale tiny, where 57 subjects would take an hour."""
     judged: bool = False
     """MT-Bench's questions are answered into a file."""
     tiny_steps: int = 12
@@ -110,8 +112,8 @@ _PRETRAINING = (
 )
 
 
-def _generated(names: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(f"adapters:{name}" for name in names)
+def _generated(names: tuple[str, ...]) -> dict[str, str]:
+    return {name: f"adapters:{name}" for name in names}
 
 
 def _axis(name: str, option: str, values: Mapping[Any, str], own: bool = False) -> tuple[Entry, ...]:
@@ -150,7 +152,8 @@ EXPERIMENTS: dict[str, Experiment] = {
         "files for a judge of your choice.",
         models=("llama2-7b", "tinyllama", "mistral-7b"), recipe="llama2-7b-alpaca", source="alpaca",
         entries=_FINE_TUNING, metrics=("mmlu", "mmlu_pro", "ifeval", "heldout_loss"),
-        tasks=("mmlu", "mmlu_pro", "ifeval"), judged=True,
+        tasks={"mmlu": "mmlu", "mmlu_pro": "mmlu_pro", "ifeval": "ifeval"},
+        tiny_tasks={"mmlu": "mmlu_anatomy", "mmlu_pro": "mmlu_pro_math"}, judged=True,
     ),
     **{
         f"c4-{size}": Experiment(

@@ -18,7 +18,7 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
 th, td { border-bottom: 1px solid var(--line); padding: .3rem .7rem; text-align: right; vertical-align: top; }
-th { background: var(--soft); } th:first-child, td:first-child, td.word { text-align: left; }
+th { background: var(--soft); text-align: left; } td:first-child, td.word { text-align: left; }
 .wide { overflow-x: auto; } .dim { color: var(--dim); font-size: .85em; } .yes { color: var(--good); }
 .no { color: var(--bad); } code { background: var(--soft); padding: .1rem .3rem; overflow-wrap: anywhere; }
 figure { margin: 1rem 0; background: #fff; padding: .5rem; } figure img { max-width: 100%; height: auto; }
@@ -161,7 +161,7 @@ def _runs(runs: Sequence[Row]) -> str:
             f"<code>{run['base_digest']}</code>" if "base_digest" in run else "–",
             f"<code>{run['data_digest']}</code>" if "data_digest" in run else "–", escape(notes)))  # fmt: skip
     return _section("Runs", "runs", ("run", "status", "s in all", "steps", "trained at first", "base", "held-out rows",
-        "what its setting is"), rows)  # fmt: skip
+        "notes"), rows)  # fmt: skip
 
 
 # ---- pictures ----

@@ -6,7 +6,7 @@ import hashlib
 import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +17,28 @@ from misa_engine.bench.bases import digest_of
 from misa_engine.bench.matrix import file_name
 from misa_engine.bench.reproduce.sources import MT_BENCH, PlainWords, files_of, prompt_of
 from misa_engine.errors import UserError
-
-#: Prefix of the tasks whose answers are generated and matched; their accuracies alone are averaged.
-GENERATED = "adapters:"
+from misa_engine.evaluation.adapters import PREFIX
 
 
 def score_tasks(
-    model: Any, tokenizer: Any, tasks: Sequence[str], data: Path, output: Path, *, name: str, questions: int, beams: int
+    model: Any,
+    tokenizer: Any,
+    tasks: Mapping[str, str],
+    data: Path,
+    output: Path,
+    *,
+    name: str,
+    questions: int,
+    beams: int,
 ) -> tuple[dict[str, float], list[str]]:
-    """Percentages by task as ``misa eval`` finds them, the mean of generated ones as ``average``, and what failed.
+    """Percentages by metric as ``misa eval`` finds them, the mean of generated ones as ``average``, and what failed.
 
     A task that cannot be evaluated leaves a note: what was trained for hours must not be lost with it.
 
     Args:
         model: trained, in evaluation mode.
         tokenizer: of the model.
-        tasks: as ``misa eval`` names them.
+        tasks: metric -> task as ``misa eval`` names it.
         data: the data folder.
         output: folder that gets each answer.
         name: of the run.
@@ -50,24 +56,33 @@ def score_tasks(
     settings = Settings(data=data, limit=questions or None, num_beams=beams or None)
     scores: dict[str, float] = {}
     notes: list[str] = []
-    for task in tasks:
+    for metric, task in tasks.items():
         try:
+            check_harness([task])
             found = evaluate([subject], [task], output, settings=settings, say=lambda line: None).of(label, task)
         except UserError as error:
-            notes.append(f"{task} was not scored: {error}")
+            notes.append(f"{metric} was not scored: {error}")
             continue
-        scores[metric_of(task)] = 100 * next(iter(found.metrics.values())).value
-    if scores and not notes and all(task.startswith(GENERATED) for task in tasks):
+        scores[metric] = 100 * next(iter(found.metrics.values())).value
+    if scores and not notes and all(task.startswith(PREFIX) for task in tasks.values()):
         scores["average"] = statistics.fmean(scores.values())
     return scores, notes
 
 
-def metric_of(task: str) -> str:
-    """A task's column."""
-    return task.removeprefix(GENERATED)
+def check_harness(tasks: Iterable[str]) -> None:
+    """Refuse lm-eval's tasks where it is not installed.
+
+    Raises:
+        UserError: with the command that installs it.
+    """
+    from misa_engine.evaluation.harness import INSTALL, installed
+
+    theirs = [task for task in tasks if not task.startswith(PREFIX)]
+    if theirs and not installed():
+        raise UserError(f"{', '.join(theirs)}: {INSTALL}")
 
 
-def check_tasks(tasks: Sequence[str], data: Path) -> None:
+def check_tasks(tasks: Iterable[str], data: Path) -> None:
     """Refuse tasks that cannot be evaluated, before anything is trained.
 
     Raises:
@@ -76,7 +91,9 @@ def check_tasks(tasks: Sequence[str], data: Path) -> None:
     from misa_engine.evaluation import Settings
     from misa_engine.evaluation.tasks import tasks_named
 
-    for task in tasks_named(tasks):
+    names = list(tasks)
+    check_harness(names)
+    for task in tasks_named(names):
         task.check([], Settings(data=data))
 
 

@@ -47,7 +47,7 @@ def make_toys(folder: Path) -> None:
     """Write ``folder``/data and ``folder``/models/tiny; what is complete stays."""
     if (folder / DONE).exists():
         return
-    for write in (_llm_adapters, _alpaca, _c4, _mt_bench):
+    for write in (_llm_adapters, _alpaca, _c4, _mt_bench, _lm_eval):
         write(folder / "data")
     _model(folder / "models" / "tiny")
     (folder / DONE).write_text("", encoding="utf-8")
@@ -149,7 +149,42 @@ def _mt_bench(data: Path) -> None:
             )
         )
     ]
-    _put(data / "mt_bench/question.jsonl", "".join(json.dumps(one) + "\n" for one in asked))
+    _put_lines(data / "mt_bench/question.jsonl", asked)
+
+
+def _lm_eval(data: Path) -> None:
+    """A subject of MMLU, MMLU-Pro and IFEval in the hub data sets' layout."""
+    for split in ("dev", "test"):
+        lines = [_question(50_000 + n) for n in range(TEST)]
+        kept = [{name: one[name] for name in ("question", "subject", "choices", "answer")} for one in lines]
+        _put_lines(data / f"cais/mmlu/anatomy/{split}.jsonl", kept)
+    for split in ("validation", "test"):
+        kept = []
+        for number in range(TEST):
+            one = _question(60_000 + number)
+            said = f"A: Let's think step by step. The answer is ({'ABCD'[one['answer']]})."
+            kept.append({
+                "question_id": number, "question": one["question"], "options": one["choices"],
+                "answer": "ABCD"[one["answer"]], "answer_index": one["answer"],
+                "cot_content": said if split == "validation" else "", "category": "math", "src": "toy",
+            })  # fmt: skip
+        _put_lines(data / f"TIGER-Lab/MMLU-Pro/{split}.jsonl", kept)
+    asked = {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
+    kept = [{"key": n, "prompt": f"Count to {n + 2}. Use no commas.", **asked} for n in range(TEST)]
+    _put_lines(data / "google/IFEval/train.jsonl", kept)
+
+
+def _question(number: int) -> dict[str, Any]:
+    """A sum with four answers to choose from."""
+    rng = random.Random(number)
+    first, second = rng.randint(2, 9), rng.randint(2, 9)
+    answer = rng.randrange(4)
+    choices = [str(first + second + place - answer) for place in range(4)]
+    return {"question": f"What is {first} + {second}?", "subject": "anatomy", "choices": choices, "answer": answer}
+
+
+def _put_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    _put(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
 def _model(directory: Path) -> None:
