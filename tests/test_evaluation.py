@@ -18,6 +18,7 @@ from misa_engine.evaluation import Settings, batch_size, evaluate
 from misa_engine.evaluation.forgetting import ForgettingTask, row_losses, rows
 from misa_engine.evaluation.generation import answers
 from misa_engine.evaluation.results import Record, pair
+from misa_engine.evaluation.run import unpaired
 from misa_engine.evaluation.statistics import estimate, mcnemar, paired
 from misa_engine.evaluation.store import Progress, slug, stored
 from misa_engine.evaluation.subjects import Subject, labels, model_digest
@@ -312,6 +313,10 @@ def test_models_that_count_tokens_otherwise_are_not_paired(tmp_path):
     heavier = tuple(replace(record, weight=2.0) for record in second.records)
     assert pair(first, replace(second, records=heavier), "accuracy") is None
     assert pair(first, replace(second, records=second.records[:1]), "accuracy") is None
+    odd = replace(second, metrics={"accuracy": replace(second.metrics["accuracy"], value=9.0)})
+    assert pair(first, odd, "accuracy") is None  # a perplexity, say, is no mean of items
+    (line,) = unpaired(replace(found, comparisons=found.comparisons[1:]))
+    assert "two: adapters:boolq accuracy has no paired difference to one" in line and unpaired(found) == []
 
 
 # ---- models ----

@@ -89,7 +89,8 @@ def test_training_problems_are_chats_of_which_none_is_evaluated(tmp_path, capsys
     out = tmp_path / "new/train.jsonl"
     call = ["eval", "--tasks", "reasoning:mixed", "--training_problems", str(out), "--limit", "60"]
     assert main(call) == 0
-    records = [json.loads(line)["messages"] for line in out.read_text().splitlines()]
+    made = [json.loads(line) for line in out.read_text().splitlines()]
+    records = [[*one["prompt"], *one["completion"]] for one in made]
     assert 30 <= len(records) <= 60
     assert all([turn["role"] for turn in turns] == ["user", "assistant"] for turns in records)
     asked = {item.question for item in ReasoningTask("reasoning:mixed").items(Settings())}
