@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 _NUMBER = re.compile(
     r"(?<![\d.\w])"  # not within a word or a number
-    r"(?:(?P<sign>[-−])\s?)?[$€£¥]?\s?(?P<minus>[-−])?"  # -$5 and $-5
+    r"(?P<sign>[-−])?(?:[$€£¥]\s?)?(?P<minus>[-−])?"  # -$5 and $-5; in "10 - 7" the minus subtracts
     r"(?P<whole>\d{1,3}(?:,\d{3})+|\d+)?(?P<part>\.\d+)?"
     r"(?:\s?/\s?(?P<under>\d+(?:\.\d+)?))?"
 )
@@ -23,7 +23,7 @@ _DECLARED = re.compile(
     r"(?i:answer|option|choice)(?i:\s+is)?\s*:?\s*\(?([A-E]\b(?!')|[a-e](?=[).]|\s*$))"
     r"|\(([A-Ea-e])\)|####\s*([A-Ea-e])\b"
 )
-_ALONE = re.compile(r"(?<![\w'])([A-E])(?![\w'])(?!\s+[a-z])")
+_ALONE = re.compile(r"(?<![\w'])([B-E]|A(?!\s+[a-z]))(?![\w'])")  # "A man" names no answer
 
 
 def choice(text: str, words: Sequence[str]) -> str | None:

@@ -22,8 +22,8 @@ from misa_engine.evaluation.task import Outcome, Task, check_chat_templates
 INSTALL = "lm-eval is not installed: pip install 'misa_engine[eval]'"
 #: Tokens of a sequence for which the batch is sized, where the model takes more.
 LENGTH = 2048
-#: A mean of records and lm-eval's own value that differ by more are different things (a perplexity is no mean).
-SAME = 1e-6
+#: Draws for the standard errors of metrics that are no means; those of means have a formula.
+BOOTSTRAPS = 1000
 
 
 def installed() -> bool:
@@ -115,7 +115,7 @@ class HarnessTask(Task):
             found = simple_evaluate(
                 model=lm, tasks=[self.name], task_manager=manager(), limit=settings.limit, log_samples=True,
                 num_fewshot=settings.num_fewshot, apply_chat_template=settings.prompt == "chat",
-                fewshot_as_multiturn=settings.prompt == "chat", bootstrap_iters=0,
+                fewshot_as_multiturn=settings.prompt == "chat", bootstrap_iters=BOOTSTRAPS,
             )  # fmt: skip
         assert found is not None  # None on other ranks than the first, and there is one
         return dict(found)

@@ -157,7 +157,7 @@ class ReasoningTask(GenerationTask):
 
 
 def training_records(names: Sequence[str], count: int) -> list[dict[str, Any]]:
-    """Chats to train on: problems of the tasks' families with their solutions, none of them evaluated.
+    """Chats to train on, prompt and completion, so that the loss is the solution's: problems of the tasks' families with their solutions, none of them evaluated.
 
     Args:
         names: tasks, ``reasoning:chain_sum``.
@@ -169,6 +169,6 @@ def training_records(names: Sequence[str], count: int) -> list[dict[str, Any]]:
         evaluated = {question for question, _ in problems(TEST_SEED, 10 * PROBLEMS, families)}
         for question, solution in islice(problems(TRAINING_SEED, count, families), count):
             if question not in evaluated:
-                turns = [{"role": "user", "content": question}, {"role": "assistant", "content": solution}]
-                made.append({"messages": turns})
+                asked, solved = {"role": "user", "content": question}, {"role": "assistant", "content": solution}
+                made.append({"prompt": [asked], "completion": [solved]})
     return made

@@ -17,6 +17,8 @@ PROTOCOLS = {
     "forgetting": "Forgetting: loss a token on a fixed text",
     "lm-eval": "lm-eval",
 }
+#: A mean of records and a task's own value that differ by more are different things: a perplexity has no items.
+SAME = 1e-6
 #: Metrics of which less is better.
 LESS_IS_BETTER = frozenset(("loss", "perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte"))
 
@@ -152,10 +154,18 @@ def _pairs(results: Sequence[Result], reference: str) -> Iterator[Comparison]:
 
 
 def pair(first: Result, second: Result, metric: str) -> Paired | None:
-    """Item by item; None where the two have other items or weights (another tokenizer), so that no pairs exist."""
+    """Item by item; None where no pairs exist.
+
+    That is where the two have other items or other weights (tokens of another tokenizer), or the metric is no mean of
+    its items.
+    """
     ours = {record.id: record for record in first.records if metric in record.metrics}
     theirs = {record.id: record for record in second.records if metric in record.metrics}
     if not ours or ours.keys() != theirs.keys() or any(ours[id].weight != theirs[id].weight for id in ours):
         return None
     values = [[records[id].metrics[metric] for id in ours] for records in (ours, theirs)]
-    return paired(values[0], values[1], [record.weight for record in ours.values()])
+    weights = [record.weight for record in ours.values()]
+    for result, one in zip((first, second), values, strict=True):
+        if abs(estimate(one, weights).value - result.metrics[metric].value) > SAME:
+            return None
+    return paired(values[0], values[1], weights)

@@ -64,8 +64,23 @@ def evaluate(
         subject.release()
     reference = everyone[0].label
     evaluation = Evaluation(tuple(results), compared(results, reference), reference, output)
+    for line in unpaired(evaluation):
+        say(line)
     write_whole(output / RESULTS, json.dumps(evaluation.to_dict(), indent=2) + "\n")
     return evaluation
+
+
+def unpaired(evaluation: Evaluation) -> list[str]:
+    """A line for each number that has no difference to the reference's, with the reason."""
+    made = []
+    for result in evaluation.results:
+        for metric in result.metrics if result.model != evaluation.reference else ():
+            if evaluation.against_reference(result.model, result.task, metric) is None:
+                made.append(
+                    f"{result.model}: {result.task} {metric} has no paired difference to {evaluation.reference}: other "
+                    "items, another tokenizer, or no mean of single items"
+                )
+    return made
 
 
 def check(everyone: Sequence[Subject], settings: Settings) -> None:
