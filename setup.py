@@ -34,6 +34,9 @@ BENCH = [
     *PLOTS,
 ]
 
+# misa eval: lm-eval's tasks, which bring scikit-learn, scipy and nltk (about 330 MB), and problems that are made.
+EVAL = ["lm_eval[hf]>=0.4.13", "reasoning-gym>=0.1.20"]
+
 setup(
     name="misa_engine",
     version=VERSION,
@@ -67,6 +70,7 @@ setup(
     extras_require={
         "train": TRAIN,
         "bench": BENCH,
+        "eval": EVAL,
         "test": [
             *TRAIN,
             "pytest>=8",

@@ -25,13 +25,13 @@ from misa_engine.bench.cases import Case, Report, Row
 from misa_engine.bench.learners import Learner, learner_of
 from misa_engine.bench.measure import environment, memory_counters, resident_bytes, spread
 from misa_engine.bench.method import Method, Settings, Unavailable
-from misa_engine.bench.tasks import IGNORED, Task, final_number, load_task
+from misa_engine.bench.tasks import IGNORED, Task, load_task
 from misa_engine.bench.words import Words
 from misa_engine.bench.workload import batches
+from misa_engine.evaluation.generation import generate
+from misa_engine.evaluation.reasoning import ANSWER_TOKENS, final_number
 from misa_engine.method.partition import partition
 
-#: Tokens that an answer may have.
-ANSWER_TOKENS = 96
 #: Rows of a batch of an evaluation.
 EVALUATED = 8
 #: Bytes a parameter of what MISA keeps of its active part: gradient and two moments; of an adapter: itself and these.
@@ -212,14 +212,9 @@ def solved(model: Any, words: Words, questions: list[tuple[list[int], str | None
     questions = sorted(questions, key=lambda pair: len(pair[0]))
     for start in range(0, len(questions), EVALUATED):
         part = questions[start : start + EVALUATED]
-        longest = max(len(prompt) for prompt, _ in part)
-        ids = torch.tensor([[words.end] * (longest - len(prompt)) + prompt for prompt, _ in part])
-        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt, _ in part])
-        made = model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=ANSWER_TOKENS, do_sample=False, use_cache=True,
-            pad_token_id=words.end, eos_token_id=words.end,
-        )  # fmt: skip
-        said = [final_number(words.decode(row[longest:].tolist())) for row in made]
+        prompts = [prompt for prompt, _ in part]
+        made = generate(model, prompts, end=words.end, pad=words.end, new_tokens=ANSWER_TOKENS)
+        said = [final_number(words.decode(row)) for row in made]
         right += [one == answer for one, (_, answer) in zip(said, part, strict=True)]
     model.train()
     return right

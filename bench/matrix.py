@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -125,35 +126,13 @@ def run_matrix(
 ) -> list[dict[str, Any]]:
     """Run what has no result yet; returns all rows of the folder, those of other matrices too."""
     from misa_engine.bench.learning_results import document_of
-    from misa_engine.bench.processes import CaseProcesses
     from misa_engine.bench.rendering import render
-    from misa_engine.bench.runner import terminated_as_interrupt, write
+    from misa_engine.bench.runner import write
 
-    folder = output / "runs"
-    folder.mkdir(parents=True, exist_ok=True)
+    output.mkdir(parents=True, exist_ok=True)
     write(fixed(matrix), output / "settings.json")
-    started, processes = time.monotonic(), CaseProcesses("cpu")
     try:
-        with terminated_as_interrupt():
-            for number, case in enumerate(cases, start=1):
-                path = file_of(case, folder)
-                left = deadline_s - (time.monotonic() - started)
-                if left <= 0:
-                    break
-                if case.kind == "learning" and path.exists():
-                    continue
-                began = time.monotonic()
-                row = processes.run(case, min(case.timeout_s, left))
-                row["case_s"] = time.monotonic() - began
-                for name in ("base", "work"):  # this machine's folders say nothing to a reader
-                    row["settings"][name] = Path(row["settings"][name]).name
-                if case.kind == "learning" and not row["status"].startswith(AGAIN):
-                    write(row, path)
-                result = row.get("learning", {}).get("heldout_loss")
-                shown = f" held-out {result:.4f}" if result is not None else ""
-                say(f"[{number}/{len(cases)}] {row['case_s']:6.1f} s  {case.name}: {row['status']}{shown}")
-                if case.kind == "base" and row["status"] != "ok":
-                    raise UserError(f"the base could not be made: {row['status']}")
+        run_pending(cases, output / "runs", deadline_s=deadline_s, say=say, shown=_heldout)
     finally:
         rows = read_rows(output)
         if rows:
@@ -162,9 +141,72 @@ def run_matrix(
     return rows
 
 
+def _heldout(row: dict[str, Any]) -> str:
+    result = row.get("learning", {}).get("heldout_loss")
+    return f" held-out {result:.4f}" if result is not None else ""
+
+
+def run_pending(
+    cases: Sequence[Any],
+    folder: Path,
+    *,
+    device: str = "cpu",
+    deadline_s: float = math.inf,
+    say: Callable[[str], None],
+    shown: Callable[[dict[str, Any]], str] = lambda row: "",
+    unkept: tuple[str, ...] = ("base",),
+    private: tuple[str, ...] = ("base", "work"),
+) -> None:
+    """Run the cases that have no file in ``folder`` yet, each in a process of its own, and write theirs.
+
+    Args:
+        cases: what to run, in this order.
+        folder: of the rows, one file a case; made where it is missing.
+        device: that the cases use.
+        deadline_s: seconds of all of them; none is begun afterwards.
+        say: takes a line for each case.
+        shown: what a line says of a row beside its status.
+        unkept: kinds of cases that prepare what the others need: run every time, no file, and they must succeed.
+        private: settings that name folders of this machine; files hold their last part alone.
+
+    Raises:
+        KeyboardInterrupt: also at SIGTERM; what is done is kept, and the same call goes on.
+        UserError: a case of a kind in ``unkept`` failed.
+    """
+    from misa_engine.bench.processes import CaseProcesses
+    from misa_engine.bench.runner import terminated_as_interrupt, write
+
+    folder.mkdir(parents=True, exist_ok=True)
+    started, processes = time.monotonic(), CaseProcesses(device)
+    with terminated_as_interrupt():
+        for number, case in enumerate(cases, start=1):
+            path = file_of(case, folder)
+            left = deadline_s - (time.monotonic() - started)
+            if left <= 0:
+                break
+            if case.kind not in unkept and path.exists():
+                continue
+            began = time.monotonic()
+            row = processes.run(case, min(case.timeout_s, left))
+            row["case_s"] = time.monotonic() - began
+            for name in private:  # this machine's folders say nothing to a reader
+                if row["settings"].get(name):
+                    row["settings"][name] = Path(row["settings"][name]).name
+            if case.kind not in unkept and not row["status"].startswith(AGAIN):
+                write(row, path)
+            say(f"[{number}/{len(cases)}] {row['case_s']:6.1f} s  {case.name}: {row['status']}{shown(row)}")
+            if case.kind in unkept and row["status"] != "ok":
+                raise UserError(f"the {case.kind} could not be made: {row['status']}")
+
+
 def file_of(case: Any, folder: Path) -> Path:
     """Where a run's row is kept."""
-    return folder / (re.sub(r"[^\w.=-]+", "_", case.name) + ".json")
+    return folder / file_name(case.name)
+
+
+def file_name(name: str, ending: str = ".json") -> str:
+    """A run's name as a file's."""
+    return re.sub(r"[^\w.=-]+", "_", name) + ending
 
 
 def read_rows(output: Path) -> list[dict[str, Any]]:

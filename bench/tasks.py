@@ -28,6 +28,7 @@ from torch import Tensor
 from misa_engine.bench.method import Unavailable
 from misa_engine.bench.words import Words
 from misa_engine.bench.workload import HELD_OUT, documents
+from misa_engine.evaluation.reasoning import TEST_SEED, TRAINING_SEED, final_number, missing, problems
 
 #: Label of a token that counts in no loss.
 IGNORED = -100
@@ -37,13 +38,6 @@ PIECE = 3000
 MOST_TEXT = 1_500_000
 #: Problems to train on.
 PROBLEMS = 3000
-#: reasoning-gym's families, and how each is asked: easy enough that a 135M model solves some.
-FAMILIES: dict[str, dict[str, int]] = {
-    "gsm_symbolic": {},
-    "chain_sum": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2},
-    "basic_arithmetic": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1},
-}
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
 @dataclass(frozen=True)
@@ -84,8 +78,10 @@ def load_task(name: str, words: Words, work: str, *, length: int, seed: int, row
     elif name == "instruct":
         train, held_out = (answers(pairs, words, length) for pairs in split(instructions(), by=_module))
     else:
-        train = answers(problems(0, PROBLEMS), words, length)
-        test = list(islice(problems(1, 2 * max(rows, questions)), max(rows, questions)))
+        if (why := missing()) is not None:
+            raise Unavailable(why)
+        train = answers(problems(TRAINING_SEED, PROBLEMS), words, length)
+        test = list(islice(problems(TEST_SEED, 2 * max(rows, questions)), max(rows, questions)))
         held_out = answers(test, words, length)
         asked = [(words.prompt(question), final_number(answer)) for question, answer in test[:questions]]
     own = packed(documents("stdlib")[: round(300 * HELD_OUT)], words, length, most=rows)
@@ -210,38 +206,6 @@ def instructions() -> Iterator[tuple[str, str]]:
                 if 40 <= len(said) <= 300 and said.isascii():
                     kind = "class" if isinstance(node, ast.ClassDef) else "function"
                     yield f"What is the {kind} `{module}.{node.name}` of Python for?", said
-
-
-def problems(seed: int, count: int) -> Iterator[tuple[str, str]]:
-    """Problems of all FAMILIES in turn, none twice in a seed, with worked solutions where there are any.
-
-    Raises:
-        Unavailable: reasoning-gym is not installed.
-    """
-    try:
-        import reasoning_gym
-    except ModuleNotFoundError as error:
-        raise Unavailable("missing: pip install reasoning-gym") from error
-    each = -(-count // len(FAMILIES))
-    made = [
-        reasoning_gym.create_dataset(name, size=each, seed=10_000_019 * seed + 7, **options)
-        for name, options in FAMILIES.items()
-    ]
-    seen: set[str] = set()
-    for entries in zip(*made, strict=True):
-        for entry in entries:
-            question = entry["question"].replace(" Give the result as your final answer. Do not include units.", "")
-            if question not in seen:
-                seen.add(question)
-                work = str(entry["metadata"].get("answer_cot") or "").strip()
-                work = re.sub(r"\s*(####|The answer is).*$", "", work, flags=re.DOTALL)
-                yield question, f"{work}\n#### {entry['answer']}".strip()
-
-
-def final_number(text: str) -> str | None:
-    """The number after the last ####, or else the last number; None without one."""
-    found = _NUMBER.findall(text.rpartition("####")[2]) or _NUMBER.findall(text)
-    return found[0 if "####" in text else -1].replace(",", "").rstrip(".") if found else None
 
 
 TASKS = {

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from misa_engine import MisaConfig, plan
+from misa_engine.bench.reproduce.experiments import EXPERIMENTS
+from misa_engine.bench.reproduce.paper import CLAIMS, REPORTED
 from misa_engine.bench.tables import short
 from misa_engine.cli.arguments import attribute_docs
 from misa_engine.method.config import CHOICES
@@ -141,12 +143,34 @@ def presets() -> str:
     return table(["option", *CHOICES["preset"]], rows)
 
 
+def experiments() -> str:
+    """What ``misa reproduce`` runs."""
+    rows = []
+    for name, one in EXPERIMENTS.items():
+        told = sum(number.experiment == name for number in REPORTED)
+        known = [f"{told} number{'s' if told > 1 else ''}"] if told else []
+        known += [
+            f"{claim.better} {'close to' if claim.close else 'before'} {claim.worse}"
+            for claim in CLAIMS
+            if claim.experiment == name
+        ]
+        methods = ", ".join(entry.label for entry in one.entries[:7])
+        more = f" and {len(one.entries) - 7} more" if len(one.entries) > 7 else ""
+        runs = f"{len(one.models)} × {len(one.entries)} × {len(one.seeds)}"
+        measured = ", ".join(metric.replace("_", " ") for metric in one.metrics[:5])
+        rows.append([f"`{name}`", one.title, ", ".join(one.models), methods + more, runs, measured,
+            "; ".join(known) or "none that could be checked"])  # fmt: skip
+    headings = ["name", "experiment", "models", "rows", "models × rows × seeds", "measured", "the paper's, beside it"]
+    return table(headings, rows)
+
+
 #: (file, name between its markers) -> what makes the content.
 TABLES = {
     (ROOT / "README.md", "what fits"): what_fits,
     (ROOT / "README.md", "peers"): peers,
     (ROOT / "README.md", "learning"): learning,
     (ROOT / "docs/guide/options.md", "options"): options,
+    (ROOT / "docs/guide/reproduce.md", "experiments"): experiments,
     (ROOT / "docs/guide/several_gpus.md", "replicas"): replicas,
     (ROOT / "docs/guide/options.md", "presets"): presets,
 }

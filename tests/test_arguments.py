@@ -158,8 +158,8 @@ def test_every_recipe_is_a_valid_run(name: str, monkeypatch: pytest.MonkeyPatch)
     assert parsed.model.model_name_or_path and parsed.data.dataset and parsed.sft.output_dir == f"runs/{name}"
     text = (arguments_module.RECIPES / f"{name}.yaml").read_text()
     assert text.startswith("#") and "delta" in parsed.given
-    if name.startswith("paper"):
-        assert parsed.misa.preset == "official" and parsed.misa.inner_steps == 50
+    if name.startswith(("paper", "official")):
+        assert parsed.misa.preset == name.partition("-")[0] and parsed.misa.inner_steps == 50
 
 
 def test_recipe_environment_does_not_override_the_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

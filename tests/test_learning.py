@@ -227,22 +227,6 @@ def test_instructions_are_about_the_standard_library_and_modules_are_held_out_wh
     assert not {tasks._module(pair) for pair in train} & {tasks._module(pair) for pair in held_out}
 
 
-def test_problems_end_with_their_answer_and_held_out_ones_are_others():
-    pytest.importorskip("reasoning_gym", reason="needs reasoning-gym: pip install 'misa_engine[bench]'")
-    train, test = dict(tasks.problems(0, 60)), dict(tasks.problems(1, 30))
-    assert len(train) > 50 and len(set(train) & set(test)) <= len(test) // 4
-    for answer in train.values():
-        assert answer.count("####") == 1 and tasks.final_number(answer) is not None
-
-
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [("so 3*4=12\n#### 1,200", "1200"), ("it is 5, no, 7", "7"), ("#### -3.5 apples", "-3.5"), ("none", None)],
-)
-def test_the_number_that_counts_is_the_one_after_the_sign_or_the_last(text, number):
-    assert tasks.final_number(text) == number
-
-
 def test_solving_reads_greedy_answers_whatever_the_prompts_lengths(monkeypatch):
     words = Bytes()
     questions = [(words.prompt("a?"), "1"), (words.prompt("a longer question than that?"), "2")]

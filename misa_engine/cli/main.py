@@ -19,9 +19,11 @@ usage: misa <command> [options]
 
   misa train    train a causal language model with MISA     (misa train --help)
   misa data     what becomes of your records, before any training (misa data --help)
+  misa eval     tasks, forgetting, comparison with a base (misa eval --help)
   misa plan     bytes by category and what fits a card   (misa plan --help)
   misa bench    memory, speed and loss beside the baselines (misa bench --help)
   misa profile  trace, time and bytes by phase, overhead    (misa profile --help)
+  misa reproduce  the paper's experiments, a page each   (misa reproduce --help)
   misa fetch    a small real model to try things on      (misa fetch --help)
   misa report   draw the pictures of a run again            (misa report OUT)
 
@@ -35,9 +37,11 @@ Try it without any model or data: misa train --demo"""
 COMMANDS: dict[str, tuple[str, str, str | None]] = {
     "train": ("misa_engine.cli.train", "command", None),
     "data": ("misa_engine.cli.data_command", "command", "trl"),
+    "eval": ("misa_engine.cli.evaluate", "command", None),
     "plan": ("misa_engine.cli.plan", "command", None),
     "bench": ("misa_engine.bench.command", "run", None),
     "profile": ("misa_engine.bench.command", "profile", "transformers"),
+    "reproduce": ("misa_engine.bench.reproduce.command", "run", "yaml"),
     "fetch": ("misa_engine.cli.fetch", "command", None),
     "report": ("misa_engine.cli.report", "command", None),
 }

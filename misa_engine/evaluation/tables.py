@@ -1,0 +1,66 @@
+"""Tables of an evaluation, one for each protocol: numbers of two protocols are different quantities."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from misa_engine.evaluation.results import LESS_IS_BETTER, PROTOCOLS, Evaluation, Result
+from misa_engine.evaluation.statistics import Paired
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+#: Below a table, where its numbers need a word.
+NOTES = {
+    "adapters": "answers in words, matched; not comparable with lm-eval's log-likelihood accuracies",
+    "lm-eval": "acc and acc_norm compare log-likelihoods of given answers; not comparable with generated answers",
+    "forgetting": "nats a token; the difference is the forgetting",
+}
+
+
+def tables(evaluation: Evaluation) -> list[Table]:
+    """A table for each protocol that occurs: a row for each task, metric and model, with the paired difference."""
+    return [_table(evaluation, protocol) for protocol in PROTOCOLS if _of(evaluation, protocol)]
+
+
+def _of(evaluation: Evaluation, protocol: str) -> list[Result]:
+    return [result for result in evaluation.results if result.protocol == protocol]
+
+
+def _table(evaluation: Evaluation, protocol: str) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    results = _of(evaluation, protocol)
+    several = len({result.model for result in results}) > 1
+    table = Table(title=PROTOCOLS[protocol], title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False,
+                  caption=NOTES.get(protocol), caption_justify="left")  # fmt: skip
+    for name in ("task", "metric", "model"):
+        table.add_column(name, overflow="fold")
+    for name in ("value", "± se", "n"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in (f"− {evaluation.reference}", "± se", "won–lost", "p") if several else ():
+        table.add_column(name, justify="right", no_wrap=name != f"− {evaluation.reference}")
+    for task in dict.fromkeys(result.task for result in results):
+        ours = [result for result in results if result.task == task]
+        for metric in dict.fromkeys(name for result in ours for name in result.metrics):
+            for place, result in enumerate(one for one in ours if metric in one.metrics):
+                found = result.metrics[metric]
+                head = (task, metric + (" ↓" if metric.partition(",")[0] in LESS_IS_BETTER else "")) if not place else (
+                    "", "")  # fmt: skip
+                cells = (result.model, f"{found.value:.4f}", _error(found.stderr), str(found.n))
+                difference = evaluation.against_reference(result.model, task, metric)
+                table.add_row(*head, *cells, *(_difference(difference) if several else ()))
+        table.add_section()
+    return table
+
+
+def _error(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
+
+
+def _difference(found: Paired | None) -> tuple[str, str, str, str]:
+    if found is None:
+        return ("", "", "", "")
+    p = "" if found.p_value is None else f"{found.p_value:.3f}"
+    return (f"{found.difference:+.4f}", _error(found.stderr), f"{found.wins}–{found.losses}", p)
