@@ -62,7 +62,7 @@ def write_card(arguments: TrainArguments, out: Path, records: int | None = None)
         return None
     entries = RunLog.read(out)
     run = next((entry for entry in entries if entry["type"] == "run"), {})
-    end = next((entry for entry in reversed(entries) if entry["type"] == "end"), {})
+    end: dict[str, Any] = next((entry for entry in reversed(entries) if entry["type"] == "end"), {})
     losses = [(entry["step"], entry["eval_loss"]) for entry in entries if entry.get("eval_loss") is not None]
     results = [_loss_row(arguments, losses[-1][1])] if losses else []
     base, licence = _base(arguments)

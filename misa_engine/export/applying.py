@@ -57,7 +57,7 @@ def apply_delta(
                 header = file.header.encode()
                 stream.write(len(header).to_bytes(8, "little") + header)
                 for tensor in file.tensors:
-                    stream.write(memoryview(reader.restore(tensor)))
+                    stream.write(reader.restore(tensor).data)
                     done += tensor.bytes
                     progress(done, total)
             read_model_file(staged / file.name)

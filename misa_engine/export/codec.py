@@ -130,7 +130,7 @@ def _unpack(before: np.ndarray, packed: np.ndarray) -> np.ndarray:
     width, size = before.itemsize, before.nbytes
     reader = zlib.decompressobj()
     try:
-        planes = reader.decompress(memoryview(packed), size)
+        planes = reader.decompress(packed.data, size)
     except zlib.error as error:
         raise ValueError(f"a chunk cannot be unpacked: {error}") from error
     if len(planes) != size:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from misa_engine.errors import UserError, did_you_mean
 
@@ -32,7 +32,7 @@ class Objective:
         return LOSS if self.task is None else f"task:{self.task}"
 
     @property
-    def direction(self) -> str:
+    def direction(self) -> Literal["minimize", "maximize"]:
         """As optuna says it: losses fall, accuracies rise."""
         return "minimize" if self.task in (None, *LOSSES) else "maximize"
 

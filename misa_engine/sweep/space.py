@@ -58,8 +58,9 @@ class Dimension:
         """Whether a value lies in it."""
         if self.choices:
             return value in self.choices
+        low, high = self.ends
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return number and self.low <= value <= self.high  # type: ignore[operator]
+        return number and float(low) <= value <= float(high)
 
     @property
     def ends(self) -> tuple[Value, ...]:

@@ -219,8 +219,8 @@ def best_trial(study: optuna.Study) -> optuna.trial.FrozenTrial | None:
     from optuna.trial import TrialState
 
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    falling = study.direction.name == "MINIMIZE"
-    return min(complete, key=lambda trial: trial.value if falling else -trial.value) if complete else None
+    sign = 1.0 if study.direction.name == "MINIMIZE" else -1.0
+    return min(complete, key=lambda trial: sign * float(trial.value or 0.0)) if complete else None
 
 
 def settle(study: optuna.Study, directory: Path) -> list[int]:
