@@ -18,6 +18,8 @@ PLOTS = ["matplotlib>=3.9"]
 # Liger's kernels are Triton's: pure Python on top of torch and triton, nothing to compile, unused without a GPU.
 LIGER = "liger-kernel>=0.8; platform_system == 'Linux'"
 TRAIN = ["trl>=1.10", "pyyaml>=6", LIGER, *PLOTS]
+# misa sweep: its study lies in a sqlite file, so Optuna's other storages are not needed (7 MB with SQLAlchemy).
+SWEEP = ["optuna>=5"]
 # The methods that bench/ measures beside ours; a row of its table says which one is missing.
 # apollo-torch is left out on purpose: its licence is mostly CC-BY-NC.
 BENCH = [
@@ -71,8 +73,10 @@ setup(
         "train": TRAIN,
         "bench": BENCH,
         "eval": EVAL,
+        "sweep": [*TRAIN, *SWEEP],
         "test": [
             *TRAIN,
+            *SWEEP,
             "pytest>=8",
             "pytest-benchmark>=5",
             "pytest-xdist>=3",

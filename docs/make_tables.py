@@ -21,6 +21,7 @@ from misa_engine.method.config import CHOICES
 from misa_engine.planner.cards import CARDS, published_config
 from misa_engine.planner.replicas import LINKS, replica_traffic, scaling
 from misa_engine.planner.worst_case import MetaModel
+from misa_engine.sweep.space import PAPER
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench/results/cpu/results.json"
@@ -165,6 +166,12 @@ def experiments() -> str:
 
 
 #: (file, name between its markers) -> what makes the content.
+def sweep_space() -> str:
+    """What misa sweep searches unless it is told."""
+    rows = [[f"`{space.describe()}`", space.source] for space in PAPER.values()]
+    return table(["range", "where it comes from"], rows)
+
+
 TABLES = {
     (ROOT / "README.md", "what fits"): what_fits,
     (ROOT / "README.md", "peers"): peers,
@@ -173,6 +180,7 @@ TABLES = {
     (ROOT / "docs/guide/reproduce.md", "experiments"): experiments,
     (ROOT / "docs/guide/several_gpus.md", "replicas"): replicas,
     (ROOT / "docs/guide/options.md", "presets"): presets,
+    (ROOT / "docs/guide/sweep.md", "sweep space"): sweep_space,
 }
 
 

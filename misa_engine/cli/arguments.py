@@ -191,14 +191,14 @@ class TrainArguments:
 
 def parse_train(argv: Sequence[str], config: str | None = None) -> TrainArguments:
     """Parse flags over a YAML file or recipe; raise UserError for anything unknown or invalid."""
-    values = _read_config(config) if config else {}
+    values = read_config(config) if config else {}
     set_environment(values.pop("env", None) or {})
     parser = build_parser()
-    merged = _parse(parser, _yaml_tokens(parser, values, config), f"{config}: ") if values else {}
+    merged = parse_tokens(parser, _yaml_tokens(parser, values, config), f"{config}: ") if values else {}
     hints = {name: hint for cls in parser.dataclass_types for name, hint in get_type_hints(cls).items()}
     # null says None where None means something (max_length), and otherwise that the option is not set
     merged.update({key: None for key, value in values.items() if value is None and NoneType in get_args(hints[key])})
-    merged.update(_parse(parser, argv))
+    merged.update(parse_tokens(parser, argv))
     given = frozenset(merged)
     _check_together(merged)
     _fill_defaults(merged, parser)
@@ -247,7 +247,7 @@ def build_parser() -> Any:
     return parser
 
 
-def _parse(parser: Any, tokens: Sequence[str], where: str = "") -> dict[str, Any]:
+def parse_tokens(parser: Any, tokens: Sequence[str], where: str = "") -> dict[str, Any]:
     """What ``tokens`` set, and nothing else."""
     options = {action.dest for action in parser._actions if action.dest != "help"}
     try:
@@ -269,7 +269,7 @@ def _unknown(name: str, options: set[str], prefix: str) -> str:
     return f"unknown option {prefix}{name}.{hint} 'misa train --help' lists the options, --help_all all of them."
 
 
-def _read_config(config: str) -> dict[str, Any]:
+def read_config(config: str) -> dict[str, Any]:
     """A YAML mapping from a file, or from a packaged recipe by name."""
     import yaml
 

@@ -26,6 +26,9 @@ usage: misa <command> [options]
   misa reproduce  the paper's experiments, a page each   (misa reproduce --help)
   misa fetch    a small real model to try things on      (misa fetch --help)
   misa report   draw the pictures of a run again            (misa report OUT)
+  misa sweep    search for settings with Optuna             (misa sweep --help)
+  misa export   what a model changed against its base       (misa export --help)
+  misa apply    base and delta to the model again           (misa apply --help)
 
   --version     print the version
   --debug       with any command: full traceback when something fails
@@ -44,6 +47,9 @@ COMMANDS: dict[str, tuple[str, str, str | None]] = {
     "reproduce": ("misa_engine.bench.reproduce.command", "run", "yaml"),
     "fetch": ("misa_engine.cli.fetch", "command", None),
     "report": ("misa_engine.cli.report", "command", None),
+    "sweep": ("misa_engine.sweep.command", "command", None),
+    "export": ("misa_engine.cli.export_command", "export", None),
+    "apply": ("misa_engine.cli.export_command", "apply", None),
 }
 
 

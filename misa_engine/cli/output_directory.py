@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from misa_engine.cli.model_card import CARD, is_ours
 from misa_engine.errors import UserError
 from misa_engine.report.log import LOG_NAME, RunLog
 from misa_engine.trainer.checkpoints import ABANDONED, STAGING
@@ -48,6 +49,7 @@ def run_files(directory: Path) -> list[Path]:
     """What a run left in ``directory``: files by name, and checkpoint-N folders."""
     found = {path for pattern in RUN_FILES for path in directory.glob(pattern) if path.is_file()}
     found |= {path for path in directory.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name) and path.is_dir()}
+    found |= {card for card in [directory / CARD] if is_ours(card)}
     return sorted(found | {path for path in [directory / STAGING] if path.is_dir()})
 
 

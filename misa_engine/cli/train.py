@@ -20,6 +20,7 @@ from misa_engine.cli import loading, output_directory
 from misa_engine.cli.command_trainer import build_trainer
 from misa_engine.cli.early_checks import check_early
 from misa_engine.cli.embeddings import resize
+from misa_engine.cli.model_card import write_card
 from misa_engine.cli.preview import coverage_of, preview, preview_adamw
 from misa_engine.cli.report import show_table, write_pictures
 from misa_engine.cli.resume import adopt, finished_at, resume_point
@@ -129,6 +130,9 @@ def _train_once(arguments: TrainArguments, config: str | None) -> int:
                 print(f"deleted the run in {out}: {', '.join(deleted)}")
         _train(trainer, checkpoint, out)
         _finish(trainer, inputs.eval_data is not None, out)
+        if first:
+            records = len(inputs.train_data) if hasattr(inputs.train_data, "__len__") else None
+            write_card(inputs.arguments, out, records)
     return DONE
 
 

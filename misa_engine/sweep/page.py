@@ -1,0 +1,183 @@
+"""The result page of a study: HTML in one file, the same in Markdown and JSON, and the best settings as a YAML file."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from misa_engine.sweep.settings import Settings
+from misa_engine.sweep.trial import write_config
+
+PAGE, TABLE, DOCUMENT, BEST = "index.html", "results.md", "results.json", "best.yaml"
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1c1c1c; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.6rem; margin-bottom: 0.2rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
+table { border-collapse: collapse; font-size: 13px; } th, td { padding: 0.25rem 0.7rem; text-align: right; }
+th { border-bottom: 2px solid #444; } td { border-bottom: 1px solid #ddd; } td.words, th.words { text-align: left; }
+tr.best { background: #fff1e5; } tr.pruned, tr.failed { color: #777; } img { max-width: 100%; }
+pre { background: #f5f5f5; padding: 0.7rem; overflow-x: auto; font-size: 13px; } .wide { overflow-x: auto; }
+"""
+
+
+def write_results(document: dict[str, Any], settings: Settings, directory: Path) -> list[Path]:
+    """Write everything; each file appears whole.
+
+    Args:
+        document: of ``results.collect``.
+        settings: of the study.
+        directory: that gets the files.
+
+    Returns:
+        The files. Without a complete trial there is no ``best.yaml``; without matplotlib the page has no pictures.
+    """
+    written = [
+        _write(directory / DOCUMENT, json.dumps(document, indent=1) + "\n"),
+        _write(directory / TABLE, markdown(document)),
+        _write(directory / PAGE, page(document)),
+    ]
+    if document["best"] is not None:
+        written.append(_write_best(document, settings, directory / BEST))
+    return written
+
+
+def page(document: dict[str, Any]) -> str:
+    """HTML without a link to anything outside."""
+    parts = [f"<h1>misa sweep: {_escaped(document['objective'])}</h1>", f"<p>{_escaped(_summary(document))}</p>"]
+    best = document["best"]
+    if best is not None:
+        parts.append("<h2>Best settings</h2>")
+        parts.append(_table(["option", "value"], [[name, _shown(value)] for name, value in best["values"].items()]))
+        path = f"{document['directory']}/{BEST}"
+        parts.append(f"<p>Ready to run:</p><pre>misa train --config {_escaped(path)}</pre>")
+    parts.append("<h2>What mattered</h2>")
+    parts.append(f"<p>{_escaped(document['importance_remark'])}</p>")
+    if document["importance"]:
+        parts.append(_table(["option", "importance"], _importance_rows(document)))
+    for name, picture in _pictures(document).items():
+        source = base64.b64encode(picture).decode()
+        parts.append(f'<p><img alt="{name}" src="data:image/png;base64,{source}"></p>')
+    headings, rows, states = _trial_rows(document)
+    parts.append("<h2>All trials</h2>")
+    parts.append(f'<div class="wide">{_table(headings, rows, states, words=len(headings) - 1)}</div>')
+    parts.append("<h2>What was searched</h2>")
+    searched = [[space["text"], space["source"]] for space in document["space"]]
+    parts.append(_table(["range", "where it comes from"], searched, words=1))
+    fixed = "\n".join(f"{name}: {json.dumps(value)}" for name, value in document["base"].items())
+    parts.append(f"<h2>The same in all trials</h2><pre>{_escaped(fixed)}</pre>")
+    parts.append(f"<h2>How it was made</h2><pre>{_escaped(document['command'])}</pre>")
+    parts.append(_table(["", ""], [[name, value] for name, value in document["environment"].items()], words=1))
+    title = f"<title>misa sweep: {_escaped(document['objective'])}</title>"
+    head = f'<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8">{title}<style>{STYLE}</style></head>\n'
+    return head + "<body>\n" + "\n".join(parts) + "\n</body>\n</html>\n"
+
+
+def markdown(document: dict[str, Any]) -> str:
+    """The page's tables as Markdown."""
+    lines = [f"# misa sweep: {document['objective']}", "", _summary(document), ""]
+    if document["best"] is not None:
+        lines += ["## Best settings", "", "| option | value |", "| --- | --- |"]
+        lines += [f"| {name} | {_shown(value)} |" for name, value in document["best"]["values"].items()]
+        lines += ["", f"`misa train --config {document['directory']}/{BEST}`", ""]
+    lines += ["## What mattered", "", document["importance_remark"], ""]
+    if document["importance"]:
+        lines += ["| option | importance |", "| --- | --- |"]
+        lines += [f"| {name} | {share} |" for name, share in _importance_rows(document)] + [""]
+    headings, rows, _ = _trial_rows(document)
+    lines += ["## All trials", "", f"| {' | '.join(headings)} |", f"| {' | '.join(['---'] * len(headings))} |"]
+    lines += [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _summary(document: dict[str, Any]) -> str:
+    states = [row["state"] for row in document["trials"]]
+    counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(sorted(states)))
+    best = document["best"]
+    found = f"best {best['value']:.4f}, trial {best['trial']}" if best else "no trial is complete"
+    return f"{len(states)} trials ({counts or 'none'}): {found}."
+
+
+def _importance_rows(document: dict[str, Any]) -> list[list[str]]:
+    return [[name, f"{share:.0%}"] for name, share in document["importance"].items()]
+
+
+def _trial_rows(document: dict[str, Any]) -> tuple[list[str], list[list[str]], list[str]]:
+    """Headings, cells and the class of each row; complete trials first, best on top."""
+    names = [space["name"] for space in document["space"]]
+    sign = 1 if document["direction"] == "minimize" else -1
+    order = sorted(
+        document["trials"],
+        key=lambda row: (row["value"] is None, sign * (row["value"] or 0), row["trial"]),
+    )
+    rows, states = [], []
+    for row in order:
+        memory = row["peak_memory_bytes"]
+        cells = [str(row["trial"]), "–" if row["value"] is None else f"{row['value']:.4f}"]
+        cells += [_shown(row["values"].get(name, "–")) for name in names]
+        cells += ["–" if row["seconds"] is None else f"{row['seconds']:.0f}"]
+        cells += [f"{memory / 2**30:.2f}" if memory else "–"]
+        rows.append([*cells, row["state"] + (f": {row['reason']}" if row["reason"] else "")])
+        states.append("best" if document["best"] and row["trial"] == document["best"]["trial"] else row["state"])
+    return ["trial", document["objective"], *names, "seconds", "peak GiB", "ended"], rows, states
+
+
+def _pictures(document: dict[str, Any]) -> dict[str, bytes]:
+    if find_spec("matplotlib") is None:
+        return {}
+    from misa_engine.sweep import pictures
+
+    made = {}
+    if document["importance"]:
+        made["importance"] = pictures.importance_bars(document)
+    if any(row["value"] is not None for row in document["trials"]):
+        made["trials"], made["settings"] = pictures.history(document), pictures.slices(document)
+    if any(row["losses"] for row in document["trials"]):
+        made["losses"] = pictures.curves(document)
+    return made
+
+
+def _table(headings: list[str], rows: list[list[str]], classes: list[str] | None = None, words: int = 0) -> str:
+    """HTML; the first column and column ``words`` are set left."""
+
+    def line(kind: str, cells: list[str]) -> str:
+        marked = (' class="words"' if place in (0, words) else "" for place in range(len(cells)))
+        return "".join(f"<{kind}{mark}>{_escaped(cell)}</{kind}>" for cell, mark in zip(cells, marked, strict=True))
+
+    body = "".join(
+        f'<tr class="{_escaped(name)}">{line("td", row)}</tr>\n'
+        for row, name in zip(rows, classes or [""] * len(rows), strict=True)
+    )
+    return f"<table>\n<thead><tr>{line('th', headings)}</tr></thead>\n<tbody>\n{body}</tbody></table>"
+
+
+def _write_best(document: dict[str, Any], settings: Settings, path: Path) -> Path:
+    best = document["best"]
+    options = {name: value for name, value in settings.options(best["values"]).items() if name != "save_strategy"}
+    options["output_dir"] = str(Path(document["directory"]) / "best")
+    heading = (
+        f"# The best of {len(document['trials'])} trials: {document['objective']} {best['value']:.6g}, trial "
+        f"{best['trial']}.\n# misa train --config {document['directory']}/{BEST}\n"
+    )
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    write_config(temporary, options, heading)
+    os.replace(temporary, path)
+    return path
+
+
+def _write(path: Path, text: str) -> Path:
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+    return path
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _escaped(text: Any) -> str:
+    return html.escape(str(text))
