@@ -68,7 +68,7 @@ def test_none_loads_as_transformers_does(saved):
 
 def test_files_in_shards_and_in_float32_and_tied_embeddings(tmp_path):
     model = TINY["llama"](tie_word_embeddings=True)
-    model.save_pretrained(tmp_path, max_shard_size="40KB")
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert (tmp_path / "model.safetensors.index.json").is_file() and len(list(tmp_path.glob("*.safetensors"))) > 2
     found = misa_engine.load_model(tmp_path, residents="int8")
     assert found.lm_head.weight is found.model.embed_tokens.weight
@@ -93,7 +93,12 @@ def test_it_trains_and_the_files_stay_as_they_are(tmp_path, saved):
     optimizer = MISA(model, lr=1e-2, delta=0.3, inner_steps=2, cold_start="none")
     losses = train(model, optimizer, batches(), 8)
     assert losses[-1] < losses[0] and (tmp_path / "model/model.safetensors").read_bytes() == before
-    drawn = {name for unit in optimizer.units for name in unit.params if optimizer.tracker.visits[optimizer.units.index(unit)]}
+    drawn = {
+        name
+        for unit in optimizer.units
+        for name in unit.params
+        if optimizer.tracker.visits[optimizer.units.index(unit)]
+    }
     end = state(model)
     changed = {name for name in start if not torch.equal(start[name], end[name])}
     assert changed and changed <= drawn
@@ -175,7 +180,7 @@ def test_unknown_formats_and_places_are_refused(saved):
     with pytest.raises(UserError, match="unknown residents 'int4'"):
         misa_engine.load_model(saved, residents="int4")
     with pytest.raises(ValueError, match="unknown masters 'disk'"):
-        misa_engine.load_model(saved, masters="disk")
+        misa_engine.load_model(saved, residents="int8", masters="disk")
 
 
 def test_fp8_needs_a_card_with_the_instruction(monkeypatch):
@@ -248,8 +253,8 @@ found = {"load": load, "save": save, "masters": sizes["host_masters"], "card": s
 found["others"] = sum(p.nbytes for name, p in model.named_parameters() if name not in residents)
 print(json.dumps(found))
 """
-#: Python, threads and the allocator.
-SLACK = 12_000_000
+#: Python, threads, the allocator, and the reference's float32 copies of 2^20 elements: 17 MB were seen.
+SLACK = 24_000_000
 
 
 @pytest.mark.parametrize("masters", ["pinned", "mapped"])

@@ -165,6 +165,8 @@ def test_a_model_without_linear_layers_has_nothing_that_rests():
 
 
 def test_float32_weights_are_planned_with_masters_of_four_bytes():
-    config = LlamaConfig(vocab_size=500, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+    config = LlamaConfig(
+        vocab_size=500, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4
+    )
     found = plan(config, dtype=torch.float32, delta=0.3, residents="int8", micro_batch=MicroBatch(1, 16, True, "plain"))
     assert found.residents.host_bytes["masters"] == 4 * found.bytes["resident_codes"]

@@ -31,8 +31,8 @@ def check_residents(given: Mapping[str, Any]) -> None:
         raise UserError("--residents: AdamW trains all weights at once, which then cannot rest; leave it out.")
     if given.get("rest") not in (None, "none"):
         raise UserError(
-            f"--residents {found} with --rest {given['rest']}: the rule moves weights in place on the card, which 8 bits "
-            "cannot take. Use --rest none, or leave out --residents."
+            f"--residents {found} with --rest {given['rest']}: the rule moves weights in place on the card, which 8 "
+            "bits cannot take. Use --rest none, or leave out --residents."
         )
     if given.get("resize_embeddings"):
         raise UserError("--residents with --resize_embeddings: resize and save the model first, then train the copy.")
@@ -62,14 +62,15 @@ def for_residents(arguments: TrainArguments, config: Any) -> TrainArguments:
 
     if sft.world_size > 1:
         raise UserError(
-            f"--residents in {sft.world_size} processes: the exact weights lie on the host, where replicas do not compare "
-            "them. Use one process, or leave out --residents."
+            f"--residents in {sft.world_size} processes: the exact weights lie on the host, where replicas do not "
+            "compare them. Use one process, or leave out --residents."
         )
     check_format(model.residents, sft.device)
     misa = without_rest(arguments.misa)
     if misa != arguments.misa:
         print(
-            f"note: with --residents the preset's rest rule {arguments.misa.rest} is off: what is not drawn stands still",
+            f"note: with --residents the preset's rest rule {arguments.misa.rest} is off: what is not drawn stands "
+            "still",
             flush=True,
         )
     return replace(arguments, misa=misa)

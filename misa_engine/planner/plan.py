@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from misa_engine.engine.arena import arena_bytes, capacity_for
+from misa_engine.engine.arena import arena_bytes, capacity_for, padded
 from misa_engine.method.config import MisaConfig
 from misa_engine.method.partition import Partition, check_budget
 from misa_engine.planner import activations
@@ -166,7 +166,10 @@ def plan(
     worst = WorstCase(meta, misa, micro_batch)
     peak, draw = worst.peak(micro_batch)
     reserve = {"cuda_context": activations.CONTEXT_BYTES, "slack": activations.SLACK_BYTES}
-    ours = {**optimizer_bytes(parts, misa, meta.dtype), "rest": rest_bytes(meta.model, worst.can_rest)}
+    ours = {
+        **optimizer_bytes(parts, misa, meta.dtype, residents=rested is not None),
+        "rest": rest_bytes(meta.model, worst.can_rest),
+    }
     weights = dict(rested.card_bytes) if rested else {"weights": meta.weight_bytes}
     fixed = {**weights, **ours, **reserve}
     found = fixed | {name: getattr(peak, name) for name in ("activations", "cross_entropy", "temporaries")}
@@ -213,13 +216,16 @@ def _with_room(result: Plan, meta: MetaModel, worst: WorstCase, room: int) -> Pl
     return replace(result, max_tokens_per_micro_batch=max(batch * micro_batch.length, longest), max_length=longest)
 
 
-def optimizer_bytes(parts: Partition, misa: MisaConfig, dtype: torch.dtype) -> dict[str, int]:
+def optimizer_bytes(
+    parts: Partition, misa: MisaConfig, dtype: torch.dtype, *, residents: bool = False
+) -> dict[str, int]:
     """Bytes that the optimizer will hold on the device, by category, without allocating anything.
 
     Args:
         parts: the model's partition under MISA's options.
         misa: budget and precisions.
         dtype: of the weights.
+        residents: the drawn ones' weights lie in the arena, too.
 
     Raises:
         ValueError: δ is smaller than the largest unit.
@@ -235,6 +241,7 @@ def optimizer_bytes(parts: Partition, misa: MisaConfig, dtype: torch.dtype) -> d
         state_dtype=misa.state_dtype,
         grad_dtype=torch.float32 if misa.grad_dtype == "float32" else None,
         hold_gradients=misa.update_in == "step",
+        weights_from=sum(map(padded, always)) if residents else None,
     )
 
 

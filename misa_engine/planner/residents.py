@@ -1,12 +1,11 @@
 """What matrices that rest in 8 bits change in a plan: bytes on the card and on the host, and the time of dequantising.
 
-    card   resident_codes, resident_steps   every matrix that can rest, drawn ones included
-           resident_workspace               one, in the weights' dtype, as large as the largest of them
-           active_weights                   the drawn ones in the weights' dtype, in the arena
-           weights                          what cannot rest: head, norms, biases, what is no linear layer
-    host   masters                          what rests, exactly
-           embedding                        the frozen one, whose rows are looked up there
-           residual_bits, moments           as in any run with leave_rounding="keep", revisit="keep" or "offload"
+card   resident_codes, resident_steps   every matrix that can rest, drawn ones included
+       resident_workspace               one, in the weights' dtype, as large as the largest of them
+       weights                          what cannot rest: head, norms, biases, what is no linear layer
+host   masters                          what rests, exactly
+       embedding                        the frozen one, whose rows are looked up there
+       residual_bits, moments           as in any run with leave_rounding="keep", revisit="keep" or "offload"
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from misa_engine.engine.arena import capacity_for, padded
 from misa_engine.engine.residents import linear_modules
+from misa_engine.engine.residents.lookup import host_embedding
 from misa_engine.errors import UserError
 from misa_engine.kernels.resident8 import FORMATS
 from misa_engine.method.config import MisaConfig, check_choice
@@ -143,12 +142,14 @@ def resident_plan(
     sizes = {name: named[name].numel() for name in resting}
     packed = [FORMATS[kind].bytes(tuple(named[name].shape)) for name in resting]
     codes, steps = (sum(each) for each in zip(*packed, strict=True))
-    size, total, largest = meta.dtype.itemsize, sum(sizes.values()), max(named[n].numel() for n in resting_matrices(meta))
+    size, total, largest = (
+        meta.dtype.itemsize,
+        sum(sizes.values()),
+        max(named[n].numel() for n in resting_matrices(meta)),
+    )
     sampled = [name for unit in parts.units for name in unit.params]
-    always = [parts.numels[name] for name in parts.always]
     budget = check_budget(parts, misa.delta)
-    capacity, _ = capacity_for(budget, [parts.numels[name] for name in sampled], always)
-    on_host = host_embedding(meta, misa)
+    on_host = embedding_on_host(meta, misa)
     lookup = named[on_host].nbytes if on_host else 0
     drawable = sum(parts.numels[name] for name in sampled)
     card_bytes = {
@@ -156,7 +157,6 @@ def resident_plan(
         "resident_codes": codes,
         "resident_steps": steps,
         "resident_workspace": size * largest,
-        "active_weights": size * (capacity - sum(map(padded, always))),
     }
     host_bytes = {
         "masters": size * total,
@@ -184,15 +184,10 @@ def resting_matrices(meta: MetaModel) -> tuple[str, ...]:
         return ()
 
 
-def host_embedding(meta: MetaModel, misa: MisaConfig) -> str | None:
-    """Name of the input embedding where it neither trains nor is the output head too; else None."""
-    parts = meta.partition(misa)
-    ends = (meta.model.get_input_embeddings(), meta.model.get_output_embeddings())
-    embedding, head = (getattr(module, "weight", None) for module in ends)
-    if embedding is None or embedding is head:
-        return None
-    name = next(name for name, tensor in meta.model.named_parameters() if tensor is embedding)
-    return name if name in parts.frozen else None
+def embedding_on_host(meta: MetaModel, misa: MisaConfig) -> str | None:
+    """Name of the input embedding where its rows are looked up on the host, as it never trains; else None."""
+    found = host_embedding(meta.model)
+    return found[0] if found is not None and found[0] in meta.partition(misa).frozen else None
 
 
 def _dequantisation(

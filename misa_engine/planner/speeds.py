@@ -1,4 +1,4 @@
-"""How fast cards read memory and multiply, as their makers publish it: for estimates that say that they are computed."""
+"""How fast cards read memory and multiply, as their makers publish it: for estimates that say they are computed."""
 
 from __future__ import annotations
 

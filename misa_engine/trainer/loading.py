@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -249,11 +249,26 @@ def _stream(model: Any, files: list[Path], residents: Residents, *, copied: bool
         if name in resting:
             _hold(residents, name, tensor, steps, copied=copied)
         else:
-            _place(owners[id(parameters[name])], name, tensor, residents)
+            _place(owners[id(parameters[name])], name, tensor, residents, copied=copied)
     model.to(residents.device)  # buffers
 
 
-def _tensors(files: list[Path]) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+@torch.no_grad()
+def load_weights(model: nn.Module, files: Sequence[Path]) -> None:
+    """Give a model with residents the weights of files that name them as it does, such as a checkpoint's.
+
+    Tensor by tensor, and only what differs is written: masters that are mapped from files stay mapped, and what was
+    never drawn keeps its codes.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, tensor, _ in _tensors(files):
+        present = parameters[name]
+        wanted = tensor.to(present.device, present.dtype)
+        if not torch.equal(present.contiguous().view(torch.uint8), wanted.view(torch.uint8)):
+            present.copy_(wanted)
+
+
+def _tensors(files: Sequence[Path]) -> Iterator[tuple[str, Tensor, Tensor | None]]:
     """Name, tensor as it is mapped, and the steps of one that is stored in 8 bits; these may be in another file."""
     steps: dict[str, Tensor] = {}
     waiting: dict[str, Tensor] = {}
@@ -297,9 +312,12 @@ def expanded(codes: Tensor, steps: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @torch.no_grad()
-def _place(owners: list[tuple[nn.Module, str]], name: str, tensor: Tensor, residents: Residents) -> None:
-    """Give all modules that share a parameter one with memory on the card."""
-    value = tensor.to(residents.device, residents.dtype, copy=True)
+def _place(
+    owners: list[tuple[nn.Module, str]], name: str, tensor: Tensor, residents: Residents, *, copied: bool
+) -> None:
+    """Give all modules that share a parameter one with memory on the card, or on the host where rows are looked up."""
+    on_host = name in residents.on_host
+    value = tensor.to("cpu" if on_host else residents.device, residents.dtype, copy=copied or not on_host)
     if not all(bool(end.isfinite()) for end in torch.aminmax(value)):
         raise UserError(_broken(name))
     parameter = nn.Parameter(value)

@@ -1,13 +1,14 @@
-"""The frozen input embedding on the host: a step reads a few thousand of its rows, so the table need not be on the card.
+"""The frozen input embedding on the host: a step reads a few thousand of its rows, so the card need not hold the table.
 
     token ids -> host -> their rows -> card      2·h bytes a token, 16 MB for 2,048 tokens of an 8B model
 
-Of Llama-3-8B it is 0.98 GiB, of Qwen2.5-14B 1.45. It comes back when it is to train. Where it is the output head too, it
-stays on the card.
+Of Llama-3-8B it is 0.98 GiB, of Qwen2.5-14B 1.45. It comes back when it is to train; where it is the output head too,
+it never leaves the card.
 """
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -26,21 +27,29 @@ def host_embedding(model: nn.Module) -> tuple[str, nn.Embedding] | None:
 
 
 class HostLookup:
-    """Keeps an embedding's table on the host and its rows coming to the card, until ``bring_back``.
+    """Keeps a model's embedding on the host and its rows coming to the card, until ``bring_back``.
 
     Args:
-        name: of its weight.
-        module: the embedding, with its weight on the host.
+        model: whose ``device`` is the card all the same, for whoever puts its inputs there.
+        name: of the embedding's weight.
+        module: the embedding; its weight comes to the host if it is elsewhere.
         device: the card.
     """
 
-    def __init__(self, name: str, module: nn.Embedding, device: torch.device):
+    def __init__(self, model: nn.Module, name: str, module: nn.Embedding, device: torch.device):
         self.name, self.module, self.device = name, module, device
+        self._model, self._class = weakref.ref(model), type(model)
+        if module.weight.device.type not in ("cpu", "meta"):  # from the meta device a loader brings it
+            module.weight.data = module.weight.data.to("cpu")
         vars(module)["_apply"] = self._stay
         self._handles = (
             module.register_forward_pre_hook(self._to_host),
             module.register_forward_hook(self._to_card),
         )
+        if device.type != "cpu" and hasattr(self._class, "device"):  # transformers': that of the first parameter
+            own = {name: getattr(self._class, name) for name in ("__module__", "__qualname__", "__doc__")}
+            own["device"] = property(lambda model: device)
+            model.__class__ = type(self._class.__name__, (self._class,), own)
 
     def _stay(self, fn: Any, recurse: bool = True) -> nn.Module:
         return self.module  # model.to(card) leaves it
@@ -59,3 +68,6 @@ class HostLookup:
             handle.remove()
         vars(self.module).pop("_apply", None)
         self.module.weight.data = self.module.weight.data.to(self.device)
+        model = self._model()
+        if model is not None:
+            model.__class__ = self._class
