@@ -83,7 +83,7 @@ def test_bytes_are_known_without_allocating(format):
 
 
 def test_fp8_is_the_layout_of_transformers():
-    """Its own dequantisation reads ours, and what an official FP8 checkpoint expands to rests again almost unchanged."""
+    """Its own dequantisation reads ours, and what an FP8 checkpoint expands to rests again almost unchanged."""
     fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8", reason="needs transformers with FP8")
     weight = heavy((300, 384), torch.float32)
     of = packed(weight, "fp8")

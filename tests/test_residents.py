@@ -361,9 +361,8 @@ def test_every_family_names_what_stays_in_full(family):
             Residents(model, "int8")
         return
     residents = rest(model, "int8")
-    assert set(residents.names) | set(residents.staying) == matrices and not set(residents.names) & set(
-        residents.staying
-    )
+    rests, stays = set(residents.names), set(residents.staying)
+    assert rests | stays == matrices and not rests & stays
     assert all(f"{name}" in residents.describe() for name in residents.staying)
     for name in residents.names:
         assert isinstance(model.get_submodule(name.removesuffix(".weight")), nn.Linear)

@@ -32,6 +32,15 @@ def _spread(of_group, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def _load(weight, at, inside, BF16: tl.constexpr):
+    """Weights as float32; bfloat16 as bits, since the interpreter flushes its subnormals."""
+    if BF16:
+        return (tl.load(weight + at, mask=inside, other=0).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return tl.load(weight + at, mask=inside, other=0.0)
+
+
+@triton.jit
 def to_bfloat16(x):
     """Round a finite float32 to the nearest bfloat16, ties to even: its bits, as an i32 of 16 bits."""
     bits = x.to(tl.int32, bitcast=True)
@@ -64,12 +73,13 @@ def _nearest(x, step):
 
 @triton.jit(do_not_specialize=["cols", "n_groups"])
 def quantise_groups_kernel(
-    weight,  # (rows, cols) bf16 | f32
+    weight,  # (rows, cols) i16 view of bf16 | f32
     codes,  # (rows, cols) i8, out
     steps,  # (rows, n_groups) i16 view of bf16, out
     cols,  # i32
     n_groups,  # i32
     LARGEST: tl.constexpr,
+    BF16: tl.constexpr,
     ALIGNED: tl.constexpr,  # cols is a multiple of 16
     WIDTH: tl.constexpr,
 ):
@@ -79,22 +89,24 @@ def quantise_groups_kernel(
         cols = cols // 16 * 16
     col = tl.program_id(1).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
     group = tl.program_id(1).to(tl.int64) * (WIDTH // GROUP) + tl.arange(0, WIDTH // GROUP)
-    x = tl.load(weight + row * cols + col, mask=col < cols, other=0.0).to(tl.float32)
+    at, step_at = row * cols + col, row * n_groups + group
+    x = _load(weight, at, col < cols, BF16)
     largest = tl.max(tl.reshape(tl.abs(x), (WIDTH // GROUP, GROUP)), axis=1)
     rounded = to_bfloat16(tl.div_rn(largest, tl.full((WIDTH // GROUP,), LARGEST, dtype=tl.float32)))
     step = (rounded << 16).to(tl.float32, bitcast=True)
     code = _nearest(x, _spread(step, WIDTH))
-    tl.store(codes + row * cols + col, code.to(tl.int8), mask=col < cols)
-    tl.store(steps + row * n_groups + group, rounded.to(tl.int16), mask=group < n_groups)
+    tl.store(codes + at, code.to(tl.int8), mask=col < cols)
+    tl.store(steps + step_at, rounded.to(tl.int16), mask=group < n_groups)
 
 
 @triton.jit(do_not_specialize=["cols"])
 def quantise_rows_kernel(
-    weight,  # (rows, cols) bf16 | f32
+    weight,  # (rows, cols) i16 view of bf16 | f32
     codes,  # (rows, cols) i8, out
     steps,  # (rows, 1) f32, out
     cols,  # i32
     LARGEST: tl.constexpr,
+    BF16: tl.constexpr,
     ALIGNED: tl.constexpr,  # cols is a multiple of 16
     WIDTH: tl.constexpr,
 ):
@@ -107,7 +119,8 @@ def quantise_rows_kernel(
     first = 0
     while first < cols:
         col = first + lane
-        x = tl.load(weight + row * cols + col, mask=col < cols, other=0.0).to(tl.float32)
+        at = row * cols + col
+        x = _load(weight, at, col < cols, BF16)
         most = tl.maximum(most, tl.abs(x))
         first += WIDTH
     step = tl.div_rn(tl.max(most, axis=0), tl.full((), LARGEST, dtype=tl.float32))
@@ -115,21 +128,23 @@ def quantise_rows_kernel(
     first = 0
     while first < cols:
         col = first + lane
-        x = tl.load(weight + row * cols + col, mask=col < cols, other=0.0).to(tl.float32)
+        at = row * cols + col
+        x = _load(weight, at, col < cols, BF16)
         code = _nearest(x, tl.broadcast_to(step, (WIDTH,)))
-        tl.store(codes + row * cols + col, code.to(tl.int8), mask=col < cols)
+        tl.store(codes + at, code.to(tl.int8), mask=col < cols)
         first += WIDTH
 
 
 @triton.jit(do_not_specialize=["rows", "cols", "n_groups"])
 def quantise_blocks_kernel(
-    weight,  # (rows, cols) bf16 | f32
+    weight,  # (rows, cols) i16 view of bf16 | f32
     codes,  # (rows, cols) u8 view of e4m3, out
     steps,  # (blocks down, n_groups) f32, out
     rows,  # i32
     cols,  # i32
     n_groups,  # i32
     LARGEST: tl.constexpr,
+    BF16: tl.constexpr,
     ALIGNED: tl.constexpr,  # cols is a multiple of 16
     PIECE_ROWS: tl.constexpr,
 ):
@@ -144,7 +159,8 @@ def quantise_blocks_kernel(
     while first < GROUP:
         row = first + lane
         inside = (row < rows)[:, None] & (col < cols)[None, :]
-        x = tl.load(weight + row[:, None] * cols + col[None, :], mask=inside, other=0.0).to(tl.float32)
+        at = row[:, None] * cols + col[None, :]
+        x = _load(weight, at, inside, BF16)
         most = tl.maximum(most, tl.abs(x))
         first += PIECE_ROWS
     step = tl.div_rn(tl.max(tl.max(most, axis=1), axis=0), tl.full((), LARGEST, dtype=tl.float32))
@@ -154,10 +170,11 @@ def quantise_blocks_kernel(
     while first < GROUP:
         row = first + lane
         inside = (row < rows)[:, None] & (col < cols)[None, :]
-        x = tl.load(weight + row[:, None] * cols + col[None, :], mask=inside, other=0.0).to(tl.float32)
+        at = row[:, None] * cols + col[None, :]
+        x = _load(weight, at, inside, BF16)
         y = tl.div_rn(x, tl.broadcast_to(divisor, (PIECE_ROWS, GROUP)))
         y = tl.minimum(tl.maximum(y, -LARGEST), LARGEST)
-        tl.store(codes + row[:, None] * cols + col[None, :], to_e4m3(y).to(tl.uint8), mask=inside)
+        tl.store(codes + at, to_e4m3(y).to(tl.uint8), mask=inside)
         first += PIECE_ROWS
 
 
@@ -181,29 +198,32 @@ def dequantise_kernel(
     if ALIGNED:
         cols = cols // 16 * 16
     col = tl.program_id(1).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
-    start = steps + row // BLOCK_ROWS * n_groups
+    at, first = row * cols + col, row // BLOCK_ROWS * n_groups
     if GROUPED:
         group = tl.program_id(1).to(tl.int64) * (WIDTH // GROUP) + tl.arange(0, WIDTH // GROUP)
+        step_at = first + group
         if STEP_BF16:
-            bits = tl.load(start + group, mask=group < n_groups, other=0).to(tl.int32)
+            bits = tl.load(steps + step_at, mask=group < n_groups, other=0).to(tl.int32)
             step = _spread((bits << 16).to(tl.float32, bitcast=True), WIDTH)
         else:
-            step = _spread(tl.load(start + group, mask=group < n_groups, other=0.0), WIDTH)
+            step = _spread(tl.load(steps + step_at, mask=group < n_groups, other=0.0), WIDTH)
     else:
-        step = tl.broadcast_to(tl.load(start), (WIDTH,))
-    code = tl.load(codes + row * cols + col, mask=col < cols, other=0)
+        step = tl.broadcast_to(tl.load(steps + first), (WIDTH,))
+    code = tl.load(codes + at, mask=col < cols, other=0)
     x = (from_e4m3(code.to(tl.int32)) if FP8 else code.to(tl.float32)) * step
     if BF16:
-        tl.store(out + row * cols + col, to_bfloat16(x).to(tl.int16), mask=col < cols)
+        tl.store(out + at, to_bfloat16(x).to(tl.int16), mask=col < cols)
     else:
-        tl.store(out + row * cols + col, x, mask=col < cols)
+        tl.store(out + at, x, mask=col < cols)
 
 
 def launch_quantise(weight: Tensor, codes: Tensor, steps: Tensor, format: Format) -> None:
     """Launch the kernel of the format's blocks."""
     rows, cols = weight.shape
     down, across = format.blocks((rows, cols))
-    width, options = _width(cols), {"LARGEST": format.largest, "ALIGNED": cols % 16 == 0, "enable_fp_fusion": False}
+    width, bf16 = _width(cols), weight.dtype == torch.bfloat16
+    options = {"LARGEST": format.largest, "BF16": bf16, "ALIGNED": cols % 16 == 0, "enable_fp_fusion": False}
+    weight = weight.view(torch.int16) if bf16 else weight
     with on_device(weight):
         if format.rows > 1:
             quantise_blocks_kernel[(down, across)](

@@ -11,8 +11,8 @@
     optimizer = MISA(model, ...)
 
 Embeddings, head, norms, biases and matrices outside ``nn.Linear`` stay in full on the card; ``residents.describe()``
-names them. ``Residents(model, ...)`` with ``hold(name, weight)`` takes the matrices one by one, also into a model on the
-meta device, for loaders that stream.
+names them. ``Residents(model, ...)`` with ``hold(name, weight)`` takes the matrices one by one, also into a model on
+the meta device, for loaders that stream.
 
     masters.py   where exact weights lie: pinned memory, or pages of the model's own files
     matrix.py    one matrix and its three forms

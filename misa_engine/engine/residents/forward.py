@@ -3,8 +3,8 @@
     forward pass    workspace = W;  y  = x·Wᵀ + b
     backward pass   workspace = W;  dx = dy·W          no gradient of W, which does not train
 
-Autograd keeps no weight, in full or in 8 bits: it keeps the matrix's record, which expands it again, and refuses a graph
-from before the matrix changed, as autograd itself refuses weights that were modified in place.
+Autograd keeps no weight, in full or in 8 bits: it keeps the matrix's record, which expands it again, and refuses a
+graph from before the matrix changed, as autograd itself refuses weights that were modified in place.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ class RestingForward:
         self._call = _uncompiled()
 
     def __call__(self, x: Tensor) -> Tensor:
+        """x·Wᵀ + b for ``x`` (..., in)."""
         return self._call(self, x)
 
     def __reduce__(self) -> Any:

@@ -53,7 +53,7 @@ class Masters:
         self._pool = HostPool(device, sum(map(rounded, sizes))) if place == "pinned" and device.type == "cuda" else None
 
     def take(self, weight: Tensor) -> Tensor:
-        """The master of ``weight`` (contiguous), with a storage of its own: a copy on the host, or the tensor itself."""
+        """The master of ``weight`` (contiguous), with a storage of its own: a host copy, or the tensor itself."""
         weight = weight.detach()
         if self._pool is None:
             return weight.contiguous() if weight.device.type == "cpu" else weight.cpu()

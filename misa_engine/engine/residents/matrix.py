@@ -85,7 +85,7 @@ class Resting:
 
     @torch.no_grad()
     def enter(self, place: Tensor) -> None:
-        """Train at ``place``, a stretch (numel,) of the arena's memory, which holds the weight already unless it rested."""
+        """Train at ``place``, a stretch (numel,) of the arena's memory; only what rested is not there already."""
         if self.resting:
             assert self.master is not None
             place.copy_(self.master.view(-1), non_blocking=True)

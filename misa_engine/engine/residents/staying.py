@@ -1,4 +1,4 @@
-"""Masters stay on the host whatever ``model.to``, ``.cuda()``, ``.half()`` and their like do to the rest of the model."""
+"""Masters stay on the host whatever ``model.to``, ``.cuda()`` and their like do to the rest of the model."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ class Residents:
         workspace: (elements of the largest matrix,) in the dtype of the weights.
 
     Raises:
-        ValueError: an unknown format or place, nothing that can rest, dtypes that differ, or a model that has residents.
+        ValueError: an unknown format or place, nothing that can rest, dtypes that differ, or a model with residents.
     """
 
     def __init__(
@@ -120,8 +120,8 @@ class Residents:
         dtypes = {parameters[name].dtype for name in modules}
         if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.bfloat16}:
             raise ValueError(
-                f"matrices that rest are float32 or bfloat16, all of them one; got {', '.join(sorted(map(str, dtypes)))}"
-                ". Load the model in bfloat16 (dtype=torch.bfloat16)."
+                "matrices that rest are float32 or bfloat16, all of them one; got "
+                f"{', '.join(sorted(map(str, dtypes)))}. Load the model in bfloat16 (dtype=torch.bfloat16)."
             )
         self.device = _indexed(device if device is not None else next(iter(parameters.values())).device)
         self.dtype = dtypes.pop()
