@@ -216,10 +216,12 @@ def _put_to_rest(
 ) -> list[Tensor]:
     """Let everything but ``active`` rest; return what that takes.
 
-    The reference would expand by way of float32 copies; a GPU's kernel writes into the workspace, so it is a no-op.
+    The reference would expand by way of float32 copies; a GPU's kernel writes into the workspace, so it is a no-op. On
+    fake tensors autograd is not plain, but a run's is.
     """
-    from misa_engine.engine.residents import Residents, matrix
+    from misa_engine.engine.residents import Residents, forward, matrix
 
+    stack.enter_context(mock.patch.object(forward, "plain_autograd", lambda x: True))
     for name in ("quantise", "dequantise"):
         stack.enter_context(mock.patch.object(matrix, name, lambda *args, **kwargs: None))
     with mode:
