@@ -14,15 +14,17 @@ if TYPE_CHECKING:
     from misa_engine.method.config import MisaConfig
     from misa_engine.planner.plan import plan
     from misa_engine.trainer import MisaFactory, MisaTrainer
+    from misa_engine.trainer.loading import load_model
 
 __version__ = "0.1.0"
-__all__ = ["MISA", "MisaConfig", "MisaFactory", "MisaTrainer", "__version__", "plan"]
+__all__ = ["MISA", "MisaConfig", "MisaFactory", "MisaTrainer", "__version__", "load_model", "plan"]
 
 _HOMES = {
     "MISA": "engine.optimizer",
     "MisaConfig": "method.config",
     "MisaFactory": "trainer",
     "MisaTrainer": "trainer",
+    "load_model": "trainer.loading",
     "plan": "planner.plan",
 }
 

@@ -29,6 +29,7 @@ from kernel_arena import (
     random_weights,
     same_bits,
 )
+from kernel_resident8 import resident_formats
 from kernel_rest import rest_moves_nothing, rest_rules
 from misa_engine.kernels import tiles
 from misa_engine.kernels.adamw import adamw
@@ -342,6 +343,7 @@ DEVICE_CASES: dict[str, Callable[..., str]] = {
     "padding_in_8_bits_becomes_zero": padding_in_8_bits_becomes_zero,
     "rest_rules": rest_rules,
     "rest_moves_nothing": rest_moves_nothing,
+    "resident_formats": resident_formats,
     "norm_in_parts": norm_in_parts,
 }
 

@@ -22,11 +22,12 @@ from misa_engine.kernels.blockwise8 import kernel as blockwise8
 from misa_engine.kernels.finalise import kernel as finalise
 from misa_engine.kernels.norm import kernel as norm
 from misa_engine.kernels.norm.kernel import TILES_PER_PROGRAM
+from misa_engine.kernels.resident8 import kernel as resident8
 from misa_engine.kernels.rest import kernel as rest
 from misa_engine.kernels.split_float import kernel as split_float
 from misa_engine.kernels.tiles import BLOCK, PART
 
-KERNEL_FILES = (finalise, adamw, norm, blockwise8, split_float, rest)
+KERNEL_FILES = (finalise, adamw, norm, blockwise8, split_float, rest, resident8)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 #: Datacentre and consumer cards of Ampere, Ada, Hopper and Blackwell.
 ARCHITECTURES = {80: "sm_80", 86: "sm_86", 89: "sm_89", 90: "sm_90a", 100: "sm_100a", 120: "sm_120a"}
@@ -92,7 +93,26 @@ MOVE = {"weight": "*i16", "grad": "*bf16", "total": "*fp32", "row_factor": "*fp3
 MOVE |= {"cols": "i32", "rate": "fp32", "key1": "i32", "key2": "i32"}
 PIECE = {"PIECE_ROWS": rest.PIECE_ROWS, "PIECE_COLS": rest.PIECE_COLS}
 MOVES = {"SIGN": False, "ROWS": True, "COLS": True, "BF16": True, "ALIGNED": True, "WIDTH": rest.WIDTH}
+GROUPS8 = {"weight": "*i16", "codes": "*i8", "steps": "*i16", "cols": "i32", "n_groups": "i32"}
+ROWS8 = {"weight": "*i16", "codes": "*i8", "steps": "*fp32", "cols": "i32"}
+BLOCKS8 = {"weight": "*i16", "codes": "*u8", "steps": "*fp32", "rows": "i32", "cols": "i32", "n_groups": "i32"}
+EXPAND8 = {"codes": "*i8", "steps": "*i16", "out": "*i16", "cols": "i32", "n_groups": "i32"}
+EXPAND_FP8 = EXPAND8 | {"codes": "*u8", "steps": "*fp32"}
+EXPAND_ROW8 = EXPAND8 | {"steps": "*fp32"}
+EXPANDS8 = {"FP8": False, "GROUPED": True, "BLOCK_ROWS": 1, "STEP_BF16": True, "BF16": True, "ALIGNED": True}
+EXPANDS8 |= {"WIDTH": resident8.WIDTH}
+EXPANDS_FP8 = EXPANDS8 | {"FP8": True, "BLOCK_ROWS": 128, "STEP_BF16": False}
+EXPANDS_ROW8 = EXPANDS8 | {"GROUPED": False, "STEP_BF16": False}
+CODES8 = {"LARGEST": 127.0, "BF16": True, "ALIGNED": True, "WIDTH": resident8.WIDTH}
+CODES_FP8 = {"LARGEST": 448.0, "BF16": True, "ALIGNED": True, "PIECE_ROWS": resident8.PIECE_ROWS}
+#: Kernel, or kernel/variant.
 SMALL_KERNELS = {
+    "quantise_groups_kernel": (GROUPS8, CODES8, {"num_warps": 4} | PRECISE),
+    "quantise_rows_kernel": (ROWS8, CODES8, {"num_warps": 4} | PRECISE),
+    "quantise_blocks_kernel": (BLOCKS8, CODES_FP8, {"num_warps": 4} | PRECISE),
+    "dequantise_kernel": (EXPAND8, EXPANDS8, {"num_warps": 4} | PRECISE),
+    "dequantise_kernel/fp8": (EXPAND_FP8, EXPANDS_FP8, {"num_warps": 4} | PRECISE),
+    "dequantise_kernel/row": (EXPAND_ROW8, EXPANDS_ROW8, {"num_warps": 4} | PRECISE),
     "row_sums_kernel": (ROW_SUMS, {"ALIGNED": True, "SCALED": True, "WIDTH": rest.WIDTH}, {"num_warps": 4} | PRECISE),
     "col_sums_kernel": (COL_SUMS, {"ALIGNED": True, "SCALED": True} | PIECE, {"num_warps": 4} | PRECISE),
     "factors_kernel": (FACTORS, {"FACTOR": True, "TOTAL": True, "TINY": 1e-36, "WIDTH": rest.WIDTH}, {"num_warps": 4}),
@@ -113,6 +133,11 @@ WIDE_ACCESSES = {
     "row_sums_kernel": {"ld.global.v4.b32": 3},  # 8 bf16 and 8 float32 factors
     "move_kernel": {"ld.global.v4.b32": 4, "st.global.v4.b32": 1},
     "round_stochastic_kernel": {"ld.global.v4.b32": 2, "st.global.v4.b32": 2},
+    "quantise_groups_kernel": {"ld.global.v4.b32": 2, "st.global.v4.b32": 1},  # 16 bf16, 16 codes
+    "quantise_rows_kernel": {"ld.global.v4.b32": 4, "st.global.v4.b32": 1},
+    "dequantise_kernel": {"ld.global.v4.b32": 1, "st.global.v4.b32": 2},
+    "dequantise_kernel/fp8": {"ld.global.v4.b32": 1, "st.global.v4.b32": 2},
+    "dequantise_kernel/row": {"ld.global.v4.b32": 1, "st.global.v4.b32": 2},
     "compress_kernel": {"ld.global.v4.b32": 4, "st.global.v2.b32": 2},
     "expand_kernel": {"ld.global.v2.b32": 2, "st.global.v4.b32": 4},
 }
@@ -120,6 +145,12 @@ WIDE_ACCESSES = {
 #: Instructions of a thread, slow paths included, about a tenth above the most that was seen; registers (with 64 a
 #: multiprocessor holds eight programs of 4 warps); trips to memory in series.
 LIMITS = {
+    "quantise_groups_kernel": (610, 48, 1),
+    "quantise_rows_kernel": (700, 48, 2),
+    "quantise_blocks_kernel": (1400, 100, 2),
+    "dequantise_kernel": (200, 48, 1),
+    "dequantise_kernel/fp8": (335, 40, 1),
+    "dequantise_kernel/row": (195, 48, 1),
     "row_sums_kernel": (160, 40, 1),
     "col_sums_kernel": (290, 48, 1),
     "factors_kernel": (890, 64, 1),
@@ -143,6 +174,7 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def kernel_named(name: str):
+    name = name.partition("/")[0]
     return next(getattr(module, name) for module in KERNEL_FILES if hasattr(module, name))
 
 
@@ -265,7 +297,7 @@ def test_other_kernels_stay_within_their_limits(kernel, architecture, tmp_path):
     accesses = global_accesses(compiled.asm["ptx"])
     wide = {name: number for name, number in accesses.items() if ".v" in name}
     assert wide == WIDE_ACCESSES.get(kernel, wide), accesses
-    if kernel in ("compress_kernel", "expand_kernel", "move_kernel"):
+    if kernel in ("compress_kernel", "expand_kernel", "move_kernel") or "quantise" in kernel:
         precise_arithmetic(compiled.asm["ptx"])
 
 
@@ -278,6 +310,10 @@ def test_other_kernels_stay_within_their_limits(kernel, architecture, tmp_path):
         ("move_kernel", ("weight", "grad")),
         ("compress_kernel", ("m", "v", "m8", "v8", "m_scale", "v_scale")),
         ("expand_kernel", ("m", "v", "m8", "v8", "m_scale", "v_scale")),
+        ("quantise_groups_kernel", ("weight", "codes", "steps")),
+        ("quantise_rows_kernel", ("weight", "codes")),
+        ("quantise_blocks_kernel", ("weight", "codes")),
+        ("dequantise_kernel", ("codes", "steps", "out")),
     ],
 )
 def test_element_offsets_are_64_bit(kernel, buffers):

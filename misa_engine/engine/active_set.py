@@ -10,6 +10,7 @@ from torch.autograd.graph import increment_version
 from misa_engine.engine.arena import Arena
 from misa_engine.engine.gradients import GradientIntake
 from misa_engine.engine.host import HostStore
+from misa_engine.engine.residents import Residents
 from misa_engine.kernels.split_float import round_stochastic_, seed_of
 
 
@@ -25,6 +26,7 @@ class ActiveSet:
         rounding_seed: round the residual bits of a parameter that leaves stochastically, by this seed; None leaves the
             model's own bfloat16 weight, which is the master rounded to nearest.
         backend: "triton" or "reference".
+        residents: matrices that rest outside the device's memory while they are not bound.
     """
 
     def __init__(
@@ -37,10 +39,11 @@ class ActiveSet:
         *,
         rounding_seed: int | None,
         backend: str,
+        residents: Residents | None = None,
     ):
         self._parameters, self._groups = parameters, groups
         self._arena, self._host, self._intake = arena, host, intake
-        self._rounding_seed, self._backend = rounding_seed, backend
+        self._rounding_seed, self._backend, self._residents = rounding_seed, backend, residents
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -87,33 +90,52 @@ class ActiveSet:
         self.drop_stale_bits()
         staying = set(wanted)
         moved = sum(self._leave(name, steps[name], round) for name in self.names if name not in staying)
-        self.bind(wanted, {name: steps[name] for name in self.names if name in staying and name not in fresh})
+        moved += self.bind(wanted, {name: steps[name] for name in self.names if name in staying and name not in fresh})
         moved += sum(self._host.enter(name, index) for index, name in enumerate(self.names))
         self.know_weights()
         return moved
 
-    def bind(self, names: Sequence[str], steps: Mapping[str, int], starts: Sequence[int] | None = None) -> None:
+    def bind(self, names: Sequence[str], steps: Mapping[str, int], starts: Sequence[int] | None = None) -> int:
         """Give ``names`` their slots, make them trainable, freeze the others and forget all gradients.
+
+        What rests outside the device is brought there, and what leaves goes back to rest with its present weight.
 
         Args:
             names: the parameters, in the order wanted for newcomers.
             steps: name -> Adam steps of those that keep their moments.
             starts: fixed places (a checkpoint's); the caller then fills in the contents.
+
+        Returns:
+            Bytes of weights moved between host and device.
         """
-        kept = set(names)
-        for name in self.names:
+        kept, before = set(names), self.names
+        for name in before:
             self._parameters[name].grad = None
             if name not in kept:
                 self._freeze(name)
-        self._arena.bind({name: self._parameters[name] for name in names}, self._groups, steps, starts=starts)
+        residents = self._residents
+        # a checkpoint's places are filled in from the masters, whoever lay there before
+        moved = 0 if residents is None else residents.leave(n for n in before if n not in kept or starts is not None)
+        bound = {name: self._parameters[name] for name in names}
+        self._arena.bind(
+            bound, self._groups, steps, starts=starts, settle=None if residents is None else residents.enter
+        )
         self._intake.bind()
+        if residents is not None:
+            self._intake.places.moved({*before, *names})
+            moved += sum(bound[name].nbytes for name in names if name in residents and name not in before)
+            residents.finish()
         for name in names:
             self._parameters[name].requires_grad_(True)
+        return moved
 
     def release(self) -> None:
-        """Forget all gradients and everything that was set on the parameters."""
+        """Forget all gradients and everything that was set on the parameters; what can rest does."""
         for name in self.names:
             self._freeze(name)
+        if self._residents is not None:
+            self._residents.leave(self.names)
+            self._residents.finish()
 
     def _leave(self, name: str, steps: int, round: int) -> int:
         """Give up, or keep on the host, what belongs to a parameter. Returns bytes copied there."""

@@ -8,6 +8,7 @@ themselves stay in the model; a table of addresses leads the kernel to them.
     exp_avg     |  q_proj.3  |k.7|      up_proj.1      | free |     float32, or int8 and scales
     exp_avg_sq  |  q_proj.3  |k.7|      up_proj.1      | free |     float32, or uint8 and scales
     residual    |  q_proj.3  |k.7|      up_proj.1      | free |     int16, bfloat16 models only
+    weights     |  q_proj.3  |k.7|      up_proj.1      | free |     weight dtype, models with residents only
                  slots start at multiples of BLOCK; their tails are zero
 
 This file knows torch and the kernels' tables, nothing of models, rounds or probabilities.
@@ -15,7 +16,7 @@ This file knows torch and the kernels' tables, nothing of models, rounds or prob
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -78,6 +79,7 @@ def arena_bytes(
     state_dtype: str = "float32",
     grad_dtype: torch.dtype | None = None,
     hold_gradients: bool = True,
+    weights_from: int | None = None,
 ) -> dict[str, int]:
     """Bytes that an ``Arena`` of these arguments will take, by category, without allocating anything.
 
@@ -89,6 +91,7 @@ def arena_bytes(
         state_dtype: of the moments, "float32" or "int8".
         grad_dtype: of the gradient slots; None is the weights'.
         hold_gradients: False when each update runs inside the backward pass.
+        weights_from: first element whose weights the arena holds, too; None: the model holds them.
     """
     arena = Arena(
         capacity,
@@ -99,6 +102,7 @@ def arena_bytes(
         state_dtype=state_dtype,
         grad_dtype=grad_dtype,
         hold_gradients=hold_gradients,
+        weights_from=weights_from,
     )
     return arena.bytes()
 
@@ -115,6 +119,8 @@ class Arena:
         state_dtype: of the moments: "float32", or "int8" (8-bit codes with a float32 scale every GROUP elements).
         grad_dtype: of the gradient slots; None is ``dtype``.
         hold_gradients: False where each update runs inside the backward pass: there are no gradient slots then.
+        weights_from: first element whose weights lie here, too, because the model's own do not lie on the device while
+            they rest; None: they lie in the model.
     """
 
     def __init__(
@@ -128,6 +134,7 @@ class Arena:
         state_dtype: str = "float32",
         grad_dtype: torch.dtype | None = None,
         hold_gradients: bool = True,
+        weights_from: int | None = None,
     ):
         def zeros(numel: int, kind: torch.dtype, wanted: bool = True) -> Tensor | None:
             return torch.zeros(numel, dtype=kind, device=device) if wanted else None
@@ -141,6 +148,8 @@ class Arena:
         self.exp_avg_scale = zeros(capacity // GROUP, torch.float32, eight)
         self.exp_avg_sq_scale = zeros(capacity // GROUP, torch.float32, eight)
         self.residual = zeros(capacity, torch.int16, split)
+        self._weights_from = weights_from or 0
+        self.weights = zeros(capacity - self._weights_from, dtype, weights_from is not None)
         self.table = TileTable.allocate(tiles, max_slots, device)
         self.tile_sumsq = torch.zeros(tiles, dtype=torch.float32, device=device)  # Σ over the steps of a round
         self.step_sumsq = torch.zeros(tiles, dtype=torch.float32, device=device)  # of the present step's gradients
@@ -167,7 +176,7 @@ class Arena:
 
     def buffers(self) -> dict[str, Tensor]:
         """The large buffers by category, for memory accounts and for tests that watch their addresses."""
-        outer = {"gradients": self.grad, "residual_bits": self.residual}
+        outer = {"gradients": self.grad, "residual_bits": self.residual, "active_weights": self.weights}
         return {**self.moments(), **{name: buffer for name, buffer in outer.items() if buffer is not None}}
 
     def bytes(self) -> dict[str, int]:
@@ -203,16 +212,20 @@ class Arena:
         steps: Mapping[str, int],
         *,
         starts: Sequence[int] | None = None,
+        settle: Callable[[str, Tensor], None] | None = None,
     ) -> None:
         """Make ``parameters`` the occupants of the arena. Allocates nothing on the device.
 
-        Occupants that stay move to the front with their residual bits; newcomers follow with everything zero.
+        Occupants that stay move to the front with their residual bits, and weights where they lie here; newcomers
+        follow with everything zero.
 
         Args:
             parameters: name -> parameter, in the order wanted for newcomers.
             groups: name -> row of the hyperparameter table.
             steps: name -> Adam steps so far, of the occupants that keep their moments; all others start at zero.
             starts: fixed places (a checkpoint's); the caller then fills in the contents.
+            settle: called with each occupant's name and the stretch (numel,) for its weights, if these lie here; it
+                fills in a newcomer's and lets the parameter lie there.
         """
         if starts is None:
             order = [name for name in self.names if name in parameters]
@@ -223,13 +236,15 @@ class Arena:
         slots: list[Slot] = []
         position = 0
         for index, name in enumerate(order):
-            weight = parameters[name].detach().view(-1)
-            position = starts[index] if starts is not None else position
-            slot = Slot(weight=weight, start=position, numel=weight.numel(), group=groups[name])
-            position += padded(slot.numel)
+            start = starts[index] if starts is not None else position
+            numel = parameters[name].numel()
+            position = start + padded(numel)
             assert position <= self.capacity, f"arena of {self.capacity} elements asked to hold {position}"
             if index < len(places):
-                self._move(places[index], slot)
+                self._move(places[index], start, padded(numel))
+            if settle is not None and (place := self._weights_at(start, numel)) is not None:
+                settle(name, place)
+            slot = Slot(weight=parameters[name].detach().view(-1), start=start, numel=numel, group=groups[name])
             if name not in steps:
                 self._clear(slot, residual=index >= len(places))
             slots.append(slot)
@@ -248,15 +263,23 @@ class Arena:
         if self.residual is not None and residual:
             self.stretch(self.residual, slot.start, padded(slot.numel)).zero_()
 
-    def _move(self, source: int, slot: Slot) -> None:
-        """Shift a staying slot's state towards the front; old and new place may overlap."""
-        if source == slot.start:
+    def _weights_at(self, start: int, numel: int) -> Tensor | None:
+        """Where the weights of ``numel`` elements from ``start`` on lie; None where they lie in the model."""
+        first = start - self._weights_from
+        return None if self.weights is None or first < 0 else self.weights[first : first + numel]
+
+    def _move(self, source: int, start: int, length: int) -> None:
+        """Shift a staying slot's state, padding included, towards the front; old and new place may overlap."""
+        if source == start:
             return
-        length = padded(slot.numel)
-        for buffer in (*self.moments().values(), *([] if self.residual is None else [self.residual])):
-            old = self.stretch(buffer, source, length).view(torch.uint8)
-            new = self.stretch(buffer, slot.start, length).view(torch.uint8)
-            if slot.start + length <= source:
+        buffers = (*self.moments().values(), *([] if self.residual is None else [self.residual]))
+        moves = [(self.stretch(buffer, source, length), self.stretch(buffer, start, length)) for buffer in buffers]
+        old_weights, new_weights = self._weights_at(source, length), self._weights_at(start, length)
+        if old_weights is not None and new_weights is not None:
+            moves.append((old_weights, new_weights))
+        for old, new in moves:
+            old, new = old.view(torch.uint8), new.view(torch.uint8)
+            if start + length <= source:
                 new.copy_(old)
                 continue
             step = self._scratch.numel()

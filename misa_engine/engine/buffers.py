@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from misa_engine.engine.arena import Arena, capacity_for
+from misa_engine.engine.arena import Arena, capacity_for, padded
 from misa_engine.engine.host import HostStore
+from misa_engine.engine.residents import Residents
 from misa_engine.engine.update import ArenaUpdate
 from misa_engine.method.config import MisaConfig
 
@@ -21,17 +22,19 @@ def buffers_for(
     budget: int,
     n_groups: int,
     backend: str,
+    residents: Residents | None = None,
 ) -> tuple[Arena, HostStore, ArenaUpdate]:
     """Allocate the arena, what is kept on the host, and the accounts of a step.
 
     Args:
         config: dtypes, and what is kept of matrices that leave.
-        parameters: name -> parameter, on the device and of the dtype of training.
+        parameters: name -> parameter, of the dtype of training and, unless it rests, on its device.
         sampled: names of those that can be drawn.
         always: names of those that are always trained.
         budget: most elements that sampled parameters hold together.
         n_groups: torch's parameter groups.
         backend: "triton" or "reference".
+        residents: of the model; what rests has no memory of its own on the device, and trains in the arena's.
     """
     some = parameters[sampled[0]]
     sizes = {name: parameter.numel() for name, parameter in parameters.items()}
@@ -40,11 +43,12 @@ def buffers_for(
         capacity,
         slots,
         dtype=some.dtype,
-        device=some.device,
+        device=some.device if residents is None else residents.device,
         split=some.dtype == torch.bfloat16 and config.master == "split",
         state_dtype=config.state_dtype,
         grad_dtype=torch.float32 if config.grad_dtype == "float32" else some.dtype,
         hold_gradients=config.update_in == "step",
+        weights_from=None if residents is None else sum(padded(sizes[name]) for name in always),
     )
     host = HostStore(
         arena,

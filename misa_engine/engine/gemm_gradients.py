@@ -127,7 +127,7 @@ def plain_autograd(x: object) -> bool:
     )
 
 
-def _dtype_of_product(x: Tensor) -> torch.dtype:
+def dtype_of_product(x: Tensor) -> torch.dtype:
     """In what dtype a linear layer multiplies ``x``: autocast's where it is on and casts ``x``, else that of ``x``."""
     device = x.device.type
     casts = torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64
@@ -180,7 +180,7 @@ class _ForwardIntoSlot:
             self._module.weight is weight
             and weight.requires_grad
             and plain_autograd(x)
-            and _dtype_of_product(x) == weight.dtype
+            and dtype_of_product(x) == weight.dtype
         )
 
     def __reduce__(self) -> tuple[Any, ...]:

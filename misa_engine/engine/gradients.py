@@ -33,9 +33,20 @@ class Scaler:
     """What they are still multiplied by; None when the caller has unscaled them."""
 
     @classmethod
-    def of(cls, optimizer: torch.optim.Optimizer) -> Scaler | None:
-        """What it has set on ``optimizer`` for the time of its ``step``; None when no scaler makes the step."""
-        return cls(getattr(optimizer, "grad_scale", None)) if hasattr(optimizer, "found_inf") else None
+    def of(cls, optimizer: torch.optim.Optimizer, rest: str = "none") -> Scaler | None:
+        """What it has set on ``optimizer`` for the time of its ``step``; None when no scaler makes the step.
+
+        Raises:
+            ValueError: the ``rest`` rule has moved something by gradients that were multiplied by the scale.
+        """
+        if not hasattr(optimizer, "found_inf"):
+            return None
+        if rest == "sgd":  # too late, but not unsaid
+            raise ValueError(
+                "GradScaler with rest='sgd': what rests has moved by gradients still multiplied by the scale. Train "
+                "without a scaler, or use rest='sign' or 'row_norm', which scale does not change."
+            )
+        return cls(getattr(optimizer, "grad_scale", None))
 
 
 class GradientIntake(ABC):

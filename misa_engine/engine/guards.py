@@ -55,8 +55,12 @@ def announce_compiled(model: nn.Module) -> None:
         )
 
 
-def check_model(model: nn.Module) -> None:
+def check_model(model: nn.Module, resting: Collection[str] = ()) -> None:
     """Refuse models that the engine would train wrongly.
+
+    Args:
+        model: the model.
+        resting: names of parameters that rest on the host (``misa_engine.engine.residents``).
 
     Raises:
         TypeError: it is no model.
@@ -104,7 +108,7 @@ def check_model(model: nn.Module) -> None:
             f"{frozen[0]} first. MISA has to see them trainable to register its hooks and freezes them itself: build "
             "it before freezing (model.requires_grad_(True)), and name what must never train in frozen=(...)."
         )
-    devices = {parameter.device for parameter in parameters.values()}
+    devices = {parameter.device for name, parameter in parameters.items() if name not in resting}
     if len(devices) > 1:
         raise ValueError(
             f"the model is spread over {', '.join(sorted(map(str, devices)))}; MISA needs it on one device. Load it "
@@ -132,15 +136,20 @@ def release(parameters: Iterable[nn.Parameter]) -> None:
 
 @torch.no_grad()
 def check_finite(parameters: Mapping[str, torch.Tensor]) -> None:
-    """Refuse weights that are NaN or infinite. One read of all weights and one wait for the device.
+    """Refuse weights that are NaN or infinite. One read of all weights and one wait for their device.
 
     Raises:
         ValueError: with the first such parameter's name.
     """
     floating = {name: parameter for name, parameter in parameters.items() if parameter.is_floating_point()}
-    sums = torch.stack([parameter.sum(dtype=torch.float32) for parameter in floating.values()]).tolist()
-    suspects = [name for name, value in zip(floating, sums, strict=True) if not math.isfinite(value)]
-    bad = [name for name in suspects if not bool(floating[name].isfinite().all())]  # a sum alone may overflow
+    sums = {name: parameter.sum(dtype=torch.float32) for name, parameter in floating.items()}
+    suspects = []
+    for device in {value.device for value in sums.values()}:
+        there = {name: value for name, value in sums.items() if value.device == device}
+        values = torch.stack(list(there.values())).tolist()
+        suspects += [name for name, value in zip(there, values, strict=True) if not math.isfinite(value)]
+    # in the model's order; a sum alone may overflow
+    bad = [name for name in floating if name in suspects and not bool(floating[name].isfinite().all())]
     if bad:
         broken = int((~floating[bad[0]].isfinite()).sum())
         raise ValueError(

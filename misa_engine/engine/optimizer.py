@@ -28,6 +28,7 @@ from misa_engine.engine.groups import build_groups
 from misa_engine.engine.intake import intake_for
 from misa_engine.engine.marks import phase
 from misa_engine.engine.replicas import Replicas, built_together, for_replicas
+from misa_engine.engine.residents import for_residents, residents_of, resting_names
 from misa_engine.engine.rest import RestRule, can_rest
 from misa_engine.kernels.backend import choose_backend
 from misa_engine.method.config import MisaConfig
@@ -78,8 +79,10 @@ class MISA(torch.optim.Optimizer):
 
     @built_together
     def __init__(self, model: nn.Module, config: MisaConfig | None = None, **options: Any):
-        self.config = config = for_replicas(guards.one_config(config, options), self.replicas)
-        guards.check_model(model)
+        self._residents = residents = residents_of(model)
+        config = for_residents(guards.one_config(config, options), residents, getattr(self.replicas, "size", 1))
+        self.config = config = for_replicas(config, self.replicas)
+        guards.check_model(model, resting_names(model))
         self.partition: Partition = partition_for(model, config)
         self.units, self.budget = self.partition.units, check_budget(self.partition, config.delta)
         named = dict(model.named_parameters())
@@ -89,14 +92,15 @@ class MISA(torch.optim.Optimizer):
         self._parameters = {name: named[name] for name in dict.fromkeys((*self._always, *sampled, *resting))}
         self.dtype = guards.common_dtype(self._parameters)
         guards.check_sparse(model, self._parameters)
-        self.backend = choose_backend(config.backend, named[sampled[0]].device)
+        self.backend = choose_backend(config.backend, (residents or named[sampled[0]]).device)
         groups, group_of = build_groups(model, self._parameters, config)
         if self.replicas is not None:
             self.replicas.agree(model, config)
         super().__init__(groups, {name: getattr(config, name) for name in ("lr", "betas", "eps", "weight_decay")})
-        self.arena, self.host, self._kernels = buffers_for(
-            config, self._parameters, sampled, self._always, self.budget, len(groups), self.backend
-        )
+        if residents is not None:
+            residents.wake(self._always, self._parameters)
+        sizes = (self._parameters, sampled, self._always, self.budget, len(groups))
+        self.arena, self.host, self._kernels = buffers_for(config, *sizes, self.backend, residents)
         self.tracker = ImportanceTracker(
             [unit.numel for unit in self.units], self.budget, config, static_weights(self.units, config.static_weights)
         )
@@ -104,7 +108,8 @@ class MISA(torch.optim.Optimizer):
         self.inner_step = self.total_steps = self.skipped_steps = self.empty_steps = 0
         self.events: deque[SwitchEvent] = deque(maxlen=200)  # 67 KB each for an 8B model's 224 units
         self._callbacks: list[Callable[[SwitchEvent], None]] = []
-        self._model_bytes = sum(parameter.nbytes for parameter in named.values())  # tied ones are listed once
+        there = set(named) - set(resting_names(model))  # on the device; tied ones are listed once
+        self._model_bytes = sum(named[name].nbytes for name in there)
 
         guards.announce(model, self.partition.new)
         self._attach(model, group_of, resting)
@@ -127,7 +132,9 @@ class MISA(torch.optim.Optimizer):
         self._anchor = GraphAnchor(model, self._attendance)
         rounding_seed = config.seed if config.leave_rounding == "stochastic" else None
         bound = (self._parameters, group_of, self.arena, self.host, self._intake)
-        self._active_set = ActiveSet(*bound, rounding_seed=rounding_seed, backend=self.backend)
+        self._active_set = ActiveSet(
+            *bound, rounding_seed=rounding_seed, backend=self.backend, residents=self._residents
+        )
         parts = (config, self.partition, self.dtype, self.tracker, self.arena, kernels, self.host)
         self._parts = state.Parts(*parts, self._active_set, self._rest)
         model.requires_grad_(False)
@@ -207,7 +214,8 @@ class MISA(torch.optim.Optimizer):
     def memory(self) -> dict[str, int]:
         """Bytes by category: the model's weights and everything this optimizer holds (host memory named as such)."""
         rest = {} if self._rest is None else {"rest": self._rest.nbytes}
-        return {"weights": self._model_bytes, **self.arena.bytes(), **rest, **self.host.bytes()}
+        residents = {} if self._residents is None else self._residents.bytes()
+        return {"weights": self._model_bytes, **residents, **self.arena.bytes(), **rest, **self.host.bytes()}
 
     def on_switch(self, callback: Callable[[SwitchEvent], None]) -> CallbackHandle:
         """Call ``callback(event)`` after each switch; the returned handle's ``remove()`` stops that."""
@@ -254,7 +262,7 @@ class MISA(torch.optim.Optimizer):
             if ends_round:  # any unit may come next, so all have to be in their places before anything is written
                 self._intake.places.check_all()
             self._active_set.drop_stale_bits()
-            self._intake.step(self._scaler())
+            self._intake.step(Scaler.of(self, self.config.rest))
             self._active_set.know_weights()
             if self.replicas is not None:
                 self.replicas.after_load(self._model, self.arena, [self.round, *self._clocks(), *self.active])
@@ -268,14 +276,6 @@ class MISA(torch.optim.Optimizer):
             elif self._rest is not None:
                 self._rest.begin_step(self.total_steps)
         return loss
-
-    def _scaler(self) -> Scaler | None:
-        if (scaler := Scaler.of(self)) is not None and self.config.rest == "sgd":  # too late, but not unsaid
-            raise ValueError(
-                "GradScaler with rest='sgd': what rests has moved by gradients still multiplied by the scale. Train "
-                "without a scaler, or use rest='sign' or 'row_norm', which scale does not change."
-            )
-        return scaler
 
     @torch.no_grad()
     def end_round(self) -> None:

@@ -51,6 +51,10 @@ class Places:
                 "convert the model first and build the optimizer afterwards."
             )
 
+    def moved(self, names: Iterable[str]) -> None:
+        """Take these parameters' present places for the right ones: the optimizer itself has moved them."""
+        self._places.update((name, _place(self._parameters[name])) for name in names)
+
     def know(self, names: Iterable[str]) -> None:
         """Take the present values of these parameters for those that the optimizer left."""
         self._versions.update((name, self._parameters[name]._version) for name in names)

@@ -242,6 +242,7 @@ def _is_live(parts: Parts, saved: dict[str, Any]) -> bool:
 def _buffers(arena: Arena) -> dict[str, Tensor]:
     named = arena.buffers()
     named.pop("gradients", None)  # dead between two steps
+    named.pop("active_weights", None)  # the model's own checkpoint has them
     return named
 
 
