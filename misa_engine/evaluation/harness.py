@@ -135,7 +135,7 @@ def language_model(subject: Subject, batch_size: int | None) -> Any:
     """
     from lm_eval.models.huggingface import HFLM
 
-    class Planned(HFLM):  # type: ignore[misc]  # lm-eval may be missing where types are checked
+    class Planned(HFLM):
         """Sizes the batch before each kind of request: their lengths are not known earlier."""
 
         most = batch_size or sizes.MOST_ON_GPU
