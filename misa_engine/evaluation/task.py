@@ -122,8 +122,10 @@ class GenerationTask(Task):
         for place, text in answered:
             item = left[place]
             answer, right = self.mark(item, text)
-            detail = {"question": item.question, "target": item.target, "generated": text, "answer": answer}
-            detail |= {"prompt_cut": True} if item.id in cut else {}
+            detail: dict[str, Any] = {"question": item.question, "target": item.target}
+            detail |= {"generated": text, "answer": answer}
+            if item.id in cut:
+                detail["prompt_cut"] = True
             progress.add(Record(item.id, {"accuracy": float(right)}, detail=detail))
         shortened = sum(bool(record.detail.get("prompt_cut")) for record in progress.done.values())
         return Outcome(answered.batch_size, {"prompts_cut": shortened, "new_tokens_made": new_tokens})
