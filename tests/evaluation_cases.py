@@ -67,6 +67,22 @@ RECORDS: dict[str, list[dict[str, Any]]] = {
             "input": "", "output": "the correct answer is answer2", "answer": "answer2",
         }
     ],
+    "arc-c": [
+        {
+            "instruction": "Please choose the correct answer to the question: What does a falling ball gain?\n\n"
+            "Answer1: mass Answer2: colour Answer3: kinetic energy Answer4: charge Answer5: age\n\n"
+            "Answer format: answer1/answer2/answer3/answer4/answer5",
+            "input": "", "output": "the correct answer is answer3", "answer": "answer3",
+        }
+    ],
+    "obqa": [
+        {
+            "instruction": "Please choose the correct answer to the question: A plant grows towards\n\n"
+            "Answer1: noise Answer2: the moon Answer3: salt Answer4: light\n\n"
+            "Answer format: answer1/answer2/answer3/answer4",
+            "input": "", "output": "the correct answer is answer4", "answer": "answer4",
+        }
+    ],
     "gsm8k": [
         {"instruction": "Ann has 3 bags of 24 nuts. How many nuts?", "input": "", "output": "3*24=72", "answer": "72"},
         {"instruction": "Bo pays $1,200 for 2 desks. What is one?", "input": "", "output": "600", "answer": "600.0"},

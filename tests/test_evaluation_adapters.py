@@ -35,7 +35,7 @@ def test_groups_are_the_papers_twelve():
     assert [one.name for one in tasks_named(["adapters:commonsense", "adapters:math", "adapters:boolq"])] == [
         f"adapters:{name}" for name in (*COMMONSENSE, *MATH)
     ]
-    assert len(COMMONSENSE) == 8 and len(MATH) == 4
+    assert len(COMMONSENSE) == 8 and len(MATH) == 4 and set(RECORDS) == {*COMMONSENSE, *MATH}
 
 
 @pytest.mark.parametrize(

@@ -229,6 +229,32 @@ def test_memory_that_ends_halves_the_batch_of_lm_eval(lm_eval, subjects, data, t
     assert found.results[0].batch_size == 2 and max(sizes) > 2
 
 
+def test_the_batch_is_planned_for_the_longest_request(lm_eval, subjects, data, tmp_path, monkeypatch):
+    from misa_engine.evaluation import batch_size
+
+    base, _ = subjects()
+    asked = []
+
+    def planned(model, *, length, beams=1, generates=False):
+        asked.append((length, generates))
+        return 3
+
+    monkeypatch.setattr(batch_size, "batch_that_fits", planned)
+    tasks, settings = ["arc_easy", "gsm8k"], Settings(data=data, limit=2, num_fewshot=0)
+    found = evaluate([base], tasks, tmp_path, settings=settings, say=str)
+    longest = max(len(f"Question: {one['question']}\nAnswer: oxygen") for one in ARC)
+    assert asked[0] == (longest + 1, False) and asked[1][1]  # a byte tokenizer, which ends each text
+    assert [one.batch_size for one in found.results] == [3, 3]
+
+
+def test_tasks_that_run_generated_code_are_refused(lm_eval, subjects, data, monkeypatch):
+    (task,) = tasks_named(["arc_easy"])
+    task._load(Settings(data=data))
+    task._tasks["arc_easy"].UNSAFE_CODE = True
+    with pytest.raises(UserError, match="runs code that the model writes"):
+        task.check([], Settings(data=data))
+
+
 def test_names_tags_and_bad_data(lm_eval, subjects, data, tmp_path):
     assert [task.name for task in tasks_named(["ai2_arc"])] == ["arc_challenge", "arc_easy"]
     with pytest.raises(UserError, match="Did you mean gsm8k"):

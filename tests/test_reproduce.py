@@ -279,6 +279,40 @@ def test_answers_for_a_judge_are_written_as_fastchat_reads_them(toy_folder, tmp_
     assert set(answers[0]) == {"question_id", "answer_id", "model_id", "choices", "tstamp"}
 
 
+def test_a_task_that_fails_leaves_a_note_and_the_others_scores(toy_folder, tmp_path, monkeypatch):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from misa_engine.bench.reproduce.cases import load_tokenizer
+    from misa_engine.bench.reproduce.scoring import score_tasks
+    from misa_engine.evaluation import adapters, harness
+
+    monkeypatch.setattr(harness, "installed", lambda: False)
+    monkeypatch.setitem(adapters.NEW_TOKENS, "choice", 4)
+    directory = str(toy_folder / "models/tiny")
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    tasks = {"piqa": "adapters:piqa", "mmlu": "mmlu"}
+    amounts = {"name": "one run", "questions": 2, "beams": 1}
+    scores, notes = score_tasks(model, load_tokenizer(directory), tasks, toy_folder / "data", tmp_path, **amounts)
+    assert scores == {"piqa": 0.0}  # no average over two protocols, and none where one is missing
+    assert notes == ["mmlu was not scored: mmlu: lm-eval is not installed: pip install 'misa_engine[eval]'"]
+    scores, notes = score_tasks(
+        model, load_tokenizer(directory), {"piqa": "adapters:piqa", "boolq": "adapters:boolq"}, toy_folder / "data",
+        tmp_path, **amounts,
+    )  # fmt: skip
+    assert set(scores) == {"piqa", "boolq", "average"} and notes == []
+    assert len((tmp_path / "one_run/adapters-boolq.jsonl").read_text().splitlines()) == 2
+
+
+def test_missing_lm_eval_is_refused_before_anything_is_trained(toy_folder, tmp_path, capsys, monkeypatch):
+    from misa_engine.evaluation import harness
+
+    monkeypatch.setattr(harness, "installed", lambda: False)
+    words = ["--data", str(toy_folder / "data"), "--device", "cpu", "--output", str(tmp_path / "out")]
+    assert main(["reproduce", "alpaca", *words]) == 2
+    assert "pip install 'misa_engine[eval]'" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_the_loss_of_labelled_tokens_is_the_models_own(toy_folder):
     import torch
     from transformers import AutoModelForCausalLM

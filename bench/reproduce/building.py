@@ -86,6 +86,8 @@ def case_of(run: Run, place: Place) -> Case:
         return _step_case(run, place, settings, shared)
     recipe = recipe_of(experiment.recipe, place.variant)
     tiny = place.scale == "tiny"
+    tasks = {**experiment.tasks, **(experiment.tiny_tasks if tiny else {})}
+    tasks = {metric: task for metric, task in tasks.items() if task}
     judged = place.output / "mt_bench" / file_name(run.name, ".jsonl")
     return ReproduceCase(
         **shared, **settings,
@@ -93,7 +95,7 @@ def case_of(run: Run, place: Place) -> Case:
         directory=str(model_directory(run.model, place)), data=str(data_folder(place)),
         from_scratch=bool(recipe.get("from_scratch")),
         overrides={} if tiny else dict(recipe.get("config_overrides", {})),
-        points=TINY["points"] if tiny else 20, tasks={**experiment.tasks, **(experiment.tiny_tasks if tiny else {})},
+        points=TINY["points"] if tiny else 20, tasks=tasks,
         questions=TINY["questions"] if tiny else 0, beams=TINY["beams"] if tiny else 0,
         evaluated=str(place.output / "evaluation"), new_tokens=TINY["new_tokens"] if tiny else 1024,
         judged=str(judged) if experiment.judged else "",

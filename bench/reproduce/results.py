@@ -147,7 +147,7 @@ def _short(run: Run, row: Row | None) -> Row:
 def packages() -> dict[str, Row]:
     """Version of each package and SHA-256 of the list of its files' hashes (RECORD), the first 16 digits."""
     found: dict[str, Row] = {}
-    for name in PACKAGES:
+    for name in (*PACKAGES, "datasets", "tokenizers", "lm_eval"):
         try:
             distribution = metadata.distribution(name)
         except metadata.PackageNotFoundError:

@@ -60,8 +60,9 @@ def score_tasks(
         try:
             check_harness([task])
             found = evaluate([subject], [task], output, settings=settings, say=lambda line: None).of(label, task)
-        except UserError as error:
-            notes.append(f"{metric} was not scored: {error}")
+        except Exception as error:  # of whichever task's code; the page says it, and the trained model's loss is kept
+            kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+            notes.append(f"{metric} was not scored: {kind}{' '.join(str(error).split())[:300]}")
             continue
         scores[metric] = 100 * next(iter(found.metrics.values())).value
     if scores and not notes and all(task.startswith(PREFIX) for task in tasks.values()):

@@ -24,7 +24,7 @@ TRAIN, TEST = 160, 6
 #: A matrix of an MLP is 4.8% of it, so that δ 1% times TINY's factor still holds one.
 MODEL = {
     "hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "num_key_value_heads": 4, "max_position_embeddings": 1024, "initializer_range": 0.12,
+    "num_key_value_heads": 4, "max_position_embeddings": 4096, "initializer_range": 0.12,
 }  # fmt: skip
 _NAMES = ("Ada", "Ben", "Cleo", "Dan", "Eve", "Finn")
 _THINGS = ("apples", "books", "coins", "stamps", "shells")

@@ -52,7 +52,11 @@ class ForgettingTask(Task):
         """Mean loss of each row, weighted by its tokens."""
         _, texts = rows(settings)
         left = [place for place in range(len(texts)) if str(place) not in progress.done]
-        encoded = {place: list(subject.tokenizer(texts[place])["input_ids"])[:LENGTH] for place in left}
+        if not left:
+            return Outcome(progress.batch_size)
+        length = min(LENGTH, getattr(subject.model.config.get_text_config(), "max_position_embeddings", None) or LENGTH)
+        encoded = {place: list(subject.tokenizer(texts[place])["input_ids"])[:length] for place in left}
+        progress.total = len(texts)
         order = sorted((place for place in left if len(encoded[place]) > 1), key=lambda place: -len(encoded[place]))
         if not order:
             return Outcome(progress.batch_size)
@@ -69,7 +73,7 @@ class ForgettingTask(Task):
             for place, loss in zip(part, losses, strict=True):
                 tokens = len(encoded[place]) - 1
                 progress.add(Record(str(place), {"loss": loss}, float(tokens), {"text": texts[place][:80]}))
-        return Outcome(batch)
+        return Outcome(batch, {"length_taken": length})
 
 
 @torch.no_grad()

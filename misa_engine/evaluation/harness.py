@@ -20,8 +20,8 @@ from misa_engine.evaluation.subjects import Subject
 from misa_engine.evaluation.task import Outcome, Task, check_chat_templates
 
 INSTALL = "lm-eval is not installed: pip install 'misa_engine[eval]'"
-#: Tokens of a sequence for which the batch is sized, where the model takes more.
-LENGTH = 2048
+#: Requests of a task, the longest in characters, that are tokenised to size its batch.
+LONGEST_TEXTS = 16
 #: Draws for the standard errors of metrics that are no means; those of means have a formula.
 BOOTSTRAPS = 1000
 
@@ -79,6 +79,11 @@ class HarnessTask(Task):
         if not installed():
             raise UserError(f"{self.name}: {INSTALL}")
         self._load(settings)
+        unsafe = [name for name, task in self._tasks.items() if getattr(task, "UNSAFE_CODE", False)]
+        if unsafe:
+            raise UserError(
+                f"{unsafe[0]} runs code that the model writes, which misa eval does not: use lm-eval itself."
+            )
         if settings.prompt == "chat":
             check_chat_templates(self.name, subjects)
 
@@ -93,25 +98,22 @@ class HarnessTask(Task):
 
     def run(self, subject: Subject, settings: Settings, progress: Progress) -> Outcome:
         """Evaluate; a batch that does not fit is halved and the task begun again."""
-        positions = getattr(subject.model.config.get_text_config(), "max_position_embeddings", None) or LENGTH
-        batch = settings.batch_size or sizes.batch_that_fits(subject.model, length=min(positions, LENGTH))
+        lm = language_model(subject, settings.batch_size)
         while True:
             try:
-                found = self._evaluate(subject, settings, batch)
+                found = self._evaluate(lm, settings)
                 break
             except (RuntimeError, MemoryError) as error:
-                batch = sizes.smaller(batch, error)
+                lm.most = sizes.smaller(lm.batch_size_per_gpu, error)
         for record in records_of(found["samples"]):
             progress.add(record)
         used = {name: found["n-shot"].get(name) for name in found["samples"]}
-        return Outcome(batch, {"n_shot": used}, metrics_of(found, self.name, len(progress.done)))
+        return Outcome(lm.batch_size_per_gpu, {"n_shot": used}, metrics_of(found, self.name, len(progress.done)))
 
-    def _evaluate(self, subject: Subject, settings: Settings, batch: int) -> Mapping[str, Any]:
+    def _evaluate(self, lm: Any, settings: Settings) -> Mapping[str, Any]:
         from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
 
         with self._load(settings).in_place():
-            lm = HFLM(pretrained=subject.model, tokenizer=subject.tokenizer, batch_size=batch, backend="causal")
             found = simple_evaluate(
                 model=lm, tasks=[self.name], task_manager=manager(), limit=settings.limit, log_samples=True,
                 num_fewshot=settings.num_fewshot, apply_chat_template=settings.prompt == "chat",
@@ -119,6 +121,48 @@ class HarnessTask(Task):
             )  # fmt: skip
         assert found is not None  # None on other ranks than the first, and there is one
         return dict(found)
+
+
+def language_model(subject: Subject, batch_size: int | None) -> Any:
+    """lm-eval's ``HFLM`` around a model, whose batch is the planner's for the longest request of each task.
+
+    Args:
+        subject: the model.
+        batch_size: instead of the planner's.
+
+    Returns:
+        An ``HFLM``; its attribute ``most`` bounds the batch.
+    """
+    from lm_eval.models.huggingface import HFLM
+
+    class Planned(HFLM):
+        """Sizes the batch before each kind of request: their lengths are not known earlier."""
+
+        most = batch_size or sizes.MOST_ON_GPU
+
+        def _plan(self, texts: Sequence[str], new_tokens: int = 0) -> None:
+            longest = sorted(texts, key=len)[-LONGEST_TEXTS:]  # in characters; in tokens one of these
+            tokens = max((len(self.tok_encode(text)) for text in longest), default=1) + new_tokens
+            tokens = min(tokens, self.max_length)
+            room = self.most
+            if batch_size is None:
+                room = sizes.batch_that_fits(subject.model, length=tokens, generates=new_tokens > 0)
+            self.batch_size_per_gpu = max(1, min(self.most, room))
+
+        def loglikelihood(self, requests: Any, **options: Any) -> Any:
+            self._plan(["".join(request.args) for request in requests])
+            return super().loglikelihood(requests, **options)
+
+        def loglikelihood_rolling(self, requests: Any, **options: Any) -> Any:
+            self._plan([request.args[0] for request in requests])
+            return super().loglikelihood_rolling(requests, **options)
+
+        def generate_until(self, requests: Any, **options: Any) -> Any:
+            new = max((request.args[1].get("max_gen_toks") or self.max_gen_toks for request in requests), default=1)
+            self._plan([request.args[0] for request in requests], int(new))
+            return super().generate_until(requests, **options)
+
+    return Planned(pretrained=subject.model, tokenizer=subject.tokenizer, batch_size=1, backend="causal")
 
 
 def records_of(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Record]:

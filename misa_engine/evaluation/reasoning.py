@@ -157,7 +157,9 @@ class ReasoningTask(GenerationTask):
 
 
 def training_records(names: Sequence[str], count: int) -> list[dict[str, Any]]:
-    """Chats to train on, prompt and completion, so that the loss is the solution's: problems of the tasks' families with their solutions, none of them evaluated.
+    """Chats to train on: problems of the tasks' families with their solutions, none of them evaluated.
+
+    They are prompt and completion, so that the loss is the solution's.
 
     Args:
         names: tasks, ``reasoning:chain_sum``.

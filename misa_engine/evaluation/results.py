@@ -23,6 +23,11 @@ SAME = 1e-6
 LESS_IS_BETTER = frozenset(("loss", "perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte"))
 
 
+def less_is_better(metric: str) -> bool:
+    """Whether a smaller value of a metric, whatever its filter, is the better one."""
+    return metric.partition(",")[0] in LESS_IS_BETTER
+
+
 @dataclass(frozen=True)
 class Record:
     """One item of a task and what a model made of it."""

@@ -112,7 +112,7 @@ def _one(
     if before is not None and before.key == key:
         say(f"{name}: done before")
         return before
-    progress = Progress(place.with_suffix(".jsonl"), key)
+    progress = Progress(place.with_suffix(".jsonl"), key, lambda line: say(f"{name}: {line}"))
     if before is not None:
         say(f"{name}: made again, because {what_changed(before, facts, subject.identity(), versions)}")
     elif progress.done:

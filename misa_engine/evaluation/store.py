@@ -11,11 +11,16 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
 from misa_engine.evaluation.results import Record, Result
 from misa_engine.evaluation.statistics import Estimate
+
+#: Seconds between two lines of progress.
+EVERY = 60.0
 
 
 def slug(task: str) -> str:
@@ -29,16 +34,20 @@ class Progress:
     Args:
         path: of the records when they are complete.
         key: of what decides them.
+        say: gets a line a minute while records are made.
     """
 
-    def __init__(self, path: Path, key: str) -> None:
+    def __init__(self, path: Path, key: str, say: Callable[[str], None] | None = None) -> None:
         self.path, self.part = path, path.with_name(path.name + ".part")
         self.key = key
         self.done: dict[str, Record] = {}
         """By id."""
         self.batch_size = 0
         """Of an interrupted run; 0 where nothing was interrupted."""
+        self.total = 0
+        """How many there will be, where the task knows."""
         self._file: IO[str] | None = None
+        self._say, self._said = say, time.monotonic()
         self._read()
 
     def _read(self) -> None:
@@ -66,6 +75,9 @@ class Progress:
         self.done[record.id] = record
         self._file.write(json.dumps(record.to_dict(), ensure_ascii=False) + "\n")
         self._file.flush()
+        if self._say is not None and time.monotonic() - self._said > EVERY:
+            self._said = time.monotonic()
+            self._say(f"{len(self.done)} of {self.total or '?'}")
 
     def close(self) -> None:
         """Let the file go; what was added stays."""

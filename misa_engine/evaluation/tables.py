@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from misa_engine.evaluation.results import LESS_IS_BETTER, PROTOCOLS, Evaluation, Result
+from misa_engine.evaluation.results import PROTOCOLS, Evaluation, Result, less_is_better
 from misa_engine.evaluation.statistics import Paired
 
 if TYPE_CHECKING:
@@ -46,11 +46,11 @@ def _table(evaluation: Evaluation, protocol: str) -> Table:
         for metric in dict.fromkeys(name for result in ours for name in result.metrics):
             for place, result in enumerate(one for one in ours if metric in one.metrics):
                 found = result.metrics[metric]
-                head = (task, metric + (" ↓" if metric.partition(",")[0] in LESS_IS_BETTER else "")) if not place else (
+                head = (task, metric + (" ↓" if less_is_better(metric) else "")) if not place else (
                     "", "")  # fmt: skip
                 cells = (result.model, f"{found.value:.4f}", _error(found.stderr), str(found.n))
                 difference = evaluation.against_reference(result.model, task, metric)
-                table.add_row(*head, *cells, *(_difference(difference) if several else ()))
+                table.add_row(*head, *cells, *(_difference(difference, metric) if several else ()))
         table.add_section()
     return table
 
@@ -59,8 +59,9 @@ def _error(value: float | None) -> str:
     return "–" if value is None else f"{value:.4f}"
 
 
-def _difference(found: Paired | None) -> tuple[str, str, str, str]:
+def _difference(found: Paired | None, metric: str) -> tuple[str, str, str, str]:
     if found is None:
         return ("", "", "", "")
     p = "" if found.p_value is None else f"{found.p_value:.3f}"
-    return (f"{found.difference:+.4f}", _error(found.stderr), f"{found.wins}–{found.losses}", p)
+    won, lost = (found.losses, found.wins) if less_is_better(metric) else (found.wins, found.losses)
+    return (f"{found.difference:+.4f}", _error(found.stderr), f"{won}–{lost}", p)

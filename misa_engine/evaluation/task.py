@@ -99,22 +99,48 @@ class GenerationTask(Task):
         """Generate in batches of prompts of about one length, and mark."""
         tokenizer = subject.tokenizer
         chat = self.chat(settings)
-        left = [item for item in self.items(settings) if item.id not in progress.done]
-        prompts = {}
+        items = self.items(settings)
+        left = [item for item in items if item.id not in progress.done]
+        if not left:
+            return Outcome(progress.batch_size)
+        progress.total = len(items)
+        room, new_tokens = room_for(subject.model.config, self.new_tokens)
+        prompts, cut = {}, set()
         for item in left:
             text = self.prompt(item, tokenizer, settings)
             # a chat template writes its special tokens itself
-            prompts[item.id] = list(tokenizer(text, add_special_tokens=not chat)["input_ids"])
+            ids = list(tokenizer(text, add_special_tokens=not chat)["input_ids"])
+            while ids and ids[-1] == tokenizer.eos_token_id:  # some tokenizers end every text; an answer follows this
+                ids.pop()
+            if len(ids) > room:
+                cut.add(item.id)
+            prompts[item.id] = ids[-room:]
         answered = generation.answers(
-            subject, [prompts[item.id] for item in left], new_tokens=self.new_tokens, beams=self.beams(settings),
+            subject, [prompts[item.id] for item in left], new_tokens=new_tokens, beams=self.beams(settings),
             batch_size=settings.batch_size,
         )  # fmt: skip
         for place, text in answered:
             item = left[place]
             answer, right = self.mark(item, text)
-            detail = {"question": item.question, "target": item.target, "generated": text, "answer": answer}
+            detail: dict[str, Any] = {"question": item.question, "target": item.target}
+            detail |= {"generated": text, "answer": answer}
+            if item.id in cut:
+                detail["prompt_cut"] = True
             progress.add(Record(item.id, {"accuracy": float(right)}, detail=detail))
-        return Outcome(answered.batch_size or progress.batch_size)
+        shortened = sum(bool(record.detail.get("prompt_cut")) for record in progress.done.values())
+        return Outcome(answered.batch_size, {"prompts_cut": shortened, "new_tokens_made": new_tokens})
+
+
+def room_for(config: Any, new_tokens: int) -> tuple[int, int]:
+    """Tokens for a prompt and for its answer within a model's positions; a prompt that is longer loses its beginning.
+
+    Args:
+        config: of the model.
+        new_tokens: wanted for the answer; no more than half of all positions are given.
+    """
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+    new_tokens = max(1, min(new_tokens, positions // 2))
+    return max(1, positions - new_tokens), new_tokens
 
 
 def check_chat_templates(task: str, subjects: Iterable[Subject]) -> None:
