@@ -23,7 +23,8 @@ from misa_engine.sweep import page as pages
 from misa_engine.sweep import study as studies
 from misa_engine.sweep import trial as trials
 from misa_engine.sweep.command import sweep
-from misa_engine.sweep.objective import Objective
+from misa_engine.sweep.evaluating import value_of
+from misa_engine.sweep.objective import Objective, parse_objective
 from misa_engine.sweep.settings import Settings
 from misa_engine.sweep.space import PAPER, Dimension, parse_space
 
@@ -169,6 +170,25 @@ def test_a_task_as_objective_rises_and_its_failures_are_recorded(tmp_path: Path)
     assert "word_perplexity of falls does not go the way of task:falls" in row["reason"]
     assert Objective("forgetting").direction == "minimize" and Objective("a").intermediate(2.0) == -2.0
     assert Objective("a", "d", 5).words == ["--tasks", "a", "--data", "d", "--limit", "5"]
+
+
+def test_names_and_results_are_those_of_misa_eval() -> None:
+    evaluation = pytest.importorskip("misa_engine.evaluation", reason="this misa_engine has no misa eval")
+    assert parse_objective("task:adapters:gsm8k", limit=5) == Objective("adapters:gsm8k", limit=5)
+    with pytest.raises(UserError, match="Did you mean adapters:gsm8k?"):
+        parse_objective("task:adapters:gsm8")
+
+    def document(metric: str, **values: float) -> dict[str, Any]:
+        made = tuple(
+            evaluation.Result(
+                task, "p", "m", "path", "d", {metric: evaluation.Estimate(value, 0.1, 4)}, {}, {}, "k", 1, 1.0
+            )
+            for task, value in values.items()
+        )
+        return json.loads(json.dumps(evaluation.Evaluation(made, (), "m", Path()).to_dict()))
+
+    assert value_of(document("accuracy", gsm8k=0.25, svamp=0.75), Objective("adapters:math")) == 0.5
+    assert value_of(document("loss", forgetting=2.5), Objective("forgetting")) == 2.5
 
 
 # ---- several processes, and kills ----

@@ -128,10 +128,6 @@ class _Reader:
         if entry.form == "difference":
             stored = self._part(entry, tensor.name).numpy()
             return codec.decode_difference(base, stored, entry.chunks, tensor.width)
-        if entry.form == "sparse":
-            names = ("values", *({"indices", "bitmap"} & self._parts(entry, tensor.name)))
-            parts = {name: self._part(entry, part_name(tensor.name, name)).numpy() for name in names}
-            return codec.decode_sparse(base, parts, tensor.dtype)
         product: dict[str, Tensor] = {
             name: self._part(entry, part_name(tensor.name, name)) for name in ("left", "right")
         }
@@ -142,9 +138,3 @@ class _Reader:
 
         with safe_open(self._delta / str(entry.file), framework="pt") as file:
             return file.get_tensor(name).to(torch.device("cpu"))
-
-    def _parts(self, entry: TensorEntry, name: str) -> set[str]:
-        from safetensors import safe_open
-
-        with safe_open(self._delta / str(entry.file), framework="pt") as file:
-            return {key.removeprefix(f"{name}:") for key in file.keys() if key.startswith(f"{name}:")}

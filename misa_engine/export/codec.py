@@ -1,11 +1,11 @@
-"""How one changed tensor is stored: the difference of its bits, itself, its largest changes, or a product of two.
+"""How one changed tensor is stored: the difference of its bits, itself, or a product of two matrices.
 
 Exact. The numbers' bits are read as integers and subtracted; a small step of training changes them by a few units, up
 or down. Zigzag makes small differences small positive numbers, whose bytes are then put plane by plane (all lowest
 bytes, then all next ones), so that zlib sees long runs of zeros. What has no base is the difference from zeros. Where
 that saves less than 3% the tensor is stored as it is. Measured in docs/guide/export.md.
 
-Sparse. The share ``density`` of the numbers that changed most, at their places, with their new bits.
+Sparse. The difference again, of the share ``density`` of the numbers that changed most; the others stay the base's.
 
 Low rank. The change as the product of two matrices, by randomised singular value decomposition with a fixed seed.
 """
@@ -143,19 +143,17 @@ def _unpack(before: np.ndarray, packed: np.ndarray) -> np.ndarray:
 # ---- sparse ----
 
 
-def encode_sparse(
-    base: np.ndarray, result: np.ndarray, dtype: str, density: float
-) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """The numbers that changed most, and their places as bits or as indices, whichever is shorter.
+def thinned(base: np.ndarray, result: np.ndarray, dtype: str, density: float) -> np.ndarray:
+    """The base with only those numbers replaced that changed most, to be stored as a difference.
 
     Args:
         base: (bytes,) uint8, of ``dtype``.
         result: (bytes,) uint8, of ``dtype``.
         dtype: one of ``TORCH``.
-        density: share of the numbers that are kept.
+        density: share of the numbers that are replaced, at most; bit for bit.
 
     Returns:
-        What is stored by name, and what it decodes to, (bytes,) uint8.
+        (bytes,) uint8.
     """
     width = _UNSIGNED[TORCH[dtype].itemsize]
     before, after = base.view(width), result.view(width)
@@ -166,32 +164,9 @@ def encode_sparse(
         least = np.partition(change, change.size - kept)[change.size - kept]
         differs &= ~(change < least)  # a change that is not a number is kept
     places = np.flatnonzero(differs)[:kept]
-    bits = np.zeros(change.size, bool)
-    bits[places] = True
-    stored = {"values": after[places].view(np.uint8)}
-    if 4 * places.size < change.size / 8 and change.size < 1 << 31:
-        stored["indices"] = places.astype(np.int32)
-    else:
-        stored["bitmap"] = np.packbits(bits)
-    return stored, decode_sparse(base, stored, dtype)
-
-
-def decode_sparse(base: np.ndarray, stored: dict[str, np.ndarray], dtype: str) -> np.ndarray:
-    """The base with the stored numbers in their places, (bytes,) uint8.
-
-    Raises:
-        ValueError: places and numbers do not belong together.
-    """
-    result = base.copy().view(_UNSIGNED[TORCH[dtype].itemsize])
-    values = np.ascontiguousarray(stored["values"]).view(result.dtype)
-    if "indices" in stored:
-        places = stored["indices"]
-    else:
-        places = np.flatnonzero(np.unpackbits(stored["bitmap"], count=result.size))
-    if places.size != values.size or (places.size and not 0 <= places.min() <= places.max() < result.size):
-        raise ValueError("places and numbers do not belong together")
-    result[places] = values
-    return result.view(np.uint8)
+    replaced = before.copy()
+    replaced[places] = after[places]
+    return replaced.view(np.uint8)
 
 
 # ---- low rank ----

@@ -23,7 +23,7 @@ DOCUMENT = "misa_delta.json"
 CARRIED = "files"
 FORMS = ("exact", "sparse", "low_rank")
 #: How a single tensor may be stored.
-KINDS = ("same", "difference", "whole", "sparse", "low_rank")
+KINDS = ("same", "difference", "whole", "low_rank")
 #: Headers of a model of a thousand shards have some 10 MB; more than this is no document of ours.
 _MOST_BYTES = 1 << 28
 
@@ -33,7 +33,7 @@ class TensorEntry:
     """How one tensor of the model is stored."""
 
     form: str
-    """One of ``KINDS``."""
+    """One of ``KINDS``; same, with an error, where a low rank is farther off than the base."""
     from_base: bool
     """Whether the base's tensor of that name is where it starts, instead of zeros."""
     sha256: str | None
@@ -95,7 +95,7 @@ class Document:
 
 
 def part_name(tensor: str, part: str) -> str:
-    """Under which a part of a tensor lies in a file of the delta: ``<tensor>``, or ``<tensor>:values`` and so on."""
+    """Under which a part of a tensor lies in a file of the delta: ``<tensor>``, or ``<tensor>:left`` and ``:right``."""
     return f"{tensor}:{part}" if part else tensor
 
 

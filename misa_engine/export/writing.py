@@ -146,7 +146,10 @@ class _Writer:
     def total(self, trained: StoredModel) -> dict[str, Any]:
         """Over all tensors."""
         entries = self.tensors.values()
-        count = {"tensors": len(entries), "changed": sum(entry.form != "same" for entry in entries)}
+        count = {
+            "tensors": len(entries),
+            "changed": sum(entry.form != "same" or entry.error is not None for entry in entries),
+        }
         count |= {"model_bytes": trained.bytes, "stored_bytes": sum(entry.bytes for entry in entries)}
         if self._form == "exact":
             return count
@@ -171,45 +174,44 @@ class _Writer:
         base = np.zeros_like(result) if start is None else start
         if start is not None and np.array_equal(base, result):
             entry.form = "same"
-            self._measure(tensor, base, result, result, lossy=False)
+            self._measure(tensor, base, result, result, entry)
             return {}
+        wanted = result
         if lossy and self._form == "sparse":
-            stored, decoded = codec.encode_sparse(base, result, tensor.dtype, self._options["density"])
-            return self._lossy("sparse", tensor, base, result, decoded, entry, stored)
+            wanted = codec.thinned(base, result, tensor.dtype, self._options["density"])
+            entry.sha256 = sha256(wanted)
+        difference = codec.encode_difference(base, wanted, tensor.width)
         if lossy and self._form == "low_rank":
-            rank = int(self._options["rank"])
-            product = codec.encode_low_rank(base, result, tensor.dtype, tensor.shape, rank)
-            if product is not None:
-                return self._lossy("low_rank", tensor, base, result, product[1], entry, product[0])
-        self._measure(tensor, base, result, result, lossy=False)
-        difference = codec.encode_difference(base, result, tensor.width)
+            exact_bytes = tensor.bytes if difference is None else difference[0].nbytes
+            product = codec.encode_low_rank(base, result, tensor.dtype, tensor.shape, int(self._options["rank"]))
+            if product is not None and sum(part.nbytes for part in product[0].values()) < exact_bytes:
+                tensors = [codec.as_tensor(data, tensor.dtype) for data in (base, result, product[1])]
+                if ErrorSum().add(*tensors, lossy=True)[0] >= 1:  # rounding ate it: the base itself is no farther off
+                    entry.form, entry.sha256 = "same", sha256(base)
+                    self._measure(tensor, base, result, base, entry)
+                    return {}
+                entry.form, entry.sha256 = "low_rank", None
+                self._measure(tensor, base, result, product[1], entry)
+                return dict(product[0])
+        self._measure(tensor, base, result, wanted, entry)
         if difference is None:
             entry.from_base = False
-            return {"": result}
+            return {"": wanted}
         entry.form, entry.chunks = "difference", difference[1]
         return {"": difference[0]}
 
-    def _lossy(
-        self,
-        form: str,
-        tensor: StoredTensor,
-        base: np.ndarray,
-        result: np.ndarray,
-        decoded: np.ndarray,
-        entry: TensorEntry,
-        stored: dict[str, Any],
-    ) -> dict[str, Any]:
-        entry.form = form
-        entry.sha256 = sha256(decoded) if form == "sparse" else None
-        entry.error, entry.error_of_weights = self._measure(tensor, base, result, decoded, lossy=True)
-        return stored
-
     def _measure(
-        self, tensor: StoredTensor, base: np.ndarray, result: np.ndarray, decoded: np.ndarray, *, lossy: bool
-    ) -> tuple[float | None, float | None]:
+        self, tensor: StoredTensor, base: np.ndarray, result: np.ndarray, decoded: np.ndarray, entry: TensorEntry
+    ) -> None:
+        """Count the error of a lossy form; note it where the bits are not the result's."""
         if self._form == "exact" or tensor.dtype not in codec.TORCH:
-            return None, None
-        return self._errors.add(*(codec.as_tensor(data, tensor.dtype) for data in (base, result, decoded)), lossy=lossy)
+            return
+        exact = decoded is result or np.array_equal(decoded, result)
+        errors = self._errors.add(
+            *(codec.as_tensor(data, tensor.dtype) for data in (base, result, decoded)), lossy=not exact
+        )
+        if not exact:
+            entry.error, entry.error_of_weights = errors
 
 
 def _carry(model: Path, folder: Path) -> list[str]:
