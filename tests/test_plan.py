@@ -188,12 +188,13 @@ def test_one_more_sequence_would_not_fit():
 
 
 def test_an_impossible_plan_says_what_would_work(capsys):
-    error = refused(capsys, "--model", "llama-3-8b", "--max_vram_gb", "12")
+    bf16 = ("--residents", "none")
+    error = refused(capsys, "--model", "llama-3-8b", "--max_vram_gb", "12", *bf16)
     assert "does not fit into 12.00 GiB" in error and "smallest card that works is rtxa4500" in error
-    error = refused(capsys, "--model", "llama-3-8b", "--max_vram_gb", "18.5", "--delta", "0.06")
+    error = refused(capsys, "--model", "llama-3-8b", "--max_vram_gb", "18.5", "--delta", "0.06", *bf16)
     delta = float(error.split("largest delta that works is ")[1].split()[0].rstrip("."))
     assert 0.0073 < delta < 0.06
-    words = ("--model", "llama-3-8b", "--max_vram_gb", "18.5", "--delta")
+    words = ("--model", "llama-3-8b", "--max_vram_gb", "18.5", *bf16, "--delta")
     assert planned(capsys, *words, str(delta))["fits"]
     refused(capsys, *words, str(delta + 0.001))
     assert "No known card works" in refused(capsys, "--model", "qwen2.5-14b", "--gpu", "8", "--batch", "64",

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from misa_engine.cli.evaluation_data import EVAL_DATA, check_evaluation_data
 from misa_engine.cli.objective import check_objective
+from misa_engine.cli.residents import check_residents
 from misa_engine.errors import UserError, bad_input, did_you_mean
 from misa_engine.method.config import CHOICES, PRESET_OPTIONS, MisaConfig
 from misa_engine.trainer.compat import (
@@ -72,6 +73,9 @@ class ModelArguments:
         "bfloat16, float32 or auto, the checkpoint's own (default: bfloat16 on a GPU, auto on a CPU)",
     )
     attn_implementation: str | None = option("sdpa, eager, flash_attention_2, ... (default: transformers' choice)")
+    residents: str | None = option(
+        "int8, fp8 or int8_row: what is not drawn rests in 8 bits on the card, exact in host memory (default: none)"
+    )
     from_scratch: bool = option("start from random weights; only the configuration is read", default=False)
     config_overrides: dict[str, Any] | str | None = option("JSON object of model configuration fields to replace")
 
@@ -352,6 +356,7 @@ def _check_together(given: Mapping[str, Any]) -> None:
         if given.get(name) is not None and given[name] < 1:
             raise UserError(f"--{name} must be at least 1; got {given[name]}")
     check_evaluation_data(given)
+    check_residents(given)
     if given.get("dataset_streaming") and not given.get("max_steps"):
         raise UserError("--dataset_streaming needs --max_steps: the length of a streamed data set is unknown.")
     check_objective(given)

@@ -16,6 +16,7 @@ from misa_engine.method.config import CHOICES, MisaConfig
 from misa_engine.planner.activations import LOSSES
 from misa_engine.planner.cards import HUB_IDS
 from misa_engine.planner.coverage import ENOUGH, Coverage, run_length
+from misa_engine.planner.speeds import FORMATS
 
 USAGE = "misa plan --model NAME [--gpu CARD | --max_vram_gb GIB] [options]"
 #: Options of MisaConfig that change memory, with the values they take.
@@ -38,7 +39,7 @@ def _run(options: argparse.Namespace) -> int:
     from misa_engine.planner.activations import MicroBatch
     from misa_engine.planner.cards import Card
     from misa_engine.planner.plan import plan
-    from misa_engine.planner.solve import Wishes, impossible, solve
+    from misa_engine.planner.solve import Wishes, again, impossible, solve
     from misa_engine.planner.worst_case import MetaModel
 
     named = (*MEMORY_OPTIONS, *OTHER_OPTIONS)
@@ -71,10 +72,10 @@ def _run(options: argparse.Namespace) -> int:
     error = None
     if options.max_vram_gb is not None:
         wishes = Wishes(options.delta, options.state_dtype, checkpointing, options.batch, options.length)
-        solved = solve(meta, limit, misa, micro_batch, wishes)
-        result = plan(meta, card=limit, misa=solved.misa, micro_batch=solved.micro_batch)
+        wishes = replace(wishes, residents=options.residents)
+        result = again(meta, solve(meta, limit, misa, micro_batch, wishes), card=limit)
     else:
-        result = plan(meta, card=limit, misa=misa, micro_batch=micro_batch)
+        result = plan(meta, card=limit, misa=misa, micro_batch=micro_batch, residents=options.residents)
         if not result.fits:
             error = impossible(meta, limit, result)
     command = train_command(options, result) if options.max_vram_gb is not None else None
@@ -139,7 +140,7 @@ def model_config(name: str) -> Any:
 
 def variants(meta: Any, result: Any) -> dict[str, Any]:
     """The same run with the other precision of moments and without, or with, checkpointing."""
-    from misa_engine.planner.plan import plan
+    from misa_engine.planner.solve import again
 
     found = {}
     for checkpointing in (True, False):
@@ -147,7 +148,7 @@ def variants(meta: Any, result: Any) -> dict[str, Any]:
             misa = result.misa.altered(state_dtype=state_dtype)
             micro_batch = replace(result.micro_batch, checkpointing=checkpointing)
             label = f"{state_dtype} moments\n{'' if checkpointing else 'no '}checkpointing"
-            found[label] = plan(meta, misa=misa, micro_batch=micro_batch)
+            found[label] = again(meta, result, misa=misa, micro_batch=micro_batch)
     return found
 
 
@@ -161,7 +162,7 @@ def _check_length(options: argparse.Namespace) -> None:
 
 def coverage_of(options: argparse.Namespace, meta: Any, result: Any) -> tuple[Coverage | None, bool | None]:
     """How often the run visits its weights, and whether the δ for enough visits fits the card; None where unknown."""
-    from misa_engine.planner.plan import plan
+    from misa_engine.planner.solve import again
 
     if options.steps is None and options.records is None:
         return None, None
@@ -178,7 +179,7 @@ def coverage_of(options: argparse.Namespace, meta: Any, result: Any) -> tuple[Co
     delta = coverage.enough.get("delta")
     if coverage.visits >= ENOUGH or delta is None or meta.shape is None:  # without formulas a plan takes a second
         return coverage, None
-    return coverage, plan(meta, card=result.card, misa=misa.altered(delta=delta), micro_batch=micro_batch).fits
+    return coverage, again(meta, result, card=result.card, misa=misa.altered(delta=delta)).fits
 
 
 def train_command(options: argparse.Namespace, result: Any) -> str:
@@ -196,6 +197,7 @@ def train_command(options: argparse.Namespace, result: Any) -> str:
     }
     shown = [name for name in (*MEMORY_OPTIONS, *OTHER_OPTIONS) if name != "state_dtype"]
     given |= {name: getattr(misa, name) for name in shown if getattr(misa, name) != getattr(MisaConfig, name)}
+    given |= {"residents": result.residents.format} if result.residents else {}
     given |= {"gradient_accumulation_steps": options.accumulation} if options.accumulation > 1 else {}
     given |= {"max_steps": options.steps} if options.steps is not None else {}
     given |= {"num_train_epochs": f"{options.epochs:g}"} if options.epochs is not None else {}
@@ -234,11 +236,14 @@ def describe(result: Any, accumulation: int = 1) -> str:
         "",
         f"largest at: {result.moment}, when these train: {_summary(result.worst_draw)}",
         *([rest_line(misa, len(result.resting), result.step_cost, accumulation)] if misa.rest != "none" else []),
+        *(result.residents.describe() if result.residents else ()),
         *(f"note: {note}" for note in result.notes),
     ]
     card = result.card
     if card is not None:
         verdict = "fits" if result.fits else "does not fit"
+        if result.fits and result.residents:
+            verdict += f", {(card.total_bytes - result.total_bytes) / 2**30:.2f} GiB left beside the slack"
         lines.append(f"{card.name} ({card.total_bytes / 2**30:.2f} GiB): {verdict}")
     if result.max_tokens_per_micro_batch is not None:
         lines.append(
@@ -301,6 +306,9 @@ def _parser() -> argparse.ArgumentParser:
     for name in MEMORY_OPTIONS:
         default = getattr(MisaConfig, name)
         add(f"--{name}", choices=CHOICES[name], help=f"as in misa train (default: {default})")
+    add("--residents", choices=("none", *FORMATS),
+        help="what is not drawn rests in 8 bits on the card, exact in host memory (default: none; with --max_vram_gb "
+        "where bfloat16 does not fit)")  # fmt: skip
     add("--always_train", nargs="+", default=[], metavar="PATTERN", help="trained in every step, outside delta")
     add("--include_outside", action="store_true", help="embeddings and head are units too")
     add("--length", "--max_length", type=positive,

@@ -39,6 +39,7 @@ def preview(
     from misa_engine.cli.plan import rest_line
     from misa_engine.engine.groups import build_groups
     from misa_engine.engine.guards import check_model, check_sparse, common_dtype
+    from misa_engine.engine.residents import residents_of, resting_names
     from misa_engine.engine.rest import can_rest
     from misa_engine.kernels.backend import choose_backend
     from misa_engine.method.partition import check_budget, partition_for
@@ -46,8 +47,9 @@ def preview(
     from misa_engine.planner.plan import optimizer_bytes
     from misa_engine.planner.resting import rest_bytes, step_cost
 
+    residents = residents_of(model)
     with bad_input():
-        check_model(model)
+        check_model(model, resting_names(model))
         parts = partition_for(model, config)
         budget = check_budget(parts, config.delta)
         named = dict(model.named_parameters())
@@ -56,7 +58,7 @@ def preview(
         trained = {name: named[name] for name in dict.fromkeys(names)}
         dtype = common_dtype(trained)
         check_sparse(model, trained)
-        choose_backend(config.backend, next(iter(trained.values())).device)
+        choose_backend(config.backend, (residents or next(iter(trained.values()))).device)
         build_groups(model, trained, config)
         weights = static_weights(parts.units, config.static_weights)
         tracker = ImportanceTracker([unit.numel for unit in parts.units], budget, config, weights)
@@ -75,7 +77,12 @@ def preview(
         size = sum(unit.numel for unit in drawn)
         lines.append(f"first draw: {len(drawn)} units, {size:,} parameters, {size / budget:.1%} of the budget:")
         lines += [f"  {unit.name}  {unit.numel:,}" for unit in drawn]
-    memory = {"weights": sum(p.nbytes for p in model.parameters()), **optimizer_bytes(parts, config, dtype)}
+    if residents is None:
+        memory = {"weights": sum(p.nbytes for p in model.parameters())}
+    else:
+        lines.append(residents.describe())
+        memory = {"weights": residents.card_bytes(named), **residents.bytes()}
+    memory |= optimizer_bytes(parts, config, dtype, residents=residents is not None)
     memory["rest"] = rest_bytes(model, rests)
     return "\n".join([*lines, "", memory_table(memory)])
 
@@ -104,7 +111,7 @@ def coverage_of(trainer: Any) -> Coverage:
 
 
 def memory_table(categories: dict[str, int]) -> str:
-    """Bytes by category, largest unit that keeps three digits, with the sum."""
+    """Bytes by category, largest unit that keeps three digits, with the sum of those on the device (not ``host_…``)."""
 
     def size(count: int) -> str:
         unit, name = (2**30, "GiB") if count >= 2**30 else (2**20, "MiB") if count >= 2**20 else (2**10, "KiB")
@@ -112,4 +119,5 @@ def memory_table(categories: dict[str, int]) -> str:
 
     lines = ["memory, without activations:"]
     lines += [f"  {name.replace('_', ' '):<24} {size(count)}" for name, count in categories.items() if count]
-    return "\n".join([*lines, f"  {'together':<24} {size(sum(categories.values()))}"])
+    on_device = sum(count for name, count in categories.items() if not name.startswith("host_"))
+    return "\n".join([*lines, f"  {'together':<24} {size(on_device)}"])

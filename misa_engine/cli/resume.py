@@ -97,7 +97,10 @@ def adopt(arguments: TrainArguments, checkpoint: Path) -> TrainArguments:
     run = arguments.run
     if "optimizer" not in given:
         run = replace(run, optimizer=stored["fixed"]["optimizer"])
-    return replace(arguments, run=run, misa=misa, given=given | set(taken) | set(options))
+    model = arguments.model
+    if "residents" not in given:
+        model = replace(model, residents=stored["free"].get("residents"))
+    return replace(arguments, run=run, model=model, misa=misa, given=given | set(taken) | set(options))
 
 
 def finished_at(checkpoint: Path, out: Path, arguments: TrainArguments) -> int | None:

@@ -22,6 +22,7 @@ from misa_engine.cli.early_checks import check_early
 from misa_engine.cli.embeddings import resize
 from misa_engine.cli.preview import coverage_of, preview, preview_adamw
 from misa_engine.cli.report import show_table, write_pictures
+from misa_engine.cli.residents import for_residents, load_resting
 from misa_engine.cli.resume import adopt, finished_at, resume_point
 from misa_engine.cli.training_data import load_training_data
 from misa_engine.errors import DONE, UserError, bad_input
@@ -202,6 +203,7 @@ def _load_inputs(arguments: TrainArguments) -> Inputs:
     model_options, sft = arguments.model, arguments.sft
     trust = sft.trust_remote_code
     model_config = loading.load_config(model_options, trust)
+    arguments = for_residents(arguments, model_config)
     dtype = loading.resolve_dtype(model_options.dtype, model_config, sft.device)
     sft.max_length = loading.fitting_length(sft.max_length, "max_length" in arguments.given, model_config)
     _choose_forward(arguments, model_config.model_type)
@@ -214,13 +216,17 @@ def _load_inputs(arguments: TrainArguments) -> Inputs:
             arguments, plan = vram.fit(arguments, model_config, dtype, limit_gib)
         print(vram.describe(plan, before), flush=True)
         vram.enforce(limit_gib, sft.device)
+        model_options = arguments.model
     tokenizer = loading.load_tokenizer(model_options, trust_remote_code=trust)
     train_data, eval_data = load_training_data(arguments, tokenizer)
     set_seed(sft.seed)  # --from_scratch draws its weights from the global generator
     kwargs = sft.model_init_kwargs if isinstance(sft.model_init_kwargs, dict) else {}
     for name in {"dtype", "torch_dtype", "device_map", "config", "attn_implementation"} & set(kwargs):
         raise UserError(f"--model_init_kwargs: leave out {name!r}; misa train decides it (see --dtype and its like).")
-    model = loading.load_model(model_options, sft.device, trust_remote_code=trust, **kwargs)
+    if model_options.residents:
+        model = load_resting(model_options, model_config, dtype, sft.device, trust, kwargs)
+    else:
+        model = loading.load_model(model_options, sft.device, trust_remote_code=trust, **kwargs)
     arguments = resize(arguments, model, tokenizer)
     loading.check_tokenizer(tokenizer, model, sft.eos_token)
     return Inputs(arguments, model, tokenizer, train_data, eval_data, plan)
@@ -230,6 +236,8 @@ def _checked_trainer(inputs: Inputs) -> Any:
     """The trainer, its loss compared with the plain one and, with a plan, its largest micro-batch tried out."""
     trainer = build_trainer(inputs.arguments, inputs.model, inputs.tokenizer, inputs.train_data, inputs.eval_data)
     trainer.check_loss()  # before anything is deleted
+    if trainer.resident_losses is not None:
+        print(trainer.resident_losses.describe() + "\n", flush=True)
     if inputs.plan is not None:
         from misa_engine.cli import vram
 

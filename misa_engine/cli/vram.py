@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from misa_engine.engine.residents import resting_names
 from misa_engine.errors import UserError
 from misa_engine.method.config import MisaConfig
 from misa_engine.planner.activations import CONTEXT_BYTES, MicroBatch
 from misa_engine.planner.cards import Card
-from misa_engine.planner.plan import OPTIMIZER, Plan, plan
-from misa_engine.planner.solve import Wishes, solve
+from misa_engine.planner.plan import OPTIMIZER, Plan
+from misa_engine.planner.solve import Wishes, again, solve
 from misa_engine.planner.worst_case import MetaModel
 from misa_engine.trainer.compat import NON_REENTRANT, checkpointing_option, fused_head_in_trl, warn_of_versions
 
@@ -69,6 +70,7 @@ def fit(arguments: TrainArguments, config: Any, dtype: torch.dtype, limit_gib: f
         batch=sft.per_device_train_batch_size if "per_device_train_batch_size" in given else None,
         length=sft.max_length,
         most_sequences=effective,
+        residents=arguments.model.residents or (None if sft.world_size == 1 and "residents" not in given else "none"),
     )
     chosen = solve(meta, limit, misa, micro_batch, wishes)
     if wishes.batch is None:
@@ -76,9 +78,10 @@ def fit(arguments: TrainArguments, config: Any, dtype: torch.dtype, limit_gib: f
         sft.per_device_train_batch_size, sft.gradient_accumulation_steps = batch, effective // batch
         if "per_device_eval_batch_size" not in given:
             sft.per_device_eval_batch_size = batch
-        chosen = plan(meta, card=limit, misa=chosen.misa, micro_batch=replace(chosen.micro_batch, batch=batch))
+        chosen = again(meta, chosen, card=limit, micro_batch=replace(chosen.micro_batch, batch=batch))
     setattr(sft, checkpointing, chosen.micro_batch.checkpointing)
-    return replace(arguments, misa=chosen.misa), chosen
+    model = replace(arguments.model, residents=chosen.residents.format if chosen.residents else None)
+    return replace(arguments, misa=chosen.misa, model=model), chosen
 
 
 def loss_of(sft: Any) -> str:
@@ -109,7 +112,8 @@ def dry_step(trainer: Any, planned: Plan) -> None:
     """Run the largest micro-batch of the run once, with the worst draw active, beside a buffer of the arena's size.
 
     Before the optimizer exists. Gradients are dropped as they arrive; weights, flags, the trainer's metrics and the
-    random state are as before afterwards.
+    random state are as before afterwards. With residents, which cannot be active yet, a vector of the lowest layer
+    trains instead, beside a buffer that stands for the active weights, too: what their inputs take is not tried.
 
     Raises:
         UserError: the device ran out of memory.
@@ -117,8 +121,11 @@ def dry_step(trainer: Any, planned: Plan) -> None:
     model, device, args = trainer.model, trainer.args.device, trainer.args
     width = planned.micro_batch.length
     size = model.get_input_embeddings().weight.shape[0]
-    arena_bytes = sum(planned.bytes.get(name, 0) for name in OPTIMIZER)
-    with _undisturbed(trainer, {*planned.worst_draw, *planned.resting}):
+    arena_bytes = sum(planned.bytes.get(name, 0) for name in (*OPTIMIZER, "active_weights"))
+    names = {*planned.worst_draw, *planned.resting} - set(resting_names(model))
+    if planned.residents is not None:
+        names.add(next(name for name, parameter in model.named_parameters() if parameter.ndim == 1))
+    with _undisturbed(trainer, names):
         try:
             arena = torch.empty(arena_bytes, dtype=torch.uint8, device=device)
             ids = torch.randint(size, (args.per_device_train_batch_size, width), device=device)
@@ -192,6 +199,9 @@ def describe(chosen: Plan, before: MisaConfig) -> str:
         f"per_device_train_batch_size {micro_batch.batch}, max_length {micro_batch.length}, gradient_checkpointing "
         f"{str(micro_batch.checkpointing).lower()}, state_dtype {misa.state_dtype}, delta {misa.delta:g}"
     ]
+    if chosen.residents is not None:
+        host = sum(chosen.residents.host_bytes.values())
+        lines.append(f"residents {chosen.residents.format}: {host / 2**30:.2f} GiB of exact weights in host memory")
     if misa.delta < before.delta:
         lines.append(f"note: delta is {misa.delta:g} instead of {before.delta:g}, which does not fit")
     return "\n".join(lines)

@@ -98,7 +98,7 @@ class MISA(torch.optim.Optimizer):
             self.replicas.agree(model, config)
         super().__init__(groups, {name: getattr(config, name) for name in ("lr", "betas", "eps", "weight_decay")})
         if residents is not None:
-            residents.wake(self._always)
+            residents.wake(self._always, self._parameters)
         sizes = (self._parameters, sampled, self._always, self.budget, len(groups))
         self.arena, self.host, self._kernels = buffers_for(config, *sizes, self.backend, residents)
         self.tracker = ImportanceTracker(
@@ -108,7 +108,8 @@ class MISA(torch.optim.Optimizer):
         self.inner_step = self.total_steps = self.skipped_steps = self.empty_steps = 0
         self.events: deque[SwitchEvent] = deque(maxlen=200)  # 67 KB each for an 8B model's 224 units
         self._callbacks: list[Callable[[SwitchEvent], None]] = []
-        self._model_bytes = sum(named[name].nbytes for name in named if name not in (residents or ()))  # tied ones once
+        there = set(named) - set(resting_names(model))  # on the device; tied ones are listed once
+        self._model_bytes = sum(named[name].nbytes for name in there)
 
         guards.announce(model, self.partition.new)
         self._attach(model, group_of, resting)

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 #: Colours that colour-blind readers tell apart (Okabe-Ito and Tol), neighbours in the stack far apart.
 COLOURS = {
     "weights": "#999999",
+    "resident_codes": "#BBBBBB",
+    "resident_steps": "#777777",
+    "resident_workspace": "#332288",
+    "active_weights": "#44AA99",
     "gradients": "#E69F00",
     "first_moment": "#0072B2",
     "second_moment": "#56B4E9",

@@ -1,6 +1,7 @@
 """What a training run will need, before anything is loaded.
 
 weights                     from the model on the meta device
+resident_codes, ...         what rests in 8 bits, and what that takes (``residents.py``)
 gradients, moments, ...     ``arena_bytes``: the optimizer's own account
 activations, cross-entropy  the worst draw's peak (``worst_case.py``)
 context, slack              constants of ``activations.py``
@@ -15,21 +16,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from misa_engine.engine.arena import arena_bytes, capacity_for
+from misa_engine.engine.arena import arena_bytes, capacity_for, padded
 from misa_engine.method.config import MisaConfig
 from misa_engine.method.partition import Partition, check_budget
 from misa_engine.planner import activations
 from misa_engine.planner.activations import MicroBatch
 from misa_engine.planner.cards import NO_BFLOAT16, Card
+from misa_engine.planner.residents import ResidentPlan, resident_plan, without_rest
 from misa_engine.planner.resting import rest_bytes, step_cost
 from misa_engine.planner.versions import other_versions
 from misa_engine.planner.worst_case import MetaModel, WorstCase
 
 #: Categories of what the optimizer holds on the device.
 OPTIMIZER = ("gradients", "first_moment", "second_moment", "moment_scales", "residual_bits", "tables", "rest")
+#: Categories of the weights; all but the first exist only with residents.
+WEIGHTS = ("weights", "resident_codes", "resident_steps", "resident_workspace", "active_weights")
 #: Order of the categories in tables and pictures.
 CATEGORIES = (
-    "weights",
+    *WEIGHTS,
     *OPTIMIZER,
     "activations",
     "cross_entropy",
@@ -65,6 +69,8 @@ class Plan:
     method: str
     """How activations were found: closed form, or measured on fake tensors."""
     notes: tuple[str, ...] = ()
+    residents: ResidentPlan | None = None
+    """How the undrawn matrices rest in 8 bits; None where all weights are on the card as they are."""
     card: Card | None = None
     max_tokens_per_micro_batch: int | None = None
     """Most tokens of a micro-batch that fit the card, in sequences of the given length or one longer; 0 = none."""
@@ -103,8 +109,10 @@ class Plan:
             "step_cost": self.step_cost,
             "method": self.method,
             "notes": list(self.notes),
+            "residents": self.residents.to_dict() if self.residents else None,
             "card": asdict(self.card) if self.card else None,
             "fits": self.fits if self.card else None,
+            "unused_bytes": max(0, self.card.total_bytes - self.total_bytes) if self.card else None,
             "max_tokens_per_micro_batch": self.max_tokens_per_micro_batch,
             "max_length": self.max_length,
         }
@@ -118,6 +126,7 @@ def plan(
     micro_batch: MicroBatch | None = None,
     dtype: torch.dtype = torch.bfloat16,
     name: str = "",
+    residents: str | None = None,
     **options: Any,
 ) -> Plan:
     """Predict the memory of a run.
@@ -129,6 +138,8 @@ def plan(
         micro_batch: how a micro-batch is run; None is one sequence of 2,048 tokens with checkpointing.
         dtype: of the weights; the formulas are for bfloat16, float32 is measured on fake tensors.
         name: what to call the model.
+        residents: format in which undrawn matrices rest in 8 bits (``residents.FORMATS``); None or "none" keeps all
+            weights on the card as they are.
         **options: single fields of MisaConfig, instead of ``misa``.
 
     Returns:
@@ -136,8 +147,8 @@ def plan(
         budget, not over all draws. Where all can be tried, it is within 2% (tests/test_worst_case.py).
 
     Raises:
-        ValueError: an option is invalid, δ is smaller than the largest unit (the message says which δ works), or
-            ``misa`` and single options are both given.
+        ValueError: an option is invalid, δ is smaller than the largest unit (the message says which δ works),
+            ``misa`` and single options are both given, or residents with a rest rule.
     """
     if misa is not None and options:
         raise ValueError(f"plan() got a MisaConfig and also {', '.join(options)}: give either, not both")
@@ -146,13 +157,21 @@ def plan(
     micro_batch = micro_batch or MicroBatch()
     micro_batch = replace(micro_batch, gemm_gradients=misa.gemm_gradients and misa.update_in == "step")
     card = Card.of(card) if isinstance(card, str) else card
+    rested = None
+    if residents not in (None, "none"):
+        misa = without_rest(misa)
+        rested = resident_plan(meta, misa, str(residents), micro_batch, card)
     parts = meta.partition(misa)
     budget = check_budget(parts, misa.delta)
     worst = WorstCase(meta, misa, micro_batch)
     peak, draw = worst.peak(micro_batch)
     reserve = {"cuda_context": activations.CONTEXT_BYTES, "slack": activations.SLACK_BYTES}
-    ours = {**optimizer_bytes(parts, misa, meta.dtype), "rest": rest_bytes(meta.model, worst.can_rest)}
-    fixed = {"weights": meta.weight_bytes, **ours, **reserve}
+    ours = {
+        **optimizer_bytes(parts, misa, meta.dtype, residents=rested is not None),
+        "rest": rest_bytes(meta.model, worst.can_rest),
+    }
+    weights = dict(rested.card_bytes) if rested else {"weights": meta.weight_bytes}
+    fixed = {**weights, **ours, **reserve}
     found = fixed | {name: getattr(peak, name) for name in ("activations", "cross_entropy", "temporaries")}
     result = Plan(
         model=meta.name,
@@ -167,6 +186,7 @@ def plan(
         step_cost=step_cost(meta.model, parts, worst.can_rest, misa, budget, checkpointing=micro_batch.checkpointing),
         method="closed form" if meta.shape is not None else "fake tensors",
         notes=_notes(meta, card),
+        residents=rested,
         card=card,
     )
     return result if card is None else _with_room(result, meta, worst, card.total_bytes - sum(fixed.values()))
@@ -196,13 +216,16 @@ def _with_room(result: Plan, meta: MetaModel, worst: WorstCase, room: int) -> Pl
     return replace(result, max_tokens_per_micro_batch=max(batch * micro_batch.length, longest), max_length=longest)
 
 
-def optimizer_bytes(parts: Partition, misa: MisaConfig, dtype: torch.dtype) -> dict[str, int]:
+def optimizer_bytes(
+    parts: Partition, misa: MisaConfig, dtype: torch.dtype, *, residents: bool = False
+) -> dict[str, int]:
     """Bytes that the optimizer will hold on the device, by category, without allocating anything.
 
     Args:
         parts: the model's partition under MISA's options.
         misa: budget and precisions.
         dtype: of the weights.
+        residents: the drawn ones' weights lie in the arena, too.
 
     Raises:
         ValueError: δ is smaller than the largest unit.
@@ -218,6 +241,7 @@ def optimizer_bytes(parts: Partition, misa: MisaConfig, dtype: torch.dtype) -> d
         state_dtype=misa.state_dtype,
         grad_dtype=torch.float32 if misa.grad_dtype == "float32" else None,
         hold_gradients=misa.update_in == "step",
+        weights_from=sum(map(padded, always)) if residents else None,
     )
 
 

@@ -161,6 +161,7 @@ def measure(
     gemm_gradients: bool = True,
     padded: bool = False,
     dtype: torch.dtype = torch.bfloat16,
+    residents: str | None = None,
 ) -> Measurement:
     """Run one forward and backward pass on fake tensors.
 
@@ -176,6 +177,7 @@ def measure(
         gemm_gradients: weight gradients of linear layers go straight into slots that are not counted.
         padded: sequences of unequal length, so that attention gets a mask.
         dtype: of the weights.
+        residents: format in which all matrices that do not train rest; their bytes and the workspace are not counted.
     """
     mode, model = fake_model(config, dtype)
     stack = ExitStack()
@@ -185,6 +187,8 @@ def measure(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.disable_input_require_grads()
     ignored = [*model.parameters(), *model.buffers()]
+    if residents is not None:
+        ignored += _put_to_rest(model, residents, active, mode, stack)
     with mode:
         ignored += _activate(model, active, gemm_gradients)
         _activate(model, resting, gemm_gradients=False)
@@ -205,6 +209,28 @@ def measure(
         saved = tracker.live
         value.backward()
     return Measurement(tracker.peak, saved, tracker.at, tracker.alive_at_peak)
+
+
+def _put_to_rest(
+    model: nn.Module, kind: str, active: Collection[str], mode: FakeTensorMode, stack: ExitStack
+) -> list[Tensor]:
+    """Let everything but ``active`` rest; return what that takes.
+
+    The reference would expand by way of float32 copies; a GPU's kernel writes into the workspace, so it is a no-op. On
+    fake tensors autograd is not plain, but a run's is.
+    """
+    from misa_engine.engine.residents import Residents, forward, matrix
+
+    stack.enter_context(mock.patch.object(forward, "plain_autograd", lambda x: True))
+    for name in ("quantise", "dequantise"):
+        stack.enter_context(mock.patch.object(matrix, name, lambda *args, **kwargs: None))
+    with mode:
+        held = Residents(model, kind)  # and not rest(), whose model.to() would make new fake parameters
+        for name in held.names:
+            held.hold(name, held.matrix(name).parameter.detach())
+        held.wake(active)
+    packed = [each for name in held.names if (each := held.matrix(name).packed) is not None]
+    return [held.workspace, *(tensor for each in packed for tensor in (each.codes, each.steps))]
 
 
 def _activate(model: nn.Module, active: Collection[str], gemm_gradients: bool) -> list[Tensor]:

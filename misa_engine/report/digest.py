@@ -109,6 +109,7 @@ class Digest:
         parts = [f"δ = {self.description['delta']:.3g}"] if "delta" in self.description else []
         parts += [f"T = {config['inner_steps']} steps"] if "inner_steps" in config else []
         parts += [f"η = {config['eta']:.3g}"] if "eta" in config else []
+        parts += [f"{self.description['residents']['format']} residents"] if self.description.get("residents") else []
         return f"{model}, MISA ({', '.join(parts)})" if parts else f"{model}, MISA"
 
 

@@ -84,16 +84,17 @@ def coverage_lines(digest: Digest) -> list[str]:
     A weight's visits are the steps that it trained, divided by T: one-step rounds of the cold start count as 1/T.
     """
     config = digest.description.get("config") or {}
+    lines = _resident_lines(digest.description.get("residents") or {})
     sizes = np.array([unit.numel for unit in digest.units], dtype=float)
     if not len(sizes) or "inner_steps" not in config:
-        return []
+        return lines
     visits = digest.trained_steps / config["inner_steps"]
     order = np.argsort(visits, kind="stable")
     middle = visits[order][np.searchsorted(np.cumsum(sizes[order]), sizes.sum() / 2)]
     never = sizes[digest.trained_steps == 0].sum() / sizes.sum()
     rest = config.get("rest", "none")
     moved = "" if rest == "none" else f"; the others moved by {rest}"
-    lines = [
+    lines += [
         f"visits (steps/T): min {visits.min():.2f}, median {middle:.2f}, "
         f"mean {visits @ sizes / sizes.sum():.2f}, max {visits.max():.2f}",
         f"never trained: {never:.1%} of what can be drawn{moved}",
@@ -102,6 +103,16 @@ def coverage_lines(digest: Digest) -> list[str]:
     if len(drawn):
         lines.append(f"entropy of draws (1 is uniform): median {np.median(drawn):.2f}, lowest {drawn.min():.2f}")
     return lines
+
+
+def _resident_lines(residents: Mapping[str, Any]) -> list[str]:
+    """How what was not drawn rested."""
+    if not residents:
+        return []
+    loss = ""
+    if "loss" in residents:
+        loss = f"; loss before training {residents['loss']:.4f}, {residents['exact_loss']:.4f} with exact weights"
+    return [f"{residents['format']} residents: {residents['matrices']} matrices rest in 8 bits{loss}"]
 
 
 def _groups(units: Sequence[LoggedUnit]) -> list[tuple[str, str, list[int]]]:

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from misa_engine.engine.residents import resting_names
 from misa_engine.errors import UserError
 from misa_engine.trainer.compat import fused_head_in_trl
 
@@ -208,7 +209,7 @@ class LossCheck:
     def _gradients(self, loss_of: Any, of: list[tuple[str, nn.Parameter]]) -> tuple[float, list[Tensor]]:
         """The loss, and the gradients of some matrices in float32."""
         parameters = [parameter for _, parameter in of]
-        with _undisturbed(self._trainer, parameters), self._trainer.compute_loss_context_manager():
+        with undisturbed(self._trainer, parameters), self._trainer.compute_loss_context_manager():
             loss = loss_of()
             gradients = torch.autograd.grad(loss, parameters) if parameters else ()
             return float(loss.detach()), [gradient.float() for gradient in gradients]
@@ -246,9 +247,15 @@ def plain_loss(model: nn.Module, batch: Mapping[str, Tensor], num_items: Tensor 
 
 
 def short_batch(
-    dataset: Any, model: nn.Module, device: torch.device, *, completion_only: bool = True
+    dataset: Any,
+    model: nn.Module,
+    device: torch.device,
+    *,
+    completion_only: bool = True,
+    samples: int = SAMPLES,
+    tokens: int = TOKENS,
 ) -> dict[str, Tensor] | None:
-    """The first ``SAMPLES`` usable samples, cut to ``TOKENS`` tokens from where labels begin, padded on the right.
+    """The first ``samples`` usable ones, cut to ``tokens`` tokens from where labels begin, padded on the right.
 
     Prompts count too where ``completion_only`` is False.
 
@@ -256,15 +263,15 @@ def short_batch(
     """
     rows: list[tuple[list[int], list[int]]] = []
     if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
-        for index in range(min(len(dataset), 8 * SAMPLES)):
-            row = _cut(dataset[index], completion_only)
+        for index in range(min(len(dataset), 8 * samples)):
+            row = _cut(dataset[index], completion_only, tokens)
             if row is not None:
                 rows.append(row)
-            if len(rows) == SAMPLES:
+            if len(rows) == samples:
                 break
     else:
         size = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-        ids = torch.randint(size, (SAMPLES, TOKENS), generator=torch.Generator().manual_seed(0)).tolist()
+        ids = torch.randint(size, (samples, tokens), generator=torch.Generator().manual_seed(0)).tolist()
         rows = [(row, row) for row in ids]
     if not rows:
         return None
@@ -280,8 +287,8 @@ def short_batch(
     }
 
 
-def _cut(row: Any, completion_only: bool = True) -> tuple[list[int], list[int]] | None:
-    """(input_ids, labels) of at most TOKENS tokens around the first label; None when there is nothing to predict."""
+def _cut(row: Any, completion_only: bool, tokens: int) -> tuple[list[int], list[int]] | None:
+    """(input_ids, labels) of at most so many tokens around the first label; None when there is nothing to predict."""
     if not isinstance(row, Mapping) or "input_ids" not in row:
         return None
     ids = [int(token) for token in row["input_ids"]]
@@ -296,8 +303,8 @@ def _cut(row: Any, completion_only: bool = True) -> tuple[list[int], list[int]] 
     first = next((place for place, token in enumerate(labels) if token != -100 and place > 0), None)
     if first is None:
         return None
-    start = max(0, first - TOKENS // 4)
-    return ids[start : start + TOKENS], labels[start : start + TOKENS]
+    start = max(0, first - tokens // 4)
+    return ids[start : start + tokens], labels[start : start + tokens]
 
 
 def _not_comparable(trainer: Any) -> str | None:
@@ -327,10 +334,12 @@ def _predicts_next_token(model: nn.Module) -> bool:
 
 
 def _small_matrices(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """The four smallest matrices of the last layer but one, smallest first.
+    """The four smallest matrices of the last layer but one, smallest first; none of a model with residents.
 
-    Every kernel of a whole layer lies between them and the loss.
+    Every kernel of a whole layer lies between them and the loss. What rests in 8 bits has no gradient.
     """
+    if resting_names(model):
+        return []
     ends = [get() for get in (model.get_input_embeddings, model.get_output_embeddings)]  # type: ignore[operator]
     skip = {id(module.weight) for module in ends if module is not None}
     layers: dict[int, list[tuple[str, nn.Parameter]]] = {}
@@ -345,7 +354,7 @@ def _small_matrices(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 @contextmanager
-def _undisturbed(trainer: Any, probes: list[nn.Parameter]) -> Iterator[None]:
+def undisturbed(trainer: Any, probes: list[nn.Parameter]) -> Iterator[None]:
     """Only the probes get gradients and nothing is random inside; everything is as it was afterwards.
 
     The model itself stays in training mode, in which Liger skips the logits; its parts are in evaluation mode, without

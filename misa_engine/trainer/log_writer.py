@@ -6,18 +6,22 @@ import logging
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from misa_engine.engine.events import CallbackHandle, SwitchEvent
 from misa_engine.engine.optimizer import MISA
+from misa_engine.engine.residents import residents_of
 from misa_engine.engine.rest import can_rest
 from misa_engine.method.config import MisaConfig
 from misa_engine.report.log import RunLog
 from misa_engine.trainer.checkpoints import write_error
 from misa_engine.trainer.runstats import StartingWeights, StepClock, peak_memory_bytes, resident_bytes
+
+if TYPE_CHECKING:
+    from misa_engine.trainer.resident_check import ResidentLosses
 
 logger = logging.getLogger(__name__)
 
@@ -157,6 +161,17 @@ def describe_run(config: MisaConfig, optimizer: str, device: torch.device) -> di
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "versions": {name: version for name in PACKAGES if (version := _version(name)) is not None},
     }
+
+
+def describe_residents(model: nn.Module, losses: ResidentLosses | None) -> dict[str, Any]:
+    """How what is not drawn rests, and what that did to the loss; empty for a model without residents."""
+    residents = residents_of(model)
+    if residents is None:
+        return {}
+    found: dict[str, Any] = {"format": residents.format.name, "matrices": len(residents.names)}
+    if losses is not None:
+        found |= {"loss": losses.rested, "exact_loss": losses.exact, "tokens": losses.tokens}
+    return {"residents": found}
 
 
 def sampler_metrics(misa: MISA) -> dict[str, float]:

@@ -27,8 +27,9 @@ from misa_engine.method.config import MisaConfig, check_choice
 from misa_engine.trainer import checkpoints, resume_options
 from misa_engine.trainer.compat import check_arguments, config_from_arguments, mark_prepared, prepare_unwrapped
 from misa_engine.trainer.lean import LossCheck
-from misa_engine.trainer.log_writer import RunLogWriter, describe_run, sampler_metrics
+from misa_engine.trainer.log_writer import RunLogWriter, describe_residents, describe_run, sampler_metrics
 from misa_engine.trainer.model_config import restored_config, training_fields
+from misa_engine.trainer.resident_check import ResidentLosses, resident_losses
 from misa_engine.trainer.resuming import ExactResume
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,7 @@ class _RunCallback(TrainerCallback):
             if aside is not None:
                 logger.warning("checkpoints after step %d are now in %s", state.global_step, aside)
         description = describe_run(trainer.misa_config, trainer.optimizer_name, args.device)
+        description |= describe_residents(trainer.model, trainer.resident_losses)
         trainer.log_writer.begin(state.global_step, trainer.model, trainer.misa, description)
 
     def on_step_begin(
@@ -125,6 +127,7 @@ class MisaMixin(ExactResume):
         self._push_later: list[str] = []
         self._loss_checked = self._filters_loss = False
         self._changed_options: tuple[str, ...] = ()
+        self.resident_losses: ResidentLosses | None = None
         self.add_callback(_RunCallback(self))
 
     # ---- optimizer and clipping ----
@@ -225,6 +228,10 @@ class MisaMixin(ExactResume):
             apply_liger_kernel(self.model, self.args.liger_kernel_config)
         if check is not None:
             check.compare()
+        self.resident_losses = resident_losses(self)
+        if self.resident_losses is not None:
+            logger.info(self.resident_losses.describe())
+            self.resident_losses.check()
 
     # ---- saving ----
 

@@ -58,7 +58,9 @@ class Differences:
     changed: tuple[str, ...] = ()
 
 
-def collect(args: Any, config: MisaConfig, optimizer: str, train_dataset: Any) -> dict[str, Any]:
+def collect(
+    args: Any, config: MisaConfig, optimizer: str, train_dataset: Any, residents: str = "none"
+) -> dict[str, Any]:
     """Everything that is compared on resume, as plain values.
 
     Args:
@@ -66,10 +68,11 @@ def collect(args: Any, config: MisaConfig, optimizer: str, train_dataset: Any) -
         config: MISA's options.
         optimizer: "misa" or "adamw".
         train_dataset: as the trainer prepared it.
+        residents: format in which what is not drawn rests. Free: masters are exact, whatever the others count as.
     """
     plain = args.to_dict()
     return {
-        "free": {name: plain[name] for name in FREE if name in plain},
+        "free": {**{name: plain[name] for name in FREE if name in plain}, "residents": residents},
         "fixed": {
             **{name: plain[name] for name in FIXED if name in plain},
             "optimizer": optimizer,

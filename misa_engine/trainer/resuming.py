@@ -15,8 +15,10 @@ from torch import nn
 from transformers import Trainer
 
 from misa_engine.engine.replicas import lost_ranks
+from misa_engine.engine.residents import residents_of
 from misa_engine.method.config import MisaConfig
 from misa_engine.trainer import checkpoints, compat, completeness, resume_options
+from misa_engine.trainer.loading import load_weights
 from misa_engine.trainer.log_writer import RunLogWriter
 from misa_engine.trainer.manifest import MANIFEST, has_manifest, why_damaged
 from misa_engine.trainer.run_lock import lock_run
@@ -142,7 +144,9 @@ class ExactResume(_Base):
         return found.changed
 
     def _options(self) -> dict[str, Any]:
-        return resume_options.collect(self.args, self.misa_config, self.optimizer_name, self.train_dataset)
+        residents = residents_of(self.model)
+        rested = "none" if residents is None else residents.format.name
+        return resume_options.collect(self.args, self.misa_config, self.optimizer_name, self.train_dataset, rested)
 
     @property
     def is_finished(self) -> bool:
@@ -206,10 +210,14 @@ class ExactResume(_Base):
             super()._load_best_model()
 
     def _load_renamed(self, checkpoint: Path) -> bool:
-        """Load weights whose names in the file are not the model's; False when the Trainer can do it itself."""
+        """Load weights whose names in the file are not the model's, or those of a model with residents tensor by
+        tensor; False when the Trainer can do it itself.
+        """
         if self._is_sharded:
             return False
         if not compat.check_same_model(checkpoint, completeness.stored_shapes(checkpoint), self.model):
-            return False
+            files = completeness.weight_files(checkpoint) if residents_of(self.model) is not None else []
+            load_weights(self.model, files)
+            return bool(files)
         compat.load_renamed(checkpoint, self.model)
         return True

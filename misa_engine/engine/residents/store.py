@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from misa_engine.engine.gemm_gradients import stores_transposed
+from misa_engine.engine.residents.lookup import HostLookup, host_embedding
 from misa_engine.engine.residents.masters import Masters
 from misa_engine.engine.residents.matrix import Card, Resting
 from misa_engine.engine.residents.staying import let_go, stay_in_place
@@ -133,6 +134,8 @@ class Residents:
         self._matrices = {name: Resting(name, modules[name], parameters[name], card) for name in modules}
         self._model = weakref.ref(model)
         stay_in_place(model, self._matrices.values(), self.device, self.dtype)
+        found = host_embedding(model)
+        self._lookup = None if found is None else HostLookup(model, *found, self.device)
         _residents[model] = self
 
     @property
@@ -185,11 +188,23 @@ class Residents:
             matrix.leave()
         return sum(matrix.numel * self.dtype.itemsize for matrix in left)
 
-    def wake(self, names: Iterable[str]) -> None:
-        """Make those of ``names`` that rest ordinary parameters on the card for good (``always_train``)."""
+    @property
+    def on_host(self) -> tuple[str, ...]:
+        """Everything that lies on the host: what rests, and the embedding whose rows are looked up there."""
+        return self.names if self._lookup is None else (self._lookup.name, *self.names)
+
+    def wake(self, names: Iterable[str], trained: Collection[str] = ()) -> None:
+        """Make those of ``names`` that rest ordinary parameters on the card for good (``always_train``).
+
+        The embedding comes to the card if it is among these or among what is ever ``trained``.
+        """
+        names = tuple(names)
         for name in names:
             if name in self:
                 self._matrices[name].wake()
+        if self._lookup is not None and self._lookup.name in {*names, *trained}:
+            self._lookup.bring_back()
+            self._lookup = None
 
     def finish(self) -> None:
         """Wait until all masters hold what was written to them."""
@@ -204,16 +219,19 @@ class Residents:
         """Bytes by category: on the card 8 bits, steps, workspace; and masters on the host."""
         packed = [matrix.packed for matrix in self._matrices.values() if matrix.packed is not None]
         masters = [matrix.master for matrix in self._matrices.values() if matrix.master is not None]
+        lookup = {} if self._lookup is None else {"host_embedding": self._lookup.module.weight.nbytes}
         return {
             "resident_codes": sum(each.codes.nbytes for each in packed),
             "resident_steps": sum(each.steps.nbytes for each in packed),
             "resident_workspace": self.workspace.nbytes,
             "host_masters": sum(master.nbytes for master in masters),
+            **lookup,
         }
 
     def card_bytes(self, parameters: Mapping[str, Tensor]) -> int:
         """Bytes of those parameters that lie on the card in full and outside the arena."""
-        return sum(parameter.nbytes for name, parameter in parameters.items() if name not in self)
+        there = set(self.on_host)
+        return sum(parameter.nbytes for name, parameter in parameters.items() if name not in there)
 
     def describe(self) -> str:
         """What rests, what stays in full, and why, as lines of plain text."""
@@ -226,14 +244,18 @@ class Residents:
             f"{sizes['host_masters'] / 2**30:.2f} GiB on the host ({self._masters.place})"
         ]
         reasons: dict[str, list[str]] = {}
+        if self._lookup is not None:
+            lines.append(f"rows are looked up on the host: {self._lookup.name}")
         for name, reason in self.staying.items():
+            if self._lookup is not None and name == self._lookup.name:
+                continue
             reasons.setdefault(reason, []).append(name)
         lines += [f"in full on {self.device}, {reason}: {', '.join(names)}" for reason, names in reasons.items()]
         return "\n".join(lines)
 
     def release(self) -> None:
         """Make an ordinary model of it, all of it on the card in full; for a model that fits."""
-        self.wake(self.names)
+        self.wake(self.on_host)
         model = self._model()
         if model is not None:
             _residents.pop(model, None)
@@ -275,4 +297,4 @@ def _indexed(device: torch.device | str) -> torch.device:
 def resting_names(model: nn.Module) -> Collection[str]:
     """Names of the parameters whose exact weights lie on the host; none for a model without residents."""
     found = residents_of(model)
-    return () if found is None else found.names
+    return () if found is None else found.on_host

@@ -1,0 +1,107 @@
+"""``--residents``: what goes with it, and a model loaded so that it never lies anywhere twice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from misa_engine.errors import UserError, bad_input, did_you_mean
+from misa_engine.planner.speeds import FORMATS
+
+if TYPE_CHECKING:
+    import torch
+
+    from misa_engine.cli.arguments import ModelArguments, TrainArguments
+
+
+def check_residents(given: Mapping[str, Any]) -> None:
+    """Refuse an unknown format and what cannot be had beside residents; "none" is the same as not given.
+
+    Raises:
+        UserError: naming both options and the remedy.
+    """
+    found = given.get("residents")
+    if found in (None, "none"):
+        return
+    if found not in FORMATS:
+        hint = did_you_mean(str(found), (*FORMATS, "none"))
+        raise UserError(f"--residents must be one of {', '.join(FORMATS)} or none; got {found!r}.{hint}")
+    if given.get("optimizer") == "adamw":
+        raise UserError("--residents: AdamW trains all weights at once, which then cannot rest; leave it out.")
+    if given.get("rest") not in (None, "none"):
+        raise UserError(
+            f"--residents {found} with --rest {given['rest']}: the rule moves weights in place on the card, which 8 "
+            "bits cannot take. Use --rest none, or leave out --residents."
+        )
+    if given.get("resize_embeddings"):
+        raise UserError("--residents with --resize_embeddings: resize and save the model first, then train the copy.")
+    for name in ("fsdp", "deepspeed"):
+        if given.get(name):
+            raise UserError(f"--residents with --{name}: weights on the host are not sharded; leave one of them out.")
+
+
+def for_residents(arguments: TrainArguments, config: Any) -> TrainArguments:
+    """The arguments of a run with residents: the preset's rest rule is off, and that is said.
+
+    Args:
+        arguments: of the run.
+        config: of its model, whose FP8 layout ``residents="fp8"`` takes.
+
+    Raises:
+        UserError: a rest rule from elsewhere (a resumed run's), several processes, or a card without the instructions.
+    """
+    from misa_engine.cli.loading import check_unquantized
+    from misa_engine.planner.residents import without_rest
+
+    model, sft = arguments.model, arguments.sft
+    if model.residents in (None, "none"):
+        check_unquantized(config, str(model.model_name_or_path))
+        return replace(arguments, model=replace(model, residents=None))
+    from misa_engine.trainer.loading import check_format
+
+    if sft.world_size > 1:
+        raise UserError(
+            f"--residents in {sft.world_size} processes: the exact weights lie on the host, where replicas do not "
+            "compare them. Use one process, or leave out --residents."
+        )
+    check_format(model.residents, sft.device)
+    misa = without_rest(arguments.misa)
+    if misa != arguments.misa:
+        print(
+            f"note: with --residents the preset's rest rule {arguments.misa.rest} is off: what is not drawn stands "
+            "still",
+            flush=True,
+        )
+    return replace(arguments, misa=misa)
+
+
+def load_resting(
+    options: ModelArguments, config: Any, dtype: torch.dtype, device: torch.device, trust: bool, more: Mapping[str, Any]
+) -> Any:
+    """The model with residents, read tensor by tensor; with --from_scratch drawn on the host first.
+
+    Raises:
+        UserError: see ``load_model``; or options of ``from_pretrained``, which does not read the files here.
+    """
+    from misa_engine.trainer.loading import host_bytes, load_model
+
+    if more:
+        raise UserError(f"--residents with --model_init_kwargs {', '.join(more)}: leave one of them out.")
+    name = str(options.model_name_or_path)
+    attention = {"attn_implementation": options.attn_implementation} if options.attn_implementation else {}
+    with bad_input(name):
+        if options.from_scratch:
+            import torch
+            from transformers import AutoModelForCausalLM
+
+            from misa_engine.engine.residents import rest
+            from misa_engine.planner.host_memory import check_host_memory
+
+            with torch.device("meta"):
+                check_host_memory(name, host_bytes(AutoModelForCausalLM.from_config(config, dtype=dtype)))
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust, **attention)
+            rest(model, str(options.residents), device)
+            return model
+        how: dict[str, Any] = {"residents": options.residents, "device": device, "dtype": dtype, "config": config}
+        return load_model(name, trust_remote_code=trust, **attention, **how)

@@ -1,0 +1,219 @@
+"""What matrices that rest in 8 bits change in a plan: bytes on the card and on the host, and the time of dequantising.
+
+card   resident_codes, resident_steps   every matrix that can rest, drawn ones included
+       resident_workspace               one, in the weights' dtype, as large as the largest of them
+       weights                          what cannot rest: head, norms, biases, what is no linear layer
+host   masters                          what rests, exactly
+       embedding                        the frozen one, whose rows are looked up there
+       residual_bits, moments           as in any run with leave_rounding="keep", revisit="keep" or "offload"
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from misa_engine.engine.residents import linear_modules
+from misa_engine.engine.residents.lookup import host_embedding
+from misa_engine.errors import UserError
+from misa_engine.kernels.resident8 import FORMATS
+from misa_engine.method.config import MisaConfig, check_choice
+from misa_engine.method.partition import check_budget
+from misa_engine.planner.activations import MicroBatch
+from misa_engine.planner.speeds import SPEEDS
+
+if TYPE_CHECKING:
+    from misa_engine.planner.cards import Card
+    from misa_engine.planner.worst_case import MetaModel
+
+#: Bytes on the host for each element of an inactive matrix: two float32 moments, or two in 8 bits with their scales.
+HOST_MOMENTS = {"keep": 8.0, "offload": 2.125}
+
+
+@dataclass(frozen=True)
+class Dequantisation:
+    """What it costs to write the matrices that rest into the workspace, for one micro-batch; computed, not measured."""
+
+    passes: int
+    """Forward and input gradient, and with checkpointing the forward again."""
+    bytes: int
+    """Read as payload and scales, written to the workspace, read from there by the GEMM."""
+    operations: int
+    """Of the micro-batch's matrix products."""
+    card: str | None = None
+    """Whose published speeds the times below are from; None where they are unknown."""
+    seconds: float | None = None
+    """Of ``bytes`` at the card's full memory speed."""
+    gemm_seconds: float | None = None
+    """Of ``operations`` at its full arithmetic speed."""
+
+    def describe(self) -> str:
+        """One line for people."""
+        text = f"dequantising: {self.bytes / 1e9:,.1f} GB read and written a micro-batch, in {self.passes} passes"
+        if self.seconds is None or self.gemm_seconds is None:
+            return f"{text} (computed; --gpu with a card's name adds the time)"
+        share = self.seconds / self.gemm_seconds
+        return (
+            f"{text}: {1e3 * self.seconds:,.0f} ms beside {1e3 * self.gemm_seconds:,.0f} ms of matrix products, "
+            f"{share:.0%} (computed from the published speeds of {self.card}, not measured)"
+        )
+
+
+@dataclass(frozen=True)
+class ResidentPlan:
+    """How the model lies on the card and on the host while its undrawn matrices rest in 8 bits."""
+
+    format: str
+    matrices: tuple[str, ...]
+    """Names of those that rest."""
+    stays: tuple[str, ...]
+    """Names of the matrices that stay as they are."""
+    on_host: str | None
+    """Name of the frozen embedding, whose rows are looked up on the host; None where it is on the card."""
+    card_bytes: Mapping[str, int]
+    """By category of ``plan.CATEGORIES``, "weights" among them: what a plan without residents counts as weights."""
+    host_bytes: Mapping[str, int]
+    """By category."""
+    dequantisation: Dequantisation
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "format": self.format,
+            "matrices": len(self.matrices),
+            "stays": list(self.stays),
+            "on_host": self.on_host,
+            "host_bytes": dict(self.host_bytes),
+            "host_total_bytes": sum(self.host_bytes.values()),
+            "dequantisation": {**asdict(self.dequantisation), "basis": "computed, not measured"},
+        }
+
+    def describe(self) -> list[str]:
+        """Lines for people."""
+        packed = self.card_bytes["resident_codes"] + self.card_bytes["resident_steps"]
+        host = ", ".join(f"{name.replace('_', ' ')} {_gib(size)}" for name, size in self.host_bytes.items())
+        shown = ", ".join(self.stays[:3]) + (f" and {len(self.stays) - 3} more" if len(self.stays) > 3 else "")
+        return [
+            f"residents {self.format}: {len(self.matrices)} matrices rest in {_gib(packed)}; as they are: "
+            f"{shown or 'none'}",
+            f"host memory: {_gib(sum(self.host_bytes.values()))} ({host})",
+            self.dequantisation.describe(),
+        ]
+
+
+def without_rest(misa: MisaConfig) -> MisaConfig:
+    """The options for a model with residents: the preset's rest rule, which moves weights in place, is off.
+
+    Raises:
+        UserError: a rest rule was asked for.
+    """
+    found = misa.for_processes()  # the same exception: a preset's rule is dropped, a given one stays
+    if found.rest != "none":
+        raise UserError(
+            f"rest={misa.rest!r} moves every matrix in place, which residents in 8 bits cannot take: leave out "
+            "residents, or use rest='none'."
+        )
+    return found
+
+
+def resident_plan(
+    meta: MetaModel, misa: MisaConfig, kind: str, micro_batch: MicroBatch, card: Card | None
+) -> ResidentPlan:
+    """Bytes and time of a run with residents, without allocating anything.
+
+    Args:
+        meta: the model.
+        misa: budget, what always trains and what is kept of inactive matrices; without a rest rule.
+        kind: the format, one of FORMATS.
+        micro_batch: how it is run.
+        card: for the time.
+
+    Raises:
+        ValueError: unknown format, or a model none of whose matrices can rest.
+    """
+    check_choice("residents", kind, FORMATS)
+    parts = meta.partition(misa)
+    named = dict(meta.model.named_parameters())
+    awake = set(parts.always)  # on the card in full, for good
+    resting = [name for name in resting_matrices(meta) if name not in awake]
+    if not resting:
+        raise UserError(f"no matrix of {meta.name} can rest in 8 bits: leave out residents.")
+    sizes = {name: named[name].numel() for name in resting}
+    packed = [FORMATS[kind].bytes(tuple(named[name].shape)) for name in resting]
+    codes, steps = (sum(each) for each in zip(*packed, strict=True))
+    size, total, largest = (
+        meta.dtype.itemsize,
+        sum(sizes.values()),
+        max(named[n].numel() for n in resting_matrices(meta)),
+    )
+    sampled = [name for unit in parts.units for name in unit.params]
+    budget = check_budget(parts, misa.delta)
+    on_host = embedding_on_host(meta, misa)
+    lookup = named[on_host].nbytes if on_host else 0
+    drawable = sum(parts.numels[name] for name in sampled)
+    card_bytes = {
+        "weights": meta.weight_bytes - size * total - lookup,
+        "resident_codes": codes,
+        "resident_steps": steps,
+        "resident_workspace": size * largest,
+    }
+    host_bytes = {
+        "masters": size * total,
+        "embedding": lookup,
+        "residual_bits": 2 * drawable if misa.leave_rounding == "keep" and size == 2 else 0,
+        "moments": round(HOST_MOMENTS.get(misa.revisit, 0.0) * drawable),
+    }
+    drawn = min(budget, sum(sizes.get(name, 0) for name in sampled))
+    return ResidentPlan(
+        kind,
+        tuple(resting),
+        tuple(name for name, tensor in named.items() if tensor.ndim > 1 and name not in sizes),
+        on_host,
+        card_bytes,
+        {name: count for name, count in host_bytes.items() if count},
+        _dequantisation(meta, total, codes + steps, drawn, micro_batch, card),
+    )
+
+
+def resting_matrices(meta: MetaModel) -> tuple[str, ...]:
+    """Names of the matrices that can rest, in the model's order; none where the model has no repeated layers."""
+    try:
+        return tuple(linear_modules(meta.model)[0])
+    except ValueError:
+        return ()
+
+
+def embedding_on_host(meta: MetaModel, misa: MisaConfig) -> str | None:
+    """Name of the input embedding where its rows are looked up on the host, as it never trains; else None."""
+    found = host_embedding(meta.model)
+    return found[0] if found is not None and found[0] in meta.partition(misa).frozen else None
+
+
+def _dequantisation(
+    meta: MetaModel, total: int, packed: int, drawn: int, micro_batch: MicroBatch, card: Card | None
+) -> Dequantisation:
+    """The cost of one micro-batch, as if the backward pass went down to the lowest layer.
+
+    Args:
+        meta: the model.
+        total: elements of what rests.
+        packed: bytes of payload and scales.
+        drawn: elements that are active, and so not dequantised.
+        micro_batch: tokens, and whether the forward pass is made again.
+        card: whose speeds count, if they are known.
+    """
+    passes = 3 if micro_batch.checkpointing else 2
+    moved = passes * (total - drawn) / total * (packed + 2 * meta.dtype.itemsize * total)
+    head = meta.model.get_output_embeddings()
+    others = 2 * head.weight.numel() if head is not None else 0  # its forward and its input gradient
+    operations = 2 * micro_batch.tokens * (passes * total + others + drawn)
+    speed = SPEEDS.get(card.name) if card is not None else None
+    if speed is None or card is None:
+        return Dequantisation(passes, round(moved), operations)
+    memory, arithmetic = speed[0] * 1e9, speed[1] * 1e12
+    return Dequantisation(passes, round(moved), operations, card.name, moved / memory, operations / arithmetic)
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"
