@@ -5,17 +5,13 @@ e4m3 is read and written as its bits, in integers: neither the interpreter nor c
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..backend import on_device
-
-if TYPE_CHECKING:
-    from . import Format
+from .formats import Format
 
 #: Columns of a block that do not span the row.
 GROUP = tl.constexpr(128)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from . import Format
+from .formats import Format
 
 #: Elements that are handled at once, in whole rows of blocks: a few float32 copies of them exist meanwhile.
 PART = 1 << 20

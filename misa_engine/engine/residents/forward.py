@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +19,29 @@ from torch.nn import functional as F
 
 from misa_engine.engine.gemm_gradients import dtype_of_product, plain_autograd
 
-if TYPE_CHECKING:
-    from misa_engine.engine.residents.matrix import Resting
+
+class Matrix(Protocol):
+    """What the product needs of a matrix that rests (``matrix.py``)."""
+
+    name: str
+    parameter: nn.Parameter
+    dtype: torch.dtype
+    edition: int
+
+    def expand(self, dtype: torch.dtype) -> Tensor:
+        """The weight (out, in), valid until the next matrix is expanded."""
+
+    def check_owner(self, module: nn.Module) -> None:
+        """Refuse to multiply with a weight that is not the module's any more."""
+
+    def check_edition(self, seen: int) -> None:
+        """Refuse a graph from before the matrix changed."""
 
 
 class RestingForward:
     """Stands in for ``module.forward`` while the module's weight rests."""
 
-    def __init__(self, module: nn.Module, matrix: Resting):
+    def __init__(self, module: nn.Module, matrix: Matrix):
         self.module, self.matrix = module, matrix
         self._call = _uncompiled()
 
@@ -82,7 +97,7 @@ class _Product(torch.autograd.Function):
         x: Tensor,  # (..., in), or (..., out) when transposed
         weight: Tensor | None,  # only so that a gradient that is asked for can be refused
         bias: Tensor | None,  # (out,)
-        matrix: Resting,
+        matrix: Matrix,
         dtype: torch.dtype,
         transposed: bool,
     ) -> Tensor:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from misa_engine.engine.residents.forward import COPY
+
 
 def host_embedding(model: nn.Module) -> tuple[str, nn.Embedding] | None:
     """Name and module of the input embedding, unless it is the head too or no plain ``nn.Embedding``."""
@@ -50,6 +52,10 @@ class HostLookup:
             own = {name: getattr(self._class, name) for name in ("__module__", "__qualname__", "__doc__")}
             own["device"] = property(lambda model: device)
             model.__class__ = type(self._class.__name__, (self._class,), own)
+
+    def __reduce__(self) -> Any:
+        """Refuse copies of the model as what rests does."""
+        raise TypeError(COPY)
 
     def _stay(self, fn: Any, recurse: bool = True) -> nn.Module:
         return self.module  # model.to(card) leaves it

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from misa_engine.engine.residents.forward import RestingForward
 from misa_engine.engine.residents.masters import alone
-from misa_engine.kernels.resident8 import Packed, dequantise, quantise
+from misa_engine.kernels.resident8 import Format, Packed, dequantise, quantise
 
-if TYPE_CHECKING:
-    from misa_engine.engine.residents.store import Residents
+
+@dataclass(frozen=True)
+class Card:
+    """Where all matrices of a model rest, and what they share."""
+
+    format: Format
+    device: torch.device
+    backend: str
+    """"triton" or "reference"."""
+    workspace: Tensor
+    """(elements of the largest matrix,) in the dtype of the weights."""
 
 
 class Resting:
@@ -25,7 +34,7 @@ class Resting:
         name: the parameter's full name.
         modules: the linear layers that multiply with it.
         parameter: the parameter.
-        owner: all matrices, with the workspace.
+        card: where it rests.
 
     Attributes:
         edition: changes whenever the 8 bits, or whether they count, do; graphs remember it.
@@ -33,8 +42,8 @@ class Resting:
         awake: an ordinary parameter on the card for good.
     """
 
-    def __init__(self, name: str, modules: list[nn.Module], parameter: nn.Parameter, owner: Residents):
-        self.name, self.modules, self.parameter, self._owner = name, modules, parameter, owner
+    def __init__(self, name: str, modules: list[nn.Module], parameter: nn.Parameter, card: Card):
+        self.name, self.modules, self.parameter, self._card = name, modules, parameter, card
         self.shape, self.dtype, self.numel = parameter.shape, parameter.dtype, parameter.numel()
         self.packed: Packed | None = None
         self.master: Tensor | None = None
@@ -46,7 +55,7 @@ class Resting:
     def hold(self, master: Tensor) -> None:
         """Rest: ``master`` is the exact weight, on the host; its 8 bits are made here."""
         if self.packed is None:
-            self.packed = Packed.allocate(self._owner.format, tuple(self.shape), self._owner.device)
+            self.packed = Packed.allocate(self._card.format, tuple(self.shape), self._card.device)
         self.master = master
         self._quantise_master()
         self._show_master()
@@ -54,9 +63,9 @@ class Resting:
     def _quantise_master(self) -> None:
         """By way of the workspace, so that the card never holds more than one matrix in full."""
         assert self.master is not None and self.packed is not None
-        staged = self._owner.workspace[: self.numel].view(self.shape)
+        staged = self._card.workspace[: self.numel].view(self.shape)
         staged.copy_(self.master, non_blocking=True)
-        quantise(staged, self.packed, backend=self._owner.backend)
+        quantise(staged, self.packed, backend=self._card.backend)
         self.edition += 1
 
     def _show_master(self) -> None:
@@ -78,8 +87,8 @@ class Resting:
             self._quantise_master()
             self._version = self.parameter._version
         if dtype in (torch.float32, torch.bfloat16) and dtype.itemsize <= self.dtype.itemsize:
-            out = self._owner.workspace.view(dtype)[: self.numel].view(self.shape)
-            dequantise(self.packed, out, backend=self._owner.backend)
+            out = self._card.workspace.view(dtype)[: self.numel].view(self.shape)
+            dequantise(self.packed, out, backend=self._card.backend)
             return out
         return self.expand(self.dtype).to(dtype)  # autocast to another dtype: a copy, as autocast makes
 
@@ -100,7 +109,7 @@ class Resting:
         assert self.master is not None and self.packed is not None and not self.resting
         weight = self.parameter.data
         self.master.copy_(weight, non_blocking=True)
-        quantise(weight, self.packed, backend=self._owner.backend)
+        quantise(weight, self.packed, backend=self._card.backend)
         self.edition += 1
         self._show_master()
 
@@ -110,7 +119,7 @@ class Resting:
         if self.resting:
             assert self.master is not None
             self._plain_forward()
-            self.parameter.data = self.master.to(self._owner.device)
+            self.parameter.data = self.master.to(self._card.device)
             self.resting = False
             self.edition += 1
         self.packed, self.master, self.awake = None, None, True

@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from misa_engine.engine.residents.forward import COPY
-
-if TYPE_CHECKING:
-    from misa_engine.engine.residents.matrix import Resting
-    from misa_engine.engine.residents.store import Residents
+from misa_engine.engine.residents.matrix import Resting
 
 
-def stay_in_place(model: nn.Module, residents: Residents) -> None:
-    """Put the guard on the model, so that a refused conversion has changed nothing, and on every module that rests."""
-    model.__dict__["_apply"] = _Guard(model, residents, None)
-    for matrix in map(residents.matrix, residents.names):
+def stay_in_place(model: nn.Module, matrices: Iterable[Resting], device: torch.device, dtype: torch.dtype) -> None:
+    """Put the guard on the model, so that a refused conversion has changed nothing, and on every module that rests.
+
+    Args:
+        model: the model.
+        matrices: what rests.
+        device: the card.
+        dtype: of the weights.
+    """
+    model.__dict__["_apply"] = _Guard(model, None, device, dtype)
+    for matrix in matrices:
         for module in matrix.modules:
-            module.__dict__["_apply"] = _Guard(module, residents, matrix)
+            module.__dict__["_apply"] = _Guard(module, matrix, device, dtype)
+
+
+def let_go(model: nn.Module) -> None:
+    """Undo ``stay_in_place``."""
+    for module in model.modules():
+        if isinstance(module.__dict__.get("_apply"), _Guard):
+            del module.__dict__["_apply"]
 
 
 class _Guard:
@@ -28,12 +39,13 @@ class _Guard:
 
     Args:
         module: the module.
-        residents: what rests.
         matrix: the module's weight, which is left alone until it is awake; None for the root.
+        device: the card.
+        dtype: of the weights.
     """
 
-    def __init__(self, module: nn.Module, residents: Residents, matrix: Resting | None):
-        self._module, self._residents, self._matrix = module, residents, matrix
+    def __init__(self, module: nn.Module, matrix: Resting | None, device: torch.device, dtype: torch.dtype):
+        self._module, self._matrix, self._device, self._dtype = module, matrix, device, dtype
 
     def __call__(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         self._check(fn)
@@ -47,7 +59,7 @@ class _Guard:
             module._parameters["weight"] = kept
 
     def _check(self, fn: Callable[[Tensor], Tensor]) -> None:
-        device, dtype = self._residents.device, self._residents.dtype
+        device, dtype = self._device, self._dtype
         probe = fn(torch.empty(0, dtype=dtype, device=device))
         if probe.dtype != dtype:
             raise ValueError(

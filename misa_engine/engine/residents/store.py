@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from misa_engine.engine.gemm_gradients import stores_transposed
 from misa_engine.engine.residents.lookup import HostLookup, host_embedding
 from misa_engine.engine.residents.masters import Masters
-from misa_engine.engine.residents.matrix import Resting
-from misa_engine.engine.residents.staying import stay_in_place
+from misa_engine.engine.residents.matrix import Card, Resting
+from misa_engine.engine.residents.staying import let_go, stay_in_place
 from misa_engine.kernels.backend import choose_backend
 from misa_engine.kernels.resident8 import format_named
 from misa_engine.method.partition import partition
@@ -128,11 +128,12 @@ class Residents:
         # the meta device counts bytes and computes nothing
         self.backend = "reference" if self.device.type == "meta" else choose_backend(backend, self.device)
         self._masters = Masters(masters, self.device, [parameters[name].nbytes for name in modules])
-        self._matrices = {name: Resting(name, modules[name], parameters[name], self) for name in modules}
-        largest = max(matrix.numel for matrix in self._matrices.values())
+        largest = max(parameters[name].numel() for name in modules)
         self.workspace = torch.empty(largest, dtype=self.dtype, device=self.device)
+        card = Card(self.format, self.device, self.backend, self.workspace)
+        self._matrices = {name: Resting(name, modules[name], parameters[name], card) for name in modules}
         self._model = weakref.ref(model)
-        stay_in_place(model, self)
+        stay_in_place(model, self._matrices.values(), self.device, self.dtype)
         found = host_embedding(model)
         self._lookup = None if found is None else HostLookup(model, *found, self.device)
         _residents[model] = self
@@ -258,8 +259,7 @@ class Residents:
         model = self._model()
         if model is not None:
             _residents.pop(model, None)
-            for module in model.modules():
-                module.__dict__.pop("_apply", None)
+            let_go(model)
 
 
 def rest(
