@@ -13,6 +13,7 @@ from misa_engine import MISA
 from misa_engine.engine.residents import Residents, rest
 from misa_engine.kernels.resident8 import FORMATS
 from models import TINY
+from ranks import run_ranks
 from reference import PaperMisa
 from resident_models import OPTIONS, of, optimizer_for, resting, snapshot, twin
 from training import batches, loss_of, tiny, train, weights
@@ -433,6 +434,27 @@ def test_the_preset_rest_rule_is_switched_off_with_a_warning_and_a_named_one_ref
     with pytest.raises(ValueError, match="rest='sign' with residents in 8 bits"):
         MISA(model, **{**OPTIONS, "rest": "sign"})
     optimizer_for(model)  # nothing was changed by the refusal
+
+
+def build_on_a_rank(rank):
+    try:
+        optimizer_for(resting())
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_several_processes_are_refused_on_each_of_them(tmp_path):
+    complaints = run_ranks(build_on_a_rank, tmp_path / "ranks")
+    assert all("the model has residents and 2 processes train it" in complaint for complaint in complaints)
+
+
+def test_weights_that_are_not_finite_are_refused_where_they_rest():
+    model = tiny()
+    name = rest(model, "int8").names[3]
+    model.get_parameter(name).data[1, 2] = math.inf
+    with pytest.raises(ValueError, match=f"1 of .* parameters hold NaN or infinite weights: {name} has 1"):
+        optimizer_for(model)
 
 
 @pytest.mark.parametrize(
