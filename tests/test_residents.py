@@ -476,6 +476,11 @@ def test_released_residents_leave_an_ordinary_model():
     model = resting()
     optimizer = optimizer_for(model)
     train(model, optimizer, batches(), 3)
+    before = snapshot(model)
+    for refused in (of(model).release, lambda: of(model).wake(optimizer.active)):
+        with pytest.raises(ValueError, match=r"trains at present, in memory of the optimizer's. Call its remove\(\)"):
+            refused()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     optimizer.remove()
     expected = snapshot(model)
     of(model).release()
