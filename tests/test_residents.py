@@ -272,8 +272,9 @@ def test_generation_and_evaluation_in_mid_run_equal_the_plain_model():
     train(model, optimizer, batches(), 5)
     plain, ids = twin(model).eval(), next(batches())
     model.eval()
-    with torch.no_grad():
-        assert torch.equal(model(input_ids=ids).logits, plain(input_ids=ids).logits)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert torch.equal(model(input_ids=ids).logits, plain(input_ids=ids).logits)
     made = [m.generate(input_ids=ids, max_new_tokens=5, do_sample=False) for m in (model, plain)]
     assert torch.equal(*made)
     model.train()
