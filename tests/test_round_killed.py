@@ -85,7 +85,5 @@ def test_the_round_killed_at_every_stage_keeps_its_results_and_is_finished_by_la
         if len(kept) == len(planned):
             break
     assert [row["case"] for row in kept] == [row["case"] for row in inside["cases"]] == planned
-    assert {row["status"] for row in kept if row["case"] != "GPU tests"} <= {"ok"}, {
-        row["case"]: row["status"] for row in kept if row["status"] != "ok"
-    }
-    assert (out / "results.md").exists() or list(out.glob("*.md"))
+    assert not [row for row in kept if not row["status"].startswith(("ok", "needs CUDA"))]
+    assert (out / "results.md").exists()
