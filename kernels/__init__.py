@@ -11,10 +11,11 @@ An operation is a folder of three files, to be read in this order:
     adamw         the fused update, and line 16 of Algorithm 1
     blockwise8    moments in 8 bits
     split_float   float32 = bfloat16 + 16 bits, and stochastic rounding
+    resident8     matrices in 8 bits, for those that do not train
     rest          one step without state for a matrix outside the arena
 
 They share tiles.py (the arena and its tables), columns.py (the tables' columns inside kernels), arithmetic.py (of the
-references) and backend.py. Imports go one way: blockwise8, split_float, norm < finalise < adamw,
+references) and backend.py. Imports go one way: blockwise8, resident8, split_float, norm < finalise < adamw,
 and split_float < rest.
 
 A folder and not one file, since ``kernel.py`` needs Triton when it is imported: ``@triton.jit`` decorates at import,

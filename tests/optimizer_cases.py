@@ -7,6 +7,7 @@ JSON; with TRITON_INTERPRET=1 in the environment the kernels run there.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import sys
 import traceback
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from misa_engine import MISA
+from misa_engine.engine.residents import residents_of, rest
+from misa_engine.kernels.backend import interpreting
 from training import batches, loss_of, tiny, train, weights
 
 OPTIONS = {"lr": 1e-2, "delta": 0.3, "inner_steps": 2, "cold_start": "none", "weight_decay": 0.1, "rest": "none"}
@@ -181,6 +184,65 @@ def switches_allocate_nothing(device: str, backend: str) -> None:
         assert torch.cuda.memory_stats()["num_alloc_retries"] == 0
 
 
+def resting_on(device: str, backend: str, format: str = "int8", **options) -> nn.Module:
+    """A bfloat16 model whose exact weights stay on the CPU, and whose 8 bits lie on the device."""
+    model = tiny("llama", torch.bfloat16, attn_implementation="eager", **options)
+    rest(model, format, device, backend=backend)
+    return model
+
+
+def residents_in(format: str, **options) -> Callable[[str, str], None]:
+    """Masters, 8 bits and what is saved are those of the reference, bit for bit, on the same device."""
+
+    def case(device: str, backend: str) -> None:
+        found = []
+        for which in (backend, "reference"):
+            model = resting_on(device, which, format, num_hidden_layers=1)
+            optimizer = MISA(model, **{**OPTIONS, "delta": 0.4, "backend": which, **options})
+            train(model, optimizer, data_on(device), 3 if interpreting() else 9)
+            residents = residents_of(model)
+            assert residents is not None and residents.resting
+            for name in residents.resting:
+                assert model.get_parameter(name).device.type == "cpu"
+                assert model.get_parameter(name).is_pinned() == (device == "cuda")
+            for name in optimizer.active:
+                assert model.get_parameter(name).device == residents.device
+            codes = [residents.expanded(name).cpu() for name in residents.names if name in residents.resting]
+            found.append((optimizer.active, [tensor.cpu() for tensor in model.state_dict().values()], codes))
+        (active, saved, codes), (other_active, other_saved, other_codes) = found
+        assert active == other_active
+        assert all(map(torch.equal, saved, other_saved)) and all(map(torch.equal, codes, other_codes))
+
+    return case
+
+
+def residents_allocate_nothing(device: str, backend: str) -> None:
+    """With residents, steps and switches leave a GPU's memory as it was, and all of it is accounted for."""
+    on_gpu = device != "cpu"
+    if on_gpu:  # what the first products and passes of a process take for good (cuBLAS) is not ours
+        loss_of(model_on(device), next(data_on(device))).backward()
+        gc.collect()
+        torch.cuda.synchronize()
+    empty = torch.cuda.memory_allocated() if on_gpu else 0
+    model = resting_on(device, backend)
+    optimizer = MISA(model, **{**OPTIONS, "inner_steps": 1, "rule": "cyclic", "backend": backend})
+    data = data_on(device)
+    train(model, optimizer, data, 40 if on_gpu else 6)
+    memory = optimizer.memory()
+    counted = sum(size for name, size in memory.items() if not name.startswith("host_"))
+    held = 0
+    if on_gpu:
+        torch.cuda.synchronize()
+        held = torch.cuda.memory_allocated()
+        # the allocator rounds each of some 200 tensors up to 512 bytes
+        assert counted <= held - empty <= counted + 200 * 512 + (1 << 20), (counted, held - empty)
+    train(model, optimizer, data, 50 if on_gpu else 4)
+    assert optimizer.memory() == memory
+    if on_gpu:
+        torch.cuda.synchronize()
+        assert torch.cuda.memory_allocated() == held
+
+
 def a_skipped_step(device: str, backend: str) -> None:
     """A gradient that is not finite changes nothing but a counter, which the end of the round brings."""
     model = model_on(device)
@@ -213,6 +275,10 @@ CASES: dict[str, Callable[[str, str], None]] = {
     "steps_never_wait": steps_never_wait,
     "switches_allocate_nothing": switches_allocate_nothing,
     "a_skipped_step": a_skipped_step,
+    "residents_int8": residents_in("int8"),
+    "residents_int8_row": residents_in("int8_row", update_in="backward"),
+    "residents_fp8": residents_in("fp8", leave_rounding="keep", state_dtype="int8"),
+    "residents_allocate_nothing": residents_allocate_nothing,
 }
 
 

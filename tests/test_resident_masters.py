@@ -117,6 +117,23 @@ def test_save_pretrained_writes_from_the_masters_and_loads_again(saved, tmp_path
     assert all(torch.equal(plain.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
 
 
+def test_saving_over_the_files_that_masters_are_mapped_from_loses_nothing(saved):
+    """transformers writes a new file; the pages of the old one live as long as the model."""
+    model = tiny(dtype=torch.bfloat16)
+    residents = Residents(model, "int8", "cpu", masters="mapped")
+    tensors = open_mapped(saved / "model.safetensors")
+    for name in residents.names:
+        residents.hold(name, tensors[name])
+    optimizer = optimizer_for(model)
+    train(model, optimizer, batches(), 3)
+    before = snapshot(model)
+    model.save_pretrained(saved)
+    written = load_file(saved / "model.safetensors")
+    assert all(torch.equal(written[name], before[name]) for name in written)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    train(model, optimizer, batches(), 3)
+
+
 def test_masters_in_a_pool_are_copies_with_storages_of_their_own(monkeypatch):
     """As on a GPU, in ordinary memory: pieces of a pool, and the loaded tensor can go."""
     from misa_engine.engine.host_pool import HostPool, rounded

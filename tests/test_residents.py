@@ -13,6 +13,7 @@ from misa_engine import MISA
 from misa_engine.engine.residents import Residents, rest
 from misa_engine.kernels.resident8 import FORMATS
 from models import TINY
+from ranks import run_ranks
 from reference import PaperMisa
 from resident_models import OPTIONS, of, optimizer_for, resting, snapshot, twin
 from training import batches, loss_of, tiny, train, weights
@@ -271,8 +272,9 @@ def test_generation_and_evaluation_in_mid_run_equal_the_plain_model():
     train(model, optimizer, batches(), 5)
     plain, ids = twin(model).eval(), next(batches())
     model.eval()
-    with torch.no_grad():
-        assert torch.equal(model(input_ids=ids).logits, plain(input_ids=ids).logits)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert torch.equal(model(input_ids=ids).logits, plain(input_ids=ids).logits)
     made = [m.generate(input_ids=ids, max_new_tokens=5, do_sample=False) for m in (model, plain)]
     assert torch.equal(*made)
     model.train()
@@ -435,6 +437,27 @@ def test_the_preset_rest_rule_is_switched_off_with_a_warning_and_a_named_one_ref
     optimizer_for(model)  # nothing was changed by the refusal
 
 
+def build_on_a_rank(rank):
+    try:
+        optimizer_for(resting())
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_several_processes_are_refused_on_each_of_them(tmp_path):
+    complaints = run_ranks(build_on_a_rank, tmp_path / "ranks")
+    assert all("the model has residents and 2 processes train it" in complaint for complaint in complaints)
+
+
+def test_weights_that_are_not_finite_are_refused_where_they_rest():
+    model = tiny()
+    name = rest(model, "int8").names[3]
+    model.get_parameter(name).data[1, 2] = math.inf
+    with pytest.raises(ValueError, match=f"1 of .* parameters hold NaN or infinite weights: {name} has 1"):
+        optimizer_for(model)
+
+
 @pytest.mark.parametrize(
     ("build", "complaint"),
     [
@@ -454,6 +477,11 @@ def test_released_residents_leave_an_ordinary_model():
     model = resting()
     optimizer = optimizer_for(model)
     train(model, optimizer, batches(), 3)
+    before = snapshot(model)
+    for refused in (of(model).release, lambda: of(model).wake(optimizer.active)):
+        with pytest.raises(ValueError, match=r"trains at present, in memory of the optimizer's. Call its remove\(\)"):
+            refused()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     optimizer.remove()
     expected = snapshot(model)
     of(model).release()

@@ -54,6 +54,7 @@ class Resting:
     @torch.no_grad()
     def hold(self, master: Tensor) -> None:
         """Rest: ``master`` is the exact weight, on the host; its 8 bits are made here."""
+        self.check_not_training()
         if self.packed is None:
             self.packed = Packed.allocate(self._card.format, tuple(self.shape), self._card.device)
         self.master = master
@@ -116,6 +117,7 @@ class Resting:
     @torch.no_grad()
     def wake(self) -> None:
         """Be an ordinary parameter on the card from now on; the 8 bits are freed."""
+        self.check_not_training()
         if self.resting:
             assert self.master is not None
             self._plain_forward()
@@ -123,6 +125,14 @@ class Resting:
             self.resting = False
             self.edition += 1
         self.packed, self.master, self.awake = None, None, True
+
+    def check_not_training(self) -> None:
+        """Refuse to touch a matrix whose weights lie in the arena (ValueError)."""
+        if self.master is not None and not self.resting:
+            raise ValueError(
+                f"{self.name} trains at present, in memory of the optimizer's. Call its remove() first, which puts "
+                "every matrix back to rest."
+            )
 
     def replace_parameter(self, weight: Tensor) -> None:
         """Give the modules a parameter of ``weight`` instead of one on the meta device."""

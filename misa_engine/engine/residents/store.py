@@ -254,7 +254,13 @@ class Residents:
         return "\n".join(lines)
 
     def release(self) -> None:
-        """Make an ordinary model of it, all of it on the card in full; for a model that fits."""
+        """Make an ordinary model of it, all of it on the card in full; for a model that fits.
+
+        Raises:
+            ValueError: an optimizer trains it; nothing has been changed then.
+        """
+        for name in self.names:
+            self._matrices[name].check_not_training()
         self.wake(self.on_host)
         model = self._model()
         if model is not None:
