@@ -77,10 +77,3 @@ def test_an_altered_config_still_knows_what_was_given():
     config = MisaConfig(preset="paper", delta=0.1, fill="skip").altered(delta=0.2)
     assert config == MisaConfig(preset="paper", delta=0.2, fill="skip")
     assert config.given == {"preset", "delta", "fill"}
-
-
-def test_for_several_processes_a_presets_rest_rule_is_off_and_a_given_one_stays():
-    assert MisaConfig().rest == "row_norm" and MisaConfig().altered(run_steps=5).for_processes().rest == "none"
-    for given in ({"rest": "sign"}, {"rest_lr": 0.1}):
-        config = MisaConfig(**given)
-        assert config.for_processes() is config

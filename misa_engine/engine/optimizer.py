@@ -27,7 +27,7 @@ from misa_engine.engine.gradients import Scaler
 from misa_engine.engine.groups import build_groups
 from misa_engine.engine.intake import intake_for
 from misa_engine.engine.marks import phase
-from misa_engine.engine.replicas import Replicas, built_together, for_replicas
+from misa_engine.engine.replicas import Replicas, built_together
 from misa_engine.engine.rest import RestRule, can_rest
 from misa_engine.kernels.backend import choose_backend
 from misa_engine.method.config import MisaConfig
@@ -78,7 +78,7 @@ class MISA(torch.optim.Optimizer):
 
     @built_together
     def __init__(self, model: nn.Module, config: MisaConfig | None = None, **options: Any):
-        self.config = config = for_replicas(guards.one_config(config, options), self.replicas)
+        self.config = config = guards.one_config(config, options)
         guards.check_model(model)
         self.partition: Partition = partition_for(model, config)
         self.units, self.budget = self.partition.units, check_budget(self.partition, config.delta)
@@ -121,7 +121,7 @@ class MISA(torch.optim.Optimizer):
         self._intake.on_arrival = self._attendance.arrived
         self._rest: RestRule | None = None
         if resting:
-            seen = (config, lambda: self.param_groups, self._intake.places)
+            seen = (config, lambda: self.param_groups, self._intake.places, self._intake.exchange)
             self._rest = RestRule(model, resting, group_of, *seen, backend=self.backend)
             self._intake.on_inactive = self._rest.take
         self._anchor = GraphAnchor(model, self._attendance)

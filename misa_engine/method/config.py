@@ -351,12 +351,6 @@ class MisaConfig(Preset):
         """This config with ``changes``, which still knows what the caller gave and what the preset filled in."""
         return MisaConfig.from_dict({**{name: getattr(self, name) for name in self.given}, **changes})
 
-    def for_processes(self) -> MisaConfig:
-        """This config for several processes: the preset's rest rule, which is for one, is off; a given one stays."""
-        if self.rest == "none" or {"rest", *NO_REST} & self.given:
-            return self
-        return self.altered(rest="none")
-
     @property
     def rest_rate(self) -> float:
         """What the rest rule multiplies lr with: ``rest_lr`` or the rule's own; 0 without a rule."""

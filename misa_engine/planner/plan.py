@@ -118,6 +118,7 @@ def plan(
     micro_batch: MicroBatch | None = None,
     dtype: torch.dtype = torch.bfloat16,
     name: str = "",
+    gpus: int = 1,
     **options: Any,
 ) -> Plan:
     """Predict the memory of a run.
@@ -129,6 +130,7 @@ def plan(
         micro_batch: how a micro-batch is run; None is one sequence of 2,048 tokens with checkpointing.
         dtype: of the weights; the formulas are for bfloat16, float32 is measured on fake tensors.
         name: what to call the model.
+        gpus: cards that train together, a whole model on each; the bytes are those of one of them.
         **options: single fields of MisaConfig, instead of ``misa``.
 
     Returns:
@@ -151,7 +153,7 @@ def plan(
     worst = WorstCase(meta, misa, micro_batch)
     peak, draw = worst.peak(micro_batch)
     reserve = {"cuda_context": activations.CONTEXT_BYTES, "slack": activations.SLACK_BYTES}
-    ours = {**optimizer_bytes(parts, misa, meta.dtype), "rest": rest_bytes(meta.model, worst.can_rest)}
+    ours = {**optimizer_bytes(parts, misa, meta.dtype), "rest": rest_bytes(meta.model, worst.can_rest, gpus)}
     fixed = {"weights": meta.weight_bytes, **ours, **reserve}
     found = fixed | {name: getattr(peak, name) for name in ("activations", "cross_entropy", "temporaries")}
     result = Plan(
