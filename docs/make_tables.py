@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from misa_engine.cli.arguments import attribute_docs
 from misa_engine.method.config import CHOICES
 from misa_engine.planner.cards import CARDS, published_config
 from misa_engine.planner.replicas import LINKS, replica_traffic, scaling
+from misa_engine.planner.resting import resting_elements
 from misa_engine.planner.worst_case import MetaModel
 from misa_engine.sweep.space import PAPER
 
@@ -109,15 +111,18 @@ def by_presets() -> dict[str, list[object]]:
     return {name: found for name, found in differ.items() if name != "preset"}
 
 
-def replicas(model: str = "llama-3-8b", tokens: int = 4096, flops: float = 80e12) -> str:
+def replicas(model: str = "llama-3-8b", tokens: int = 4096, flops: float = 80e12, rest: str = "none") -> str:
     """Derived, not measured: milliseconds of a step's averages, and the share of K cards' speed that is left."""
     config = published_config(model)
     meta = MetaModel(config)
-    misa = MisaConfig()
-    compute = 6 * plan(meta, misa=misa).parameters * tokens / flops
+    misa = MisaConfig(rest=rest)
+    parts = meta.partition(misa)
+    resting = resting_elements(meta.model, parts, misa)
+    found = plan(meta, misa=misa)
+    compute = 6 * found.parameters * tokens / flops * found.step_cost
     rows = []
     for gpus in (2, 4, 8, 16, 32, 64):
-        traffic = replica_traffic(meta.partition(misa), misa, meta.dtype, gpus)
+        traffic = replica_traffic(parts, misa, meta.dtype, gpus, resting)
         shares = scaling(traffic, compute)
         cells = [f"{1e3 * traffic.seconds(speed):,.0f} ms, {shares[link]:.0%}" for link, speed in LINKS.items()]
         rows.append([str(gpus), *cells])
@@ -179,6 +184,7 @@ TABLES = {
     (ROOT / "docs/guide/options.md", "options"): options,
     (ROOT / "docs/guide/reproduce.md", "experiments"): experiments,
     (ROOT / "docs/guide/several_gpus.md", "replicas"): replicas,
+    (ROOT / "docs/guide/several_gpus.md", "replicas, resting"): partial(replicas, rest=MisaConfig().rest),
     (ROOT / "docs/guide/options.md", "presets"): presets,
     (ROOT / "docs/guide/sweep.md", "sweep space"): sweep_space,
 }

@@ -79,8 +79,8 @@ def test_an_altered_config_still_knows_what_was_given():
     assert config.given == {"preset", "delta", "fill"}
 
 
-def test_for_several_processes_a_presets_rest_rule_is_off_and_a_given_one_stays():
-    assert MisaConfig().rest == "row_norm" and MisaConfig().altered(run_steps=5).for_processes().rest == "none"
+def test_a_presets_rest_rule_can_be_left_out_and_a_given_one_stays():
+    assert MisaConfig().rest == "row_norm" and MisaConfig().altered(run_steps=5).without_own_rest().rest == "none"
     for given in ({"rest": "sign"}, {"rest_lr": 0.1}):
         config = MisaConfig(**given)
-        assert config.for_processes() is config
+        assert config.without_own_rest() is config

@@ -14,6 +14,7 @@ from misa_engine.cli.main import main
 from misa_engine.errors import UserError
 from misa_engine.planner.activations import MicroBatch
 from misa_engine.planner.cards import CARDS, HUB_IDS, MODELS, Card, published_config
+from misa_engine.planner.plan import plan
 from misa_engine.planner.solve import Wishes, solve
 from misa_engine.planner.worst_case import MetaModel
 from models import TINY
@@ -349,13 +350,28 @@ def test_sizes_of_cards():
 
 def test_a_plan_for_several_cards_states_what_they_exchange(capsys):
     words = ["--model", "llama-3-8b", "--gpu", "rtx4090", "--gpus", "4"]
-    assert main(["plan", *words, "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    traffic = told["replicas"]
-    assert (
-        traffic["step_bytes"] == 2 * told["delta_parameters"] and traffic["round_bytes"] == 50 * traffic["step_bytes"]
-    )
-    assert traffic["full_bytes"] == 2 * told["parameters"] and traffic["sent_bytes"] == traffic["step_bytes"] * 3 // 2
+
+    def told(*more: str) -> dict:
+        assert main(["plan", *words, *more, "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    none, every, fourth = told("--rest", "none"), told(), told("--rest_every", "4")
+    traffic = none["replicas"]
+    assert traffic["step_bytes"] == 2 * none["delta_parameters"]
+    assert traffic["round_bytes"] == 50 * traffic["step_bytes"] and traffic["rest_bytes"] == 0
+    assert traffic["full_bytes"] == 2 * none["parameters"] and traffic["sent_bytes"] == traffic["step_bytes"] * 3 // 2
     assert traffic["seconds_a_step"]["PCIe 4 x8"] == pytest.approx(traffic["sent_bytes"] / 10e9, rel=0.01)
-    assert main(["plan", *words]) == 0
+
+    rests = every["replicas"]["rest_bytes"]
+    assert every["replicas"]["step_bytes"] == fourth["replicas"]["step_bytes"] == traffic["step_bytes"] + rests
+    assert every["replicas"]["round_bytes"] == traffic["round_bytes"] + 50 * rests
+    assert fourth["replicas"]["round_bytes"] == traffic["round_bytes"] + 50 * rests // 4
+    # one gradient more, of an MLP matrix, is averaged while the next is computed
+    assert every["bytes"]["rest"] - plan(published_config("llama-3-8b")).bytes["rest"] == 2 * 4096 * 14336
+
+    assert main(["plan", *words, "--rest", "none"]) == 0
     assert "4 cards, a whole model on each: 0.45 GiB" in capsys.readouterr().out
+    assert main(["plan", *words]) == 0
+    said = capsys.readouterr().out
+    assert "4 cards, a whole model on each: 13.00 GiB" in said and "rest='row_norm'" in said
+    assert "(rest='none') 0.45 GiB and 73 ms over PCIe 4 x8" in said and "rest_every=4 instead, on average: " in said

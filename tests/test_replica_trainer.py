@@ -96,7 +96,7 @@ def train_plainly(rank: int, out: Path, data: Any) -> dict[str, torch.Tensor]:
 def test_plain_trainer_with_the_factory_trains_replicas_as_one_process_would(tmp_path, tokens):  # noqa: F811
     first, second = run_ranks(train_plainly, tmp_path / "ranks", tmp_path / "two", tokens)
     assert not isinstance(first, str), first
-    alone = plain_trainer(tmp_path / "one", tokens, misa={"rest": "none"}, per_device_train_batch_size=2, max_steps=4)
+    alone = plain_trainer(tmp_path / "one", tokens, per_device_train_batch_size=2, max_steps=4)
     alone.train()
     for name, parameter in alone.model.named_parameters():
         assert torch.equal(first[name], second[name])

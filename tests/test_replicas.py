@@ -15,7 +15,7 @@ from training import loss_of
 
 ROUNDS, T = 6, 2
 COMMON: dict[str, Any] = {"lr": 1e-4, "delta": 0.2, "inner_steps": T, "cold_start": "none", "weight_decay": 0.1}
-COMMON |= {"rest": "none"}  # as several processes train, and one would not
+COMMON |= {"rest": "none"}  # test_replica_rest.py has the others
 
 #: name -> (MISA's options, how the loop goes)
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

@@ -53,7 +53,6 @@ def _run(options: argparse.Namespace) -> int:
             "include_outside": options.include_outside,
         }
     )
-    misa = misa.for_processes() if (options.gpus or 1) > 1 else misa
     if options.length is not None and options.length < 2:
         raise UserError(f"--length must be at least 2, a token and the one that follows; got {options.length}")
     limit = Card.of(f"{options.max_vram_gb:g}GiB" if options.max_vram_gb is not None else options.gpu)
@@ -69,13 +68,13 @@ def _run(options: argparse.Namespace) -> int:
         liger=options.use_liger_kernel,
         padded=options.padded,
     )
-    error = None
+    error, gpus = None, options.gpus or 1
     if options.max_vram_gb is not None:
         wishes = Wishes(options.delta, options.state_dtype, checkpointing, options.batch, options.length)
         wishes = replace(wishes, residents=options.residents)
-        result = again(meta, solve(meta, limit, misa, micro_batch, wishes), card=limit)
+        result = again(meta, solve(meta, limit, misa, micro_batch, wishes), card=limit, gpus=gpus)
     else:
-        result = plan(meta, card=limit, misa=misa, micro_batch=micro_batch, residents=options.residents)
+        result = plan(meta, card=limit, misa=misa, micro_batch=micro_batch, residents=options.residents, gpus=gpus)
         if not result.fits:
             error = impossible(meta, limit, result)
     command = train_command(options, result) if options.max_vram_gb is not None else None
@@ -83,8 +82,11 @@ def _run(options: argparse.Namespace) -> int:
     traffic = None
     if options.gpus is not None:
         from misa_engine.planner.replicas import replica_traffic
+        from misa_engine.planner.resting import resting_elements
 
-        traffic = replica_traffic(meta.partition(result.misa), result.misa, meta.dtype, options.gpus)
+        parts = meta.partition(result.misa)
+        resting = resting_elements(meta.model, parts, result.misa)
+        traffic = replica_traffic(parts, result.misa, meta.dtype, options.gpus, resting)
     if options.plot:
         from misa_engine.planner.picture import save_picture
 

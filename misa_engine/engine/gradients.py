@@ -117,9 +117,8 @@ class GradientIntake(ABC):
         """Follow the arena after it has bound other parameters; no gradient has arrived then."""
         self.slot_of = {name: index for index, name in enumerate(self._arena.names)}
         self._present = []
-        if self.exchange is not None:  # gradients arrive about in the reverse order of the model
-            order = sorted(self.slot_of, key=self._model_order.__getitem__, reverse=True)
-            self.exchange.bind([self.slot_of[name] for name in order])
+        if self.exchange is not None:
+            self.exchange.bind({index: self._model_order[name] for name, index in self.slot_of.items()})
         self.forget()
 
     @abstractmethod

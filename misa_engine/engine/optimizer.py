@@ -27,7 +27,7 @@ from misa_engine.engine.gradients import Scaler
 from misa_engine.engine.groups import build_groups
 from misa_engine.engine.intake import intake_for
 from misa_engine.engine.marks import phase
-from misa_engine.engine.replicas import Replicas, built_together, for_replicas
+from misa_engine.engine.replicas import Replicas, built_together
 from misa_engine.engine.residents import for_residents, residents_of, resting_names
 from misa_engine.engine.rest import RestRule, can_rest
 from misa_engine.kernels.backend import choose_backend
@@ -80,8 +80,8 @@ class MISA(torch.optim.Optimizer):
     @built_together
     def __init__(self, model: nn.Module, config: MisaConfig | None = None, **options: Any):
         self._residents = residents = residents_of(model)
-        config = for_residents(guards.one_config(config, options), residents, getattr(self.replicas, "size", 1))
-        self.config = config = for_replicas(config, self.replicas)
+        config = guards.one_config(config, options)
+        self.config = config = for_residents(config, residents, getattr(self.replicas, "size", 1))
         guards.check_model(model, resting_names(model))
         self.partition: Partition = partition_for(model, config)
         self.units, self.budget = self.partition.units, check_budget(self.partition, config.delta)
@@ -126,7 +126,7 @@ class MISA(torch.optim.Optimizer):
         self._intake.on_arrival = self._attendance.arrived
         self._rest: RestRule | None = None
         if resting:
-            seen = (config, lambda: self.param_groups, self._intake.places)
+            seen = (config, lambda: self.param_groups, self._intake.places, self._intake.exchange)
             self._rest = RestRule(model, resting, group_of, *seen, backend=self.backend)
             self._intake.on_inactive = self._rest.take
         self._anchor = GraphAnchor(model, self._attendance)

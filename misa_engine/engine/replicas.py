@@ -1,7 +1,7 @@
 """Replicas: several processes that each hold the whole model, one on each GPU, and stay equal bit for bit.
 
     construction     everybody's model, options and versions are compared, then rank 0's weights are sent to all
-    backward pass    gradients of the active matrices are averaged as they arrive (exchange.py)
+    backward pass    gradients are averaged as they arrive, those of what rests where it moves (exchange.py)
     step             who has a gradient for what is agreed on
     switch           hashes of the draws are compared; every CHECKSUM_ROUNDS rounds those of all weights
 
@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,8 +27,6 @@ from torch import Tensor, nn
 
 from misa_engine.engine.arena import Arena
 from misa_engine.method.config import MisaConfig
-
-logger = logging.getLogger(__name__)
 
 #: Rounds between two comparisons of all weights: one read of the model, 20 ms for 16 GB, every 10 · T steps.
 CHECKSUM_ROUNDS = 10
@@ -145,11 +142,6 @@ class Replicas:
         Raises:
             ValueError: another process refused its model, or something differs; up to five differences are named.
         """
-        if config.rest != "none":
-            raise ValueError(
-                f"rest={config.rest!r} with {self.size} processes: what rests would take its step by the gradients of "
-                "one process. Use rest='none', or one process."
-            )
         self._agreed = True
         told = self.tell_json(["", _describe(model, config)])
         for rank, (refusal, _) in enumerate(told):
@@ -246,22 +238,6 @@ def built_together(init: Callable[..., None]) -> Callable[..., None]:
             raise
 
     return together
-
-
-def for_replicas(config: MisaConfig, replicas: Replicas | None) -> MisaConfig:
-    """The config that several processes train with: a preset's own rest rule is for one, and off, which rank 0 says.
-
-    A rule that the caller named stays, and is refused by ``agree``.
-    """
-    if replicas is None or (shared := config.for_processes()) is config:
-        return config
-    if replicas.rank == 0:
-        logger.warning(
-            "rest is 'none' with %d processes: what rests would take its step by the gradients of one process. "
-            "Matrices outside the draw stand still.",
-            replicas.size,
-        )
-    return shared
 
 
 def _describe(model: nn.Module, config: MisaConfig) -> dict[str, dict[str, str]]:

@@ -8,6 +8,7 @@
 A gradient lives from the GEMM that makes it to the hook that uses it, so at most one of them exists, of the size of the
 largest matrix. It is autograd's own tensor: only autograd knows when all uses of a tied or reused weight are in.
 With accumulation one micro-batch a step moves them: the last where ``last_micro_batch`` is set, otherwise the first.
+With several processes its mean over them moves a matrix (exchange.py): one more gradient lives while it is averaged.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
-from misa_engine.engine.gemm_gradients import stores_transposed
+from misa_engine.engine.exchange import RESTING_IN_FLIGHT, Exchange
+from misa_engine.engine.gemm_gradients import compiled_modules, stores_transposed
 from misa_engine.engine.gradients import Groups, check_dense
 from misa_engine.engine.marks import phase
 from misa_engine.engine.places import Places
@@ -87,6 +89,11 @@ class RestBuffers:
         return self.scratch.nbytes + 3 * self.sumsq.nbytes + self.part.nbytes
 
 
+def exchange_bytes(matrices: Sequence[Tensor]) -> int:
+    """Bytes of gradients that live while several processes average them, of the largest of these matrices."""
+    return RESTING_IN_FLIGHT * max(matrix.nbytes for matrix in matrices)
+
+
 class RestRule:
     """Decides which matrices rest, and moves each as its gradient arrives.
 
@@ -97,6 +104,7 @@ class RestRule:
         config: the rule and its options.
         groups: gives torch's parameter groups.
         places: who owns each parameter, and whether it is where it was.
+        exchange: averages gradients with other processes; None where there are none.
         backend: "triton" or "reference".
     """
 
@@ -108,6 +116,7 @@ class RestRule:
         config: MisaConfig,
         groups: Groups,
         places: Places,
+        exchange: Exchange | None,
         *,
         backend: str,
     ):
@@ -122,12 +131,15 @@ class RestRule:
         self._buffers = RestBuffers.allocate(matrices, matrices[0].device)
         self.names: tuple[str, ...] = ()
         self._waiting: set[str] = set()  # what may still move in this step
+        self._model, self._exchange = model, exchange
+        self._arrived: dict[str, Tensor | None] = {}  # with an exchange: this step's gradients until it takes them
         self._step, self._last_micro_batch, self._accumulates = 0, True, False
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all buffers."""
-        return self._buffers.nbytes
+        """Bytes of all buffers, and of the gradients that live while they are averaged."""
+        averaged = 0 if self._exchange is None else exchange_bytes(list(self._parameters.values()))
+        return self._buffers.nbytes + averaged
 
     @property
     def last_micro_batch(self) -> bool:
@@ -154,6 +166,10 @@ class RestRule:
         self._step = step
         moves = (step + 1) % self._config.rest_every == 0
         self._waiting = set(self.names) if moves else set()
+        self._arrived.clear()
+        if self._exchange is not None:
+            places = {name: self._position[name] for name in self._waiting}
+            self._exchange.open(self, places, bounded=not compiled_modules(self._model))
         self._show()
 
     def _add_up(self) -> None:
@@ -200,10 +216,41 @@ class RestRule:
         parameter.requires_grad_(False)
         self._places.check(name)
         check_dense(name, gradient)
-        with phase("resting"):
-            self._move(name, parameter, gradient)
-        increment_version([parameter])  # a graph that holds it must be refused, and kernels do not say
+        if self._exchange is None:
+            self.averaged(name, gradient)
+            return True
+        self._arrived[name] = gradient
+        del gradient  # the exchange's now, which frees it when it has been used
+        self._exchange.expect_end()
+        self._exchange.ready(name)
         return True
+
+    def to_average(self, name: str) -> Tensor:
+        """The gradient that has arrived, flat and contiguous, or zeros; it is the exchange's from then on."""
+        parameter, gradient = self._parameters[name], self._arrived.get(name)
+        if gradient is None:
+            return torch.zeros(parameter.numel(), dtype=parameter.dtype, device=parameter.device)
+        self._arrived[name] = None
+        return gradient.detach().contiguous().view(-1)
+
+    @torch.no_grad()
+    def averaged(self, name: str, gradient: Tensor) -> None:
+        """Move ``name`` by ``gradient``, in its shape or flat."""
+        parameter = self._parameters[name]
+        with phase("resting"):
+            self._move(name, parameter, gradient.view(parameter.shape))
+        increment_version([parameter])  # a graph that holds it must be refused, and kernels do not say
+
+    def exchanged(self) -> None:
+        """All processes have moved all that rests: whatever still comes in this step is freed."""
+        if self._config.rest_scores and self._exchange is not None:
+            somewhere = self._exchange.anywhere([name in self._arrived for name in self.names])
+            for name, here in zip(self.names, somewhere, strict=True):
+                if not here:  # zeros of everybody are no measurement
+                    self._buffers.sumsq[self._index[name]] = torch.nan
+        self._arrived.clear()
+        self._waiting = set()
+        self._show()
 
     def _move(self, name: str, parameter: nn.Parameter, gradient: Tensor) -> None:
         lr = float(self._groups()[self._group_of[name]]["lr"])

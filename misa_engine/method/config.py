@@ -353,8 +353,8 @@ class MisaConfig(Preset):
         """This config with ``changes``, which still knows what the caller gave and what the preset filled in."""
         return MisaConfig.from_dict({**{name: getattr(self, name) for name in self.given}, **changes})
 
-    def for_processes(self) -> MisaConfig:
-        """This config for several processes: the preset's rest rule, which is for one, is off; a given one stays."""
+    def without_own_rest(self) -> MisaConfig:
+        """This config where the preset's rest rule cannot work: that one is off; a rule the caller gave stays."""
         if self.rest == "none" or {"rest", *NO_REST} & self.given:
             return self
         return self.altered(rest="none")

@@ -127,6 +127,7 @@ def plan(
     dtype: torch.dtype = torch.bfloat16,
     name: str = "",
     residents: str | None = None,
+    gpus: int = 1,
     **options: Any,
 ) -> Plan:
     """Predict the memory of a run.
@@ -140,6 +141,7 @@ def plan(
         name: what to call the model.
         residents: format in which undrawn matrices rest in 8 bits (``residents.FORMATS``); None or "none" keeps all
             weights on the card as they are.
+        gpus: cards that train together, a whole model on each; the bytes are those of one of them.
         **options: single fields of MisaConfig, instead of ``misa``.
 
     Returns:
@@ -168,7 +170,7 @@ def plan(
     reserve = {"cuda_context": activations.CONTEXT_BYTES, "slack": activations.SLACK_BYTES}
     ours = {
         **optimizer_bytes(parts, misa, meta.dtype, residents=rested is not None),
-        "rest": rest_bytes(meta.model, worst.can_rest),
+        "rest": rest_bytes(meta.model, worst.can_rest, gpus),
     }
     weights = dict(rested.card_bytes) if rested else {"weights": meta.weight_bytes}
     fixed = {**weights, **ours, **reserve}

@@ -108,7 +108,7 @@ def without_rest(misa: MisaConfig) -> MisaConfig:
     Raises:
         UserError: a rest rule was asked for.
     """
-    found = misa.for_processes()  # the same exception: a preset's rule is dropped, a given one stays
+    found = misa.without_own_rest()
     if found.rest != "none":
         raise UserError(
             f"rest={misa.rest!r} moves every matrix in place, which residents in 8 bits cannot take: leave out "

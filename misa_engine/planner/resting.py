@@ -10,15 +10,27 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from misa_engine.engine.rest import RestBuffers
+from misa_engine.engine.rest import RestBuffers, can_rest, exchange_bytes
 from misa_engine.method.config import MisaConfig
 from misa_engine.method.partition import Partition
 
 
-def rest_bytes(model: nn.Module, can: Sequence[str]) -> int:
-    """Bytes that the optimizer allocates for the matrices ``can`` (see ``can_rest``), without allocating anything."""
+def rest_bytes(model: nn.Module, can: Sequence[str], gpus: int = 1) -> int:
+    """Bytes that the optimizer holds for the matrices ``can`` (see ``can_rest``), without allocating anything.
+
+    On several cards one gradient lives while it is averaged and the next is computed.
+    """
+    if not can:
+        return 0
     named = dict(model.named_parameters())
-    return RestBuffers.allocate([named[name] for name in can], "meta").nbytes if can else 0
+    matrices = [named[name] for name in can]
+    return RestBuffers.allocate(matrices, "meta").nbytes + (exchange_bytes(matrices) if gpus > 1 else 0)
+
+
+def resting_elements(model: nn.Module, parts: Partition, misa: MisaConfig) -> int:
+    """Elements of all matrices that can rest."""
+    named = dict(model.named_parameters())
+    return sum(named[name].numel() for name in can_rest(model, parts, misa))
 
 
 def step_cost(

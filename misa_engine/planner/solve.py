@@ -72,7 +72,7 @@ def _formats(meta: MetaModel, misa: MisaConfig, wishes: Wishes) -> list[str]:
     """Formats to try, in order; residents are not proposed where they cannot be: a rest rule was given, float32."""
     if wishes.residents is not None:
         return [wishes.residents]
-    possible = misa.for_processes().rest == "none" and meta.dtype == torch.bfloat16 and resting_matrices(meta)
+    possible = misa.without_own_rest().rest == "none" and meta.dtype == torch.bfloat16 and resting_matrices(meta)
     return ["none", RESIDENTS] if possible else ["none"]
 
 

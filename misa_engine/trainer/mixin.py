@@ -151,7 +151,6 @@ class MisaMixin(ExactResume):
         self.log_writer.remember(model)
         if self.optimizer is None and self.optimizer_name == "misa":
             self.optimizer = MISA(model, self.misa_config)
-            self.misa_config = self.optimizer.config  # several processes train without the preset's rest rule
             self.optimizer.measure_on_arrival = False  # _get_grad_norm measures every step, before clipping
         elif self.optimizer is None:
             config = self.misa_config

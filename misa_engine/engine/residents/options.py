@@ -23,7 +23,7 @@ def for_residents(config: MisaConfig, residents: Residents | None, processes: in
             f"the model has residents and {processes} processes train it: they would have to compare and send weights "
             "that lie on the host, which they do not. Use one process, or a model without residents."
         )
-    shared = config.for_processes()  # the same rule has the same place there
+    shared = config.without_own_rest()
     if shared.rest != "none":
         raise ValueError(
             f"rest={config.rest!r} with residents in 8 bits: the rule moves weights in place on the card, by steps far "
