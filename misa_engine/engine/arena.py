@@ -20,6 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from misa_engine.engine.shards import local
 from misa_engine.kernels.blockwise8 import GROUP
 from misa_engine.kernels.tiles import BLOCK, Slot, TileTable, host_buffer
 
@@ -29,8 +30,8 @@ MOVE_BYTES = 4 << 20
 
 
 def padded(numel: int) -> int:
-    """Elements that a parameter of ``numel`` elements occupies: the next multiple of BLOCK."""
-    return -(-numel // BLOCK) * BLOCK
+    """Elements that a parameter of ``numel`` elements occupies: the next multiple of BLOCK, at least one BLOCK."""
+    return max(1, -(-numel // BLOCK)) * BLOCK
 
 
 def upload(values: Sequence[int] | Sequence[Sequence[float]], buffer: Tensor) -> None:
@@ -223,7 +224,7 @@ class Arena:
         slots: list[Slot] = []
         position = 0
         for index, name in enumerate(order):
-            weight = parameters[name].detach().view(-1)
+            weight = local(parameters[name]).detach().view(-1)
             position = starts[index] if starts is not None else position
             slot = Slot(weight=weight, start=position, numel=weight.numel(), group=groups[name])
             position += padded(slot.numel)
@@ -234,7 +235,7 @@ class Arena:
                 self._clear(slot, residual=index >= len(places))
             slots.append(slot)
         self.slots, self.names = slots, order
-        self._shapes = [parameters[name].shape for name in order]
+        self._shapes = [local(parameters[name]).shape for name in order]
         if self.grad is not None:
             for slot in slots:  # a former occupant's gradient must not lie in a tail
                 self.grad[slot.start + slot.numel : slot.start + padded(slot.numel)].zero_()

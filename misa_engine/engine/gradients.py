@@ -38,6 +38,16 @@ class Scaler:
         return cls(getattr(optimizer, "grad_scale", None)) if hasattr(optimizer, "found_inf") else None
 
 
+def scaler_of(optimizer: torch.optim.Optimizer, rest: str) -> Scaler | None:
+    """``Scaler.of``, where the rest rule bears one; ValueError otherwise."""
+    if (scaler := Scaler.of(optimizer)) is not None and rest == "sgd":  # too late, but not unsaid
+        raise ValueError(
+            "GradScaler with rest='sgd': what rests has moved by gradients still multiplied by the scale. Train "
+            "without a scaler, or use rest='sign' or 'row_norm', which scale does not change."
+        )
+    return scaler
+
+
 class GradientIntake(ABC):
     """Takes the gradients of all active parameters, and makes the step that uses them.
 
@@ -146,6 +156,10 @@ class GradientIntake(ABC):
     @abstractmethod
     def averaged(self, index: int, gradient: Tensor) -> None:
         """``gradient``, which ``to_average`` gave, is now the mean over all processes."""
+
+    def settle(self, what: str) -> None:
+        """Before weights or the active set change, for ``what``: nothing to be done where weights are whole."""
+        return
 
     def empty_pass(self) -> None:
         """From within a backward pass in which no active parameter takes part: the others may need this process."""

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from misa_engine.engine.shards import local
 from misa_engine.method.config import MisaConfig
 from misa_engine.method.partition import describe_new
 
@@ -60,7 +61,7 @@ def check_model(model: nn.Module) -> None:
 
     Raises:
         TypeError: it is no model.
-        ValueError: the model is wrapped for data parallelism, sharded, frozen, without memory (meta device), spread
+        ValueError: the model is wrapped for data parallelism, frozen, without memory (meta device), spread
             over several devices, checkpoints with ``use_reentrant=True``, trains under another MISA, or holds weights
             that are not finite.
     """
@@ -84,12 +85,6 @@ def check_model(model: nn.Module) -> None:
             raise ValueError(
                 f"{name} is on the meta device and has no memory. Load the weights first (from_pretrained) and build "
                 "the optimizer afterwards."
-            )
-        if type(parameter.data).__name__ == "DTensor":
-            raise ValueError(
-                f"{name} is a sharded DTensor (fully_shard, tensor parallelism), which MISA does not train yet. Leave "
-                "out fully_shard: every process then holds the whole model and MISA averages its gradients. Where the "
-                "model does not fit one GPU, misa plan says what does."
             )
     taken = [name for name, parameter in parameters.items() if _claimed.get(id(parameter)) is parameter]
     if taken:
@@ -137,7 +132,7 @@ def check_finite(parameters: Mapping[str, torch.Tensor]) -> None:
     Raises:
         ValueError: with the first such parameter's name.
     """
-    floating = {name: parameter for name, parameter in parameters.items() if parameter.is_floating_point()}
+    floating = {name: local(parameter) for name, parameter in parameters.items() if parameter.is_floating_point()}
     sums = torch.stack([parameter.sum(dtype=torch.float32) for parameter in floating.values()]).tolist()
     suspects = [name for name, value in zip(floating, sums, strict=True) if not math.isfinite(value)]
     bad = [name for name in suspects if not bool(floating[name].isfinite().all())]  # a sum alone may overflow

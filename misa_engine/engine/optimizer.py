@@ -23,12 +23,14 @@ from misa_engine.engine.active_set import ActiveSet
 from misa_engine.engine.attendance import Attendance, GraphAnchor
 from misa_engine.engine.buffers import buffers_for
 from misa_engine.engine.events import CallbackHandle, SwitchEvent, describe_switch
-from misa_engine.engine.gradients import Scaler
+from misa_engine.engine.gradients import scaler_of
 from misa_engine.engine.groups import build_groups
 from misa_engine.engine.intake import intake_for
 from misa_engine.engine.marks import phase
-from misa_engine.engine.replicas import Replicas, built_together, for_replicas
+from misa_engine.engine.replicas import Replicas, built_together
 from misa_engine.engine.rest import RestRule, can_rest
+from misa_engine.engine.sharded.processes import arranged
+from misa_engine.engine.shards import local
 from misa_engine.kernels.backend import choose_backend
 from misa_engine.method.config import MisaConfig
 from misa_engine.method.partition import Partition, check_budget, partition_for
@@ -78,8 +80,9 @@ class MISA(torch.optim.Optimizer):
 
     @built_together
     def __init__(self, model: nn.Module, config: MisaConfig | None = None, **options: Any):
-        self.config = config = for_replicas(guards.one_config(config, options), self.replicas)
+        config = guards.one_config(config, options)
         guards.check_model(model)
+        self.config, self._mesh, self.replicas = config, mesh, _ = arranged(model, config, self.replicas)
         self.partition: Partition = partition_for(model, config)
         self.units, self.budget = self.partition.units, check_budget(self.partition, config.delta)
         named = dict(model.named_parameters())
@@ -95,7 +98,8 @@ class MISA(torch.optim.Optimizer):
             self.replicas.agree(model, config)
         super().__init__(groups, {name: getattr(config, name) for name in ("lr", "betas", "eps", "weight_decay")})
         self.arena, self.host, self._kernels = buffers_for(
-            config, self._parameters, sampled, self._always, self.budget, len(groups), self.backend
+            *(config, self._parameters, sampled, self._always, self.budget, len(groups), self.backend),
+            *(mesh, self.replicas),
         )
         self.tracker = ImportanceTracker(
             [unit.numel for unit in self.units], self.budget, config, static_weights(self.units, config.static_weights)
@@ -104,7 +108,7 @@ class MISA(torch.optim.Optimizer):
         self.inner_step = self.total_steps = self.skipped_steps = self.empty_steps = 0
         self.events: deque[SwitchEvent] = deque(maxlen=200)  # 67 KB each for an 8B model's 224 units
         self._callbacks: list[Callable[[SwitchEvent], None]] = []
-        self._model_bytes = sum(parameter.nbytes for parameter in named.values())  # tied ones are listed once
+        self._model_bytes = sum(local(parameter).nbytes for parameter in named.values())  # tied ones are listed once
 
         guards.announce(model, self.partition.new)
         self._attach(model, group_of, resting)
@@ -116,7 +120,7 @@ class MISA(torch.optim.Optimizer):
         self._model = model
         self._guard = guards.CheckpointingGuard(model)
         where = (model, self._parameters, self.arena, kernels, lambda: self.param_groups)
-        self._intake = intake_for(config, *where, self.replicas, lambda: self.total_steps)
+        self._intake = intake_for(config, *where, self.replicas, lambda: self.total_steps, self._mesh)
         self._attendance = Attendance(model, self._intake.places, self._intake.empty_pass)
         self._intake.on_arrival = self._attendance.arrived
         self._rest: RestRule | None = None
@@ -129,7 +133,7 @@ class MISA(torch.optim.Optimizer):
         bound = (self._parameters, group_of, self.arena, self.host, self._intake)
         self._active_set = ActiveSet(*bound, rounding_seed=rounding_seed, backend=self.backend)
         parts = (config, self.partition, self.dtype, self.tracker, self.arena, kernels, self.host)
-        self._parts = state.Parts(*parts, self._active_set, self._rest)
+        self._parts = state.Parts(*parts, self._active_set, self._rest, self._mesh)
         model.requires_grad_(False)
         model.zero_grad(set_to_none=True)
         guards.claim(self._parameters.values())
@@ -249,12 +253,13 @@ class MISA(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._intake.settle("step()")
         with phase("update"):
             ends_round = self.inner_step + 1 >= self.tracker.round_length
             if ends_round:  # any unit may come next, so all have to be in their places before anything is written
                 self._intake.places.check_all()
             self._active_set.drop_stale_bits()
-            self._intake.step(self._scaler())
+            self._intake.step(scaler_of(self, self.config.rest))
             self._active_set.know_weights()
             if self.replicas is not None:
                 self.replicas.after_load(self._model, self.arena, [self.round, *self._clocks(), *self.active])
@@ -269,14 +274,6 @@ class MISA(torch.optim.Optimizer):
                 self._rest.begin_step(self.total_steps)
         return loss
 
-    def _scaler(self) -> Scaler | None:
-        if (scaler := Scaler.of(self)) is not None and self.config.rest == "sgd":  # too late, but not unsaid
-            raise ValueError(
-                "GradScaler with rest='sgd': what rests has moved by gradients still multiplied by the scale. Train "
-                "without a scaler, or use rest='sign' or 'row_norm', which scale does not change."
-            )
-        return scaler
-
     @torch.no_grad()
     def end_round(self) -> None:
         """End the present round now instead of after its T steps: scores, closing step and draw as ever.
@@ -287,6 +284,7 @@ class MISA(torch.optim.Optimizer):
         Raises:
             ValueError: a parameter was moved, replaced or reshaped since construction; nothing has been changed then.
         """
+        self._intake.settle("end_round()")
         self._intake.places.check_all()
         self._switch()
 
@@ -365,12 +363,14 @@ class MISA(torch.optim.Optimizer):
             ValueError: the state is another optimizer's, or of another model, δ, granularity, preset or option of the
                 sampler; the message lists what differs. Nothing has been changed then.
         """
+        self._intake.settle("load_state_dict()")
+        state_dict = state.for_this_process(self._parts, state_dict)
         state.check(self._parts, self.param_groups, state_dict)
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "misa"})
         clocks = state.unpack(self._parts, self._clocks(), state_dict["misa"])
         self.inner_step, self.total_steps, self.skipped_steps, self.empty_steps = clocks
         if self.replicas is not None:
-            self.replicas.loaded = True
+            self.replicas.state_loaded([self.round, *self._clocks(), *self.active])
         self._bind_round()
 
     def _bind_round(self) -> None:
