@@ -60,7 +60,7 @@ class ShardMesh:
                         f"is in {group._training_state.name}): weights and the set of trained matrices may change "
                         "between two steps only. Call it after backward() has returned."
                     )
-            module.reshard()  # type: ignore[operator]  # what an evaluation left gathered would be stale from now on
+            module.reshard()  # what an evaluation left gathered would be stale from now on
 
     def add_up(self, numbers: Tensor, replicas: Replicas | None) -> Tensor:
         """Replace ``numbers`` by their sums over the processes that hold one model; the same bits in all of them."""
@@ -127,7 +127,7 @@ def shard_mesh(model: nn.Module) -> ShardMesh | None:
         ValueError: sharded in a way that MISA does not train.
     """
     for module in _fsdp_modules(model):
-        module.reshard()  # type: ignore[operator]  # after an evaluation the root's parameters are plain tensors
+        module.reshard()  # after an evaluation the root's parameters are plain tensors
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
         if type(parameter).__name__ == "FlatParameter" or hasattr(parameter, "ds_id"):
