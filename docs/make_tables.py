@@ -22,6 +22,13 @@ from misa_engine.method.config import CHOICES
 from misa_engine.planner.cards import CARDS, published_config
 from misa_engine.planner.replicas import LINKS, replica_traffic, scaling
 from misa_engine.planner.resting import resting_elements
+from misa_engine.planner.sharded import (
+    FLOP_PER_WEIGHT_AND_TOKEN,
+    PEAK_FLOPS,
+    UTILISATION,
+    enough_tokens,
+    sharded_plan,
+)
 from misa_engine.planner.worst_case import MetaModel
 from misa_engine.sweep.space import PAPER
 
@@ -30,6 +37,8 @@ RESULTS = ROOT / "bench/results/cpu/results.json"
 LEARNING = ROOT / "bench/results/learning"
 #: Models of the README's table, and one card of each size.
 MODELS = ("llama-3.2-3b", "llama-2-7b", "qwen2.5-7b", "llama-3-8b", "qwen2.5-14b")
+#: Cards and the links between them, of the tables of several GPUs.
+PAIRS = (("rtx4090", "PCIe 4 x8"), ("rtx4090", "PCIe 4 x16"), ("a100-80", "NVLink"), ("h100", "NVLink"))
 SIZES = ("rtx4080", "rtx4090", "rtx5090", "l40s")
 
 
@@ -129,6 +138,37 @@ def replicas(model: str = "llama-3-8b", tokens: int = 4096, flops: float = 80e12
     return table(["cards", *LINKS], rows)
 
 
+def scaling_on_paper(model: str = "llama-3-8b", tokens: int = 4096) -> str:
+    """Computed, not measured: speed of K cards over K times one's, by link, for replicas and for sharded weights."""
+    meta = MetaModel(published_config(model))
+    misa = MisaConfig(rest="none")  # what sharded weights have
+    single = plan(meta, misa=misa)
+    rows = []
+    for card, link in PAIRS:
+        compute = FLOP_PER_WEIGHT_AND_TOKEN * single.parameters * tokens / (PEAK_FLOPS[card] * UTILISATION)
+        for mode in ("replicas", "sharded"):
+            cells = []
+            for gpus in (2, 4, 8, 16, 32, 64):
+                copies = replica_traffic(meta.partition(misa), misa, meta.dtype, gpus)
+                traffic = copies if mode == "replicas" else sharded_plan(meta, single, gpus)
+                exchange = traffic.seconds(LINKS[link])
+                cells.append(f"{compute / (compute + exchange):.0%} – {min(1, compute / exchange):.0%}")
+            rows.append([f"{card}, {link}", mode, f"{1e3 * compute:,.0f} ms", *cells])
+    return table(["card and link", "weights", "arithmetic", *map(str, (2, 4, 8, 16, 32, 64))], rows)
+
+
+def where_it_pays(delta: float = 0.03, gpus: int = 8) -> str:
+    """Computed, not measured: tokens from which on arithmetic takes as long as the exchange, by card and link."""
+    rows = []
+    for card, flops in PEAK_FLOPS.items():
+        cells = []
+        for speed in LINKS.values():
+            counts = (enough_tokens(share, flops * UTILISATION, speed, gpus) for share in (delta, None))
+            cells.append(" / ".join(f"{count:,.0f}" for count in counts))
+        rows.append([card, *cells])
+    return table(["card", *LINKS], rows)
+
+
 def options() -> str:
     """Every field of MisaConfig: its default and its docstring."""
     docs, default, presets = attribute_docs(MisaConfig), MisaConfig(), by_presets()
@@ -185,6 +225,8 @@ TABLES = {
     (ROOT / "docs/guide/reproduce.md", "experiments"): experiments,
     (ROOT / "docs/guide/several_gpus.md", "replicas"): replicas,
     (ROOT / "docs/guide/several_gpus.md", "replicas, resting"): partial(replicas, rest=MisaConfig().rest),
+    (ROOT / "docs/guide/several_gpus.md", "scaling"): scaling_on_paper,
+    (ROOT / "docs/guide/several_gpus.md", "where it pays"): where_it_pays,
     (ROOT / "docs/guide/options.md", "presets"): presets,
     (ROOT / "docs/guide/sweep.md", "sweep space"): sweep_space,
 }

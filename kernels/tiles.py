@@ -95,8 +95,8 @@ class Slot:
 
     @property
     def n_tiles(self) -> int:
-        """Number of tiles, the last one possibly partial."""
-        return -(-self.numel // BLOCK)
+        """Number of tiles, the last one possibly partial; one, unused, where there are no elements (empty shards)."""
+        return max(1, -(-self.numel // BLOCK))
 
     @property
     def tiles(self) -> range:
@@ -213,7 +213,7 @@ class TileTable:
             weight = entry.weight
             if weight.dtype not in (torch.float32, torch.bfloat16):
                 raise ValueError(f"weights must be float32 or bfloat16; got {weight.dtype}: load the model in bfloat16")
-            if weight.shape != (entry.numel,) or not weight.is_contiguous() or entry.numel < 1:
+            if weight.shape != (entry.numel,) or not weight.is_contiguous():
                 raise ValueError(
                     f"a slot's weight must be a contiguous flat view of {entry.numel} elements; got shape "
                     f"{tuple(weight.shape)}, stride {weight.stride()}. Make the parameter contiguous before training."

@@ -375,3 +375,24 @@ def test_a_plan_for_several_cards_states_what_they_exchange(capsys):
     said = capsys.readouterr().out
     assert "4 cards, a whole model on each: 13.00 GiB" in said and "rest='row_norm'" in said
     assert "(rest='none') 0.45 GiB and 73 ms over PCIe 4 x8" in said and "rest_every=4 instead, on average: " in said
+
+
+def test_a_plan_for_sharded_weights_divides_them_and_states_what_is_gathered(capsys):
+    words = ["--model", "llama-3-70b", "--gpu", "h100", "--gpus", "8", "--sharded"]
+    assert main(["plan", *words, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    here, whole = told["sharded"], 2 * told["parameters"]
+    assert not told["fits"] and here["fits"]
+    assert here["bytes"]["weights"] == pytest.approx(whole / 8, rel=1e-3)
+    assert here["bytes"]["first_moment"] == pytest.approx(told["bytes"]["first_moment"] / 8, rel=1e-2)
+    outside = 2 * 2 * 128256 * 8192  # embedding and head are gathered once
+    assert here["gathered_bytes"] == pytest.approx(2 * whole - outside, rel=1e-3)
+    assert here["reduced_bytes"] == 2 * told["delta_parameters"]
+    assert here["sent_bytes"] == pytest.approx((here["gathered_bytes"] + here["reduced_bytes"]) * 7 / 8)
+    assert here["seconds_a_micro_batch"]["NVLink"] == pytest.approx(here["sent_bytes"] / 200e9, rel=0.01)
+    assert main(["plan", *words]) == 0
+    assert "8 cards, rows of the weights on each: fits" in capsys.readouterr().out
+    assert main(["plan", *words[:-2], "2", "--sharded"]) != 0
+    assert "over 2 of h100 needs" in capsys.readouterr().err
+    assert main(["plan", "--model", "llama-3-70b", "--sharded"]) != 0
+    assert "--sharded needs --gpus" in capsys.readouterr().err

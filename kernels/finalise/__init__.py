@@ -25,6 +25,8 @@ def finalise(
     skip_nonfinite: bool,
     backend: str,
     tiles: range | None = None,  # ``slot.tiles`` = one slot, whether it is present or not; None = all that are present
+    total: Tensor
+    | None = None,  # (1,) float64, Σ g² in place of the sum of ``partial``: of shards on several processes
 ) -> None:
     """Decide the step: norm, clip factor, skip, step counts, coefficients. Once a step, before ``adamw``.
 
@@ -33,11 +35,11 @@ def finalise(
     clip_coef = min(1, max_norm/(norm + 1e-6)), as in torch.nn.utils.clip_grad_norm_.
     """
     if not uses_triton(backend, hyper):
-        finalise_reference(partial, hyper, bias, table, control, skip_nonfinite, tiles)
+        finalise_reference(partial, hyper, bias, table, control, skip_nonfinite, tiles, total)
         return
     from .kernel import launch_finalise
 
-    launch_finalise(partial, hyper, bias, table, control, skip_nonfinite, tiles)
+    launch_finalise(partial, hyper, bias, table, control, skip_nonfinite, tiles, total)
 
 
 @torch.no_grad()

@@ -127,13 +127,17 @@ def launch_finalise(
     control: Control,
     skip_nonfinite: bool,
     tiles: range | None,
+    total: Tensor | None,
 ) -> None:
     """Launch the parts of the norm, if it is wanted, and the one program."""
     span, every = table.tile_range(tiles), tiles is None
-    n_parts = 0 if partial is None else launch_norm_parts(partial, table, span, all_present=not every)
+    parts, n_parts = total, 1
+    if total is None:
+        parts = None if partial is None else table.norm_parts
+        n_parts = 0 if partial is None else launch_norm_parts(partial, table, span, all_present=not every)
     with on_device(hyper):
         finalise_kernel[(1,)](
-            None if partial is None else table.norm_parts,
+            parts,
             control.grad_norm,
             control.max_norm,
             control.clip_coef,

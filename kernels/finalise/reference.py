@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..norm.reference import global_norm_reference
+from ..norm.reference import global_norm_reference, norm_of_total
 from ..tiles import Bias, Coefficients, Control, Hyper, TileTable
 
 
@@ -17,12 +17,13 @@ def finalise_reference(
     control: Control,
     skip_nonfinite: bool,
     tiles: range | None,
+    total: Tensor | None,
 ) -> None:
     """Decide the step; arguments as in ``finalise``."""
     control.skip.zero_()
     control.clip_coef.fill_(1.0)
     if partial is not None:
-        norm = global_norm_reference(partial, table, tiles)
+        norm = global_norm_reference(partial, table, tiles) if total is None else norm_of_total(total.view(()))
         control.grad_norm.copy_(norm)
         if skip_nonfinite:
             control.skip.copy_(~norm.isfinite())

@@ -37,6 +37,11 @@ def global_norm_reference(partial: Tensor, table: TileTable, tiles: range | None
     for index, slot in table.slots_in(tiles):
         if present[index] or tiles is not None:
             total += partial[slot.first_tile : slot.first_tile + slot.n_tiles].sum(dtype=torch.float64)
+    return norm_of_total(total)
+
+
+def norm_of_total(total: Tensor) -> Tensor:
+    """The float32 root of a float64 sum, rounded as the kernels round."""
     return total.float().double().sqrt().float()
 
 

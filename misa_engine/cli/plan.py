@@ -53,6 +53,10 @@ def _run(options: argparse.Namespace) -> int:
             "include_outside": options.include_outside,
         }
     )
+    if options.sharded and (options.gpus is None or options.max_vram_gb is not None):
+        raise UserError("--sharded needs --gpus, the number of cards, and looks at one --gpu, not at --max_vram_gb.")
+    if options.sharded:
+        misa = misa.without_own_rest()
     if options.length is not None and options.length < 2:
         raise UserError(f"--length must be at least 2, a token and the one that follows; got {options.length}")
     limit = Card.of(f"{options.max_vram_gb:g}GiB" if options.max_vram_gb is not None else options.gpu)
@@ -75,12 +79,21 @@ def _run(options: argparse.Namespace) -> int:
         result = again(meta, solve(meta, limit, misa, micro_batch, wishes), card=limit, gpus=gpus)
     else:
         result = plan(meta, card=limit, misa=misa, micro_batch=micro_batch, residents=options.residents, gpus=gpus)
-        if not result.fits:
+        if not result.fits and not options.sharded:
             error = impossible(meta, limit, result)
     command = train_command(options, result) if options.max_vram_gb is not None else None
     coverage, fits = coverage_of(options, meta, result)
-    traffic = None
-    if options.gpus is not None:
+    traffic: Any = None
+    if options.sharded:
+        from misa_engine.planner.sharded import sharded_plan
+
+        traffic = sharded_plan(meta, result, options.gpus)
+        if not traffic.fits:
+            error = (
+                f"{result.model} over {options.gpus} of {limit.name} needs {traffic.total_bytes / 2**30:.1f} GiB on "
+                "each. Take more cards (--gpus), shorter sequences (--length) or a smaller --delta."
+            )
+    elif options.gpus is not None:
         from misa_engine.planner.replicas import replica_traffic
         from misa_engine.planner.resting import resting_elements
 
@@ -93,7 +106,7 @@ def _run(options: argparse.Namespace) -> int:
         save_picture(result, variants(meta, result), Path(options.plot))
     if options.json:
         more = {"coverage": coverage.to_dict()} if coverage else {}
-        more |= {"replicas": traffic.to_dict()} if traffic else {}
+        more |= {"sharded" if options.sharded else "replicas": traffic.to_dict()} if traffic else {}
         print(json.dumps({**result.to_dict(), **more, **({"command": command} if command else {})}, indent=2))
     else:
         print(describe(result, options.accumulation))
@@ -300,6 +313,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--accumulation", "--gradient_accumulation_steps", type=positive, default=1,
         help="micro-batches of a step (default: 1)")  # fmt: skip
     add("--gpus", type=positive, help="cards that train together, a whole model on each: what they exchange")
+    add("--sharded", action="store_true", help="of --gpus: rows of the weights on each (fully_shard), not all of them")
     add("--inner_steps", type=positive, help=f"T, steps between two draws (default: {MisaConfig.inner_steps})")
     add("--rest_lr", type=float, help="as in misa train; does not change the plan")
     add("--rest_every", type=positive, help="as in misa train (default: 1)")

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from misa_engine.engine.shards import local
 from misa_engine.kernels.blockwise8 import GROUP
 from misa_engine.kernels.tiles import BLOCK, Slot, TileTable, host_buffer
 
@@ -30,8 +31,8 @@ MOVE_BYTES = 4 << 20
 
 
 def padded(numel: int) -> int:
-    """Elements that a parameter of ``numel`` elements occupies: the next multiple of BLOCK."""
-    return -(-numel // BLOCK) * BLOCK
+    """Elements that a parameter of ``numel`` elements occupies: the next multiple of BLOCK, at least one BLOCK."""
+    return max(1, -(-numel // BLOCK)) * BLOCK
 
 
 def upload(values: Sequence[int] | Sequence[Sequence[float]], buffer: Tensor) -> None:
@@ -237,19 +238,20 @@ class Arena:
         position = 0
         for index, name in enumerate(order):
             start = starts[index] if starts is not None else position
-            numel = parameters[name].numel()
+            numel = local(parameters[name]).numel()
             position = start + padded(numel)
             assert position <= self.capacity, f"arena of {self.capacity} elements asked to hold {position}"
             if index < len(places):
                 self._move(places[index], start, padded(numel))
             if settle is not None and (place := self._weights_at(start, numel)) is not None:
                 settle(name, place)
-            slot = Slot(weight=parameters[name].detach().view(-1), start=start, numel=numel, group=groups[name])
+            weight = local(parameters[name]).detach().view(-1)  # after it was settled: it may lie elsewhere now
+            slot = Slot(weight=weight, start=start, numel=numel, group=groups[name])
             if name not in steps:
                 self._clear(slot, residual=index >= len(places))
             slots.append(slot)
         self.slots, self.names = slots, order
-        self._shapes = [parameters[name].shape for name in order]
+        self._shapes = [local(parameters[name]).shape for name in order]
         if self.grad is not None:
             for slot in slots:  # a former occupant's gradient must not lie in a tail
                 self.grad[slot.start + slot.numel : slot.start + padded(slot.numel)].zero_()

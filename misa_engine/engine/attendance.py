@@ -64,14 +64,14 @@ class Attendance:
         for seen in (self._heard, self._latest, self._ran, self._ran_steps, self._ran_alone):
             seen.clear()
         self._handles += [
-            self._model.register_forward_pre_hook(_Hook(self._enter)),
-            self._model.register_forward_hook(_Hook(self._leave), always_call=True),
+            self._model.register_forward_pre_hook(ModelHook(self._enter)),
+            self._model.register_forward_hook(ModelHook(self._leave), always_call=True),
         ]
         compiled = compiled_modules(self._model)
         self._unseen = {name for name in names if self._places.owner(name) in compiled}
         for name in names:
             if name not in self._unseen:
-                self._handles.append(self._places.owner(name).register_forward_pre_hook(_Hook(self._watch(name))))
+                self._handles.append(self._places.owner(name).register_forward_pre_hook(ModelHook(self._watch(name))))
 
     def arrived(self, name: str) -> None:
         """A gradient of ``name`` has arrived, from the latest forward pass as far as one can tell."""
@@ -168,7 +168,7 @@ class GraphAnchor:
 
     def __init__(self, model: nn.Module, attendance: Attendance | None = None):
         self._attendance = attendance
-        self._handle = model.register_forward_hook(_Hook(self._after_forward))
+        self._handle = model.register_forward_hook(ModelHook(self._after_forward))
 
     def remove(self) -> None:
         """Take the hook off the model."""
@@ -184,13 +184,14 @@ class GraphAnchor:
         return tree_map_only(Tensor, partial(_anchor, note=note), output)
 
 
-class _Hook:
+class ModelHook:
     """A hook that stays behind when its module is copied or pickled: the copy is a plain model."""
 
     def __init__(self, call: Callable[..., Any]):
         self._call = call
 
     def __call__(self, *args: Any) -> Any:
+        """Call it."""
         return self._call(*args)
 
     def __reduce__(self) -> tuple[Any, ...]:

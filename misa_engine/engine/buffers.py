@@ -9,7 +9,11 @@ from torch import nn
 
 from misa_engine.engine.arena import Arena, capacity_for, padded
 from misa_engine.engine.host import HostStore
+from misa_engine.engine.replicas import Replicas
 from misa_engine.engine.residents import Residents
+from misa_engine.engine.sharded.mesh import ShardMesh
+from misa_engine.engine.sharded.update import ShardedUpdate
+from misa_engine.engine.shards import local
 from misa_engine.engine.update import ArenaUpdate
 from misa_engine.method.config import MisaConfig
 
@@ -22,7 +26,9 @@ def buffers_for(
     budget: int,
     n_groups: int,
     backend: str,
-    residents: Residents | None = None,
+    mesh: ShardMesh | None,
+    replicas: Replicas | None,
+    residents: Residents | None,
 ) -> tuple[Arena, HostStore, ArenaUpdate]:
     """Allocate the arena, what is kept on the host, and the accounts of a step.
 
@@ -34,11 +40,17 @@ def buffers_for(
         budget: most elements that sampled parameters hold together.
         n_groups: torch's parameter groups.
         backend: "triton" or "reference".
+        mesh: over which the weights are sharded; None where they are whole.
+        replicas: all processes; None where there is one.
         residents: of the model; what rests has no memory of its own on the device, and trains in the arena's.
     """
     some = parameters[sampled[0]]
-    sizes = {name: parameter.numel() for name, parameter in parameters.items()}
-    capacity, slots = capacity_for(budget, [sizes[name] for name in sampled], [sizes[name] for name in always])
+    sizes = {name: local(parameter).numel() for name, parameter in parameters.items()}
+    if mesh is not None:
+        mesh.check_groups(config, [*sampled, *always])
+        capacity, slots = mesh.capacity(budget, sampled, always)
+    else:
+        capacity, slots = capacity_for(budget, [sizes[name] for name in sampled], [sizes[name] for name in always])
     arena = Arena(
         capacity,
         slots,
@@ -58,4 +70,6 @@ def buffers_for(
         backend=backend,
         numels=[sizes[name] for name in sampled],
     )
+    if mesh is not None:
+        return arena, host, ShardedUpdate(arena, n_groups, config, backend, mesh, replicas)
     return arena, host, ArenaUpdate(arena, n_groups, config, backend)

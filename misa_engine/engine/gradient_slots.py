@@ -151,12 +151,12 @@ class GradientSlots(GradientIntake):
         present = []
         for index, (name, view) in enumerate(zip(self._arena.names, self._views, strict=True)):
             self.places.check(name)
-            gradient = self._parameters[name].grad
+            gradient = self._held(name)
             present.append(gradient is not None)
             if gradient is not None and gradient is not view:
                 check_dense(name, gradient)
                 view.copy_(gradient)
-                self._parameters[name].grad = view
+                self._show(index)
                 if self.exchange is not None:
                     self.exchange.added()
             elif gradient is not None and self._alone[index] and view._version != self._versions[index]:
@@ -166,6 +166,14 @@ class GradientSlots(GradientIntake):
                     "it to True before the last one."
                 )
         self._tell_present(present if self.exchange is None else self.exchange.meet())
+
+    def _held(self, name: str) -> Tensor | None:
+        """The gradient that a parameter has, as far as this process holds it."""
+        return self._parameters[name].grad
+
+    def _show(self, index: int) -> None:
+        """Let the slot be the gradient that its parameter has."""
+        self._parameters[self._arena.names[index]].grad = self._views[index]
 
     def here(self) -> list[bool]:
         """Which slots hold a gradient of this step; one that is to be differentiated gets there in ``step``."""
@@ -187,7 +195,7 @@ class GradientSlots(GradientIntake):
 
     @torch.no_grad()
     def _arrived(self, name: str, index: int, parameter: nn.Parameter) -> None:
-        view, gradient = self._views[index], parameter.grad
+        view, gradient = self._views[index], self._held(name)
         assert gradient is not None
         if gradient.requires_grad:  # backward(create_graph=True): the caller wants to differentiate it; step() copies
             self._measured[index] = False
@@ -196,7 +204,7 @@ class GradientSlots(GradientIntake):
             self.places.check(name)
             check_dense(name, gradient)
             view.copy_(gradient)
-            parameter.grad = view  # the temporary is freed as soon as autograd lets go of it
+            self._show(index)  # the temporary is freed as soon as autograd lets go of it
         if self._versions[index] != view._version:  # not what the GEMM wrote and measured
             self._came(index)
         if self.exchange is not None and self.last_micro_batch:

@@ -157,6 +157,10 @@ class GradientIntake(ABC):
     def averaged(self, index: int, gradient: Tensor) -> None:
         """``gradient``, which ``to_average`` gave, is now the mean over all processes."""
 
+    def settle(self, what: str) -> None:
+        """Before weights or the active set change, for ``what``: nothing to be done where weights are whole."""
+        return
+
     def empty_pass(self) -> None:
         """From within a backward pass in which no active parameter takes part: the others may need this process."""
         if self.exchange is not None and self.last_micro_batch:

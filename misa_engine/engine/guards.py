@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from misa_engine.engine.shards import local
 from misa_engine.method.config import MisaConfig
 from misa_engine.method.partition import describe_new
 
@@ -64,7 +65,7 @@ def check_model(model: nn.Module, resting: Collection[str] = ()) -> None:
 
     Raises:
         TypeError: it is no model.
-        ValueError: the model is wrapped for data parallelism, sharded, frozen, without memory (meta device), spread
+        ValueError: the model is wrapped for data parallelism, frozen, without memory (meta device), spread
             over several devices, checkpoints with ``use_reentrant=True``, trains under another MISA, or holds weights
             that are not finite.
     """
@@ -88,12 +89,6 @@ def check_model(model: nn.Module, resting: Collection[str] = ()) -> None:
             raise ValueError(
                 f"{name} is on the meta device and has no memory. Load the weights first (from_pretrained) and build "
                 "the optimizer afterwards."
-            )
-        if type(parameter.data).__name__ == "DTensor":
-            raise ValueError(
-                f"{name} is a sharded DTensor (fully_shard, tensor parallelism), which MISA does not train yet. Leave "
-                "out fully_shard: every process then holds the whole model and MISA averages its gradients. Where the "
-                "model does not fit one GPU, misa plan says what does."
             )
     taken = [name for name, parameter in parameters.items() if _claimed.get(id(parameter)) is parameter]
     if taken:
@@ -141,7 +136,7 @@ def check_finite(parameters: Mapping[str, torch.Tensor]) -> None:
     Raises:
         ValueError: with the first such parameter's name.
     """
-    floating = {name: parameter for name, parameter in parameters.items() if parameter.is_floating_point()}
+    floating = {name: local(parameter) for name, parameter in parameters.items() if parameter.is_floating_point()}
     sums = {name: parameter.sum(dtype=torch.float32) for name, parameter in floating.items()}
     suspects = []
     for device in {value.device for value in sums.values()}:

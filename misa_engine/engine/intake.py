@@ -10,6 +10,8 @@ from misa_engine.engine.arena import Arena
 from misa_engine.engine.gradient_slots import GradientSlots
 from misa_engine.engine.gradients import GradientIntake, Groups
 from misa_engine.engine.replicas import Replicas
+from misa_engine.engine.sharded.mesh import ShardMesh
+from misa_engine.engine.sharded.slots import ShardedSlots
 from misa_engine.engine.update import ArenaUpdate
 from misa_engine.engine.update_on_arrival import UpdateOnArrival
 from misa_engine.method.config import MisaConfig
@@ -24,6 +26,7 @@ def intake_for(
     groups: Groups,
     replicas: Replicas | None,
     clock: Callable[[], int],
+    mesh: ShardMesh | None,
 ) -> GradientIntake:
     """Put the hooks on all parameters.
 
@@ -36,9 +39,12 @@ def intake_for(
         groups: gives torch's parameter groups.
         replicas: the processes to average gradients with; None is this one alone.
         clock: gives the number of steps made.
+        mesh: over which the weights are sharded, so that FSDP2 averages; None where they are whole.
     """
     where = (model, parameters, arena, kernels, groups)
     intake: GradientIntake
+    if mesh is not None:
+        return ShardedSlots(*where, max_norm=config.max_grad_norm, mesh=mesh, replicas=replicas, clock=clock)
     if config.update_in == "backward":
         intake = UpdateOnArrival(*where)
     else:

@@ -28,8 +28,10 @@ from misa_engine.engine.groups import build_groups
 from misa_engine.engine.intake import intake_for
 from misa_engine.engine.marks import phase
 from misa_engine.engine.replicas import Replicas, built_together
-from misa_engine.engine.residents import for_residents, residents_of, resting_names
+from misa_engine.engine.residents import residents_of, resting_names
 from misa_engine.engine.rest import RestRule, can_rest
+from misa_engine.engine.sharded.processes import arranged
+from misa_engine.engine.shards import local
 from misa_engine.kernels.backend import choose_backend
 from misa_engine.method.config import MisaConfig
 from misa_engine.method.partition import Partition, check_budget, partition_for
@@ -81,8 +83,8 @@ class MISA(torch.optim.Optimizer):
     def __init__(self, model: nn.Module, config: MisaConfig | None = None, **options: Any):
         self._residents = residents = residents_of(model)
         config = guards.one_config(config, options)
-        self.config = config = for_residents(config, residents, getattr(self.replicas, "size", 1))
         guards.check_model(model, resting_names(model))
+        self.config, self._mesh, self.replicas = config, mesh, _ = arranged(model, config, self.replicas)
         self.partition: Partition = partition_for(model, config)
         self.units, self.budget = self.partition.units, check_budget(self.partition, config.delta)
         named = dict(model.named_parameters())
@@ -99,8 +101,10 @@ class MISA(torch.optim.Optimizer):
         super().__init__(groups, {name: getattr(config, name) for name in ("lr", "betas", "eps", "weight_decay")})
         if residents is not None:
             residents.wake(self._always, self._parameters)
-        sizes = (self._parameters, sampled, self._always, self.budget, len(groups))
-        self.arena, self.host, self._kernels = buffers_for(config, *sizes, self.backend, residents)
+        self.arena, self.host, self._kernels = buffers_for(
+            *(config, self._parameters, sampled, self._always, self.budget, len(groups), self.backend),
+            *(mesh, self.replicas, residents),
+        )
         self.tracker = ImportanceTracker(
             [unit.numel for unit in self.units], self.budget, config, static_weights(self.units, config.static_weights)
         )
@@ -109,7 +113,7 @@ class MISA(torch.optim.Optimizer):
         self.events: deque[SwitchEvent] = deque(maxlen=200)  # 67 KB each for an 8B model's 224 units
         self._callbacks: list[Callable[[SwitchEvent], None]] = []
         there = set(named) - set(resting_names(model))  # on the device; tied ones are listed once
-        self._model_bytes = sum(named[name].nbytes for name in there)
+        self._model_bytes = sum(local(named[name]).nbytes for name in there)
 
         guards.announce(model, self.partition.new)
         self._attach(model, group_of, resting)
@@ -121,7 +125,7 @@ class MISA(torch.optim.Optimizer):
         self._model = model
         self._guard = guards.CheckpointingGuard(model)
         where = (model, self._parameters, self.arena, kernels, lambda: self.param_groups)
-        self._intake = intake_for(config, *where, self.replicas, lambda: self.total_steps)
+        self._intake = intake_for(config, *where, self.replicas, lambda: self.total_steps, self._mesh)
         self._attendance = Attendance(model, self._intake.places, self._intake.empty_pass)
         self._intake.on_arrival = self._attendance.arrived
         self._rest: RestRule | None = None
@@ -136,7 +140,7 @@ class MISA(torch.optim.Optimizer):
             *bound, rounding_seed=rounding_seed, backend=self.backend, residents=self._residents
         )
         parts = (config, self.partition, self.dtype, self.tracker, self.arena, kernels, self.host)
-        self._parts = state.Parts(*parts, self._active_set, self._rest)
+        self._parts = state.Parts(*parts, self._active_set, self._rest, self._mesh)
         model.requires_grad_(False)
         model.zero_grad(set_to_none=True)
         guards.claim(self._parameters.values())
@@ -257,6 +261,7 @@ class MISA(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._intake.settle("step()")
         with phase("update"):
             ends_round = self.inner_step + 1 >= self.tracker.round_length
             if ends_round:  # any unit may come next, so all have to be in their places before anything is written
@@ -287,6 +292,7 @@ class MISA(torch.optim.Optimizer):
         Raises:
             ValueError: a parameter was moved, replaced or reshaped since construction; nothing has been changed then.
         """
+        self._intake.settle("end_round()")
         self._intake.places.check_all()
         self._switch()
 
@@ -365,12 +371,14 @@ class MISA(torch.optim.Optimizer):
             ValueError: the state is another optimizer's, or of another model, δ, granularity, preset or option of the
                 sampler; the message lists what differs. Nothing has been changed then.
         """
+        self._intake.settle("load_state_dict()")
+        state_dict = state.for_this_process(self._parts, state_dict)
         state.check(self._parts, self.param_groups, state_dict)
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "misa"})
         clocks = state.unpack(self._parts, self._clocks(), state_dict["misa"])
         self.inner_step, self.total_steps, self.skipped_steps, self.empty_steps = clocks
         if self.replicas is not None:
-            self.replicas.loaded = True
+            self.replicas.state_loaded([self.round, *self._clocks(), *self.active])
         self._bind_round()
 
     def _bind_round(self) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from misa_engine.engine.shards import is_sharded, local
+
 
 class Places:
     """Remembers owner, address, shape, dtype and device of each parameter.
@@ -38,7 +40,9 @@ class Places:
         """
         parameter = self._parameters[name]
         module, attribute = self._owners[name]
-        if getattr(module, attribute, None) is not parameter:
+        found = getattr(module, attribute, None)
+        gathered = is_sharded(parameter) and not is_sharded(found)  # by FSDP2, for a pass
+        if found is not parameter and not gathered:
             raise ValueError(
                 f"{name} was replaced by another tensor after the optimizer was built, so training would no longer "
                 "reach the model. Load weights in place (load_state_dict without assign) or build a new optimizer."
@@ -57,7 +61,7 @@ class Places:
 
     def know(self, names: Iterable[str]) -> None:
         """Take the present values of these parameters for those that the optimizer left."""
-        self._versions.update((name, self._parameters[name]._version) for name in names)
+        self._versions.update((name, local(self._parameters[name])._version) for name in names)
 
     def forget(self) -> None:
         """Take the values that are found next for those that belong to a state just loaded, in whatever order."""
@@ -66,7 +70,7 @@ class Places:
     def edited(self, names: Iterable[str]) -> list[str]:
         """Those of ``names`` that somebody else wrote in place since ``know`` (all writes but through ``.data``)."""
         versions = ((name, self._versions.get(name)) for name in names)
-        return [name for name, version in versions if version not in (None, self._parameters[name]._version)]
+        return [name for name, version in versions if version not in (None, local(self._parameters[name])._version)]
 
     def check_all(self) -> None:
         """``check`` every parameter."""
@@ -75,4 +79,4 @@ class Places:
 
 
 def _place(parameter: Tensor) -> tuple[int, tuple[int, ...], torch.dtype, torch.device]:
-    return parameter.data_ptr(), tuple(parameter.shape), parameter.dtype, parameter.device
+    return local(parameter).data_ptr(), tuple(parameter.shape), parameter.dtype, parameter.device

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from misa_engine.engine.arena import Arena
+from misa_engine.engine.shards import is_sharded
 from misa_engine.method.config import MisaConfig
 
 #: Rounds between two comparisons of all weights: one read of the model, 20 ms for 16 GB, every 10 · T steps.
@@ -172,6 +173,10 @@ class Replicas:
         if round % CHECKSUM_ROUNDS == 0:
             self.compare_weights(dict(model.named_parameters()), f"before round {round}")
 
+    def state_loaded(self, clocks: Sequence[Any]) -> None:
+        """A state was loaded on this process, which is now at ``clocks``: the next step compares everything."""
+        self.loaded = True
+
     def after_load(self, model: nn.Module, arena: Arena, clocks: Sequence[Any]) -> None:
         """At the first step after a state was loaded: compare clocks, active matrices, weights and moments.
 
@@ -229,12 +234,12 @@ def built_together(init: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(init)
     def together(self: Any, *args: Any, **kwargs: Any) -> None:
-        self.replicas = replicas = Replicas.join()
+        self.replicas = Replicas.join()
         try:
             init(self, *args, **kwargs)
         except Exception as error:
-            if replicas is not None:
-                replicas.refuse(error)
+            if self.replicas is not None:  # not as it was joined: sharded weights have another one
+                self.replicas.refuse(error)
             raise
 
     return together
@@ -247,9 +252,16 @@ def _describe(model: nn.Module, config: MisaConfig) -> dict[str, dict[str, str]]
         "version of": {"torch": torch.__version__, "misa_engine": metadata.version("misa_engine")},
         "option": {name: repr(value) for name, value in config.to_dict().items()},
         "model": {"class": type(model).__name__, "device": next(iter(tensors.values())).device.type},
-        "parameter": {name: f"{list(p.shape)} {p.dtype}" for name, p in tensors.items()},
+        "parameter": {name: f"{list(p.shape)} {p.dtype}{_placed(p)}" for name, p in tensors.items()},
         "buffer": {name: f"{list(b.shape)} {b.dtype}" for name, b in model.named_buffers()},
     }
+
+
+def _placed(parameter: Tensor) -> str:
+    if not is_sharded(parameter):
+        return ""
+    mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
+    return f" {' x '.join(map(repr, placements))} on {' x '.join(map(str, mesh.shape))} processes"
 
 
 def _differences(told: Sequence[Mapping[str, Mapping[str, Any]]]) -> list[str]:

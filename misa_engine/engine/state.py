@@ -25,6 +25,8 @@ from misa_engine.engine.active_set import ActiveSet
 from misa_engine.engine.arena import Arena, padded
 from misa_engine.engine.host import HostStore
 from misa_engine.engine.rest import RestRule
+from misa_engine.engine.sharded.mesh import ShardMesh
+from misa_engine.engine.sharded.state import own_progress, whole_progress
 from misa_engine.engine.update import ArenaUpdate
 from misa_engine.kernels.tiles import BLOCK
 from misa_engine.method.config import FREE_ON_LOAD, RETIRED, YOUNGER, MisaConfig
@@ -51,6 +53,8 @@ class Parts:
     host: HostStore
     active_set: ActiveSet
     rest: RestRule | None
+    mesh: ShardMesh | None
+    """Over which the weights are sharded: a state then holds whole matrices, put together from all processes."""
 
 
 class Clocks(NamedTuple):
@@ -64,7 +68,10 @@ class Clocks(NamedTuple):
 
 def pack(parts: Parts, clocks: Clocks) -> dict[str, Any]:
     """Collect everything beyond torch's parameter groups; tensors are references."""
-    return {**_identity(parts), **_progress(parts, clocks)}
+    progress = _progress(parts, clocks)
+    if parts.mesh is not None:
+        progress |= whole_progress(progress, parts.mesh, parts.arena, parts.partition, parts.tracker.budget)
+    return {**_identity(parts), **progress}
 
 
 def _identity(parts: Parts) -> dict[str, Any]:
@@ -89,6 +96,16 @@ def _progress(parts: Parts, clocks: Clocks) -> dict[str, Any]:
         "round": _round_tensors(parts),
         "host": parts.host.state_dict(),
     }
+
+
+def for_this_process(parts: Parts, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A state as this process can hold it: its rows, where weights are sharded. ``check`` sees what is damaged."""
+    if parts.mesh is None:
+        return state_dict
+    try:
+        return {**state_dict, "misa": own_progress(state_dict["misa"], parts.mesh, parts.arena)}
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError):
+        return state_dict
 
 
 def check(parts: Parts, groups: Sequence[Mapping[str, Any]], state_dict: dict[str, Any]) -> None:

@@ -55,6 +55,7 @@ class ArenaUpdate:
         device = arena.exp_avg.device
         self._arena, self._config, self._backend = arena, config, backend
         self.control = Control.allocate(device)
+        self._scores: Tensor | None = arena.tile_sumsq  # what adamw adds the sums of squares to
         self.norm_sums = torch.zeros(arena.table.slot_group.numel(), dtype=torch.float32, device=device)
         self._hyper = torch.zeros(n_groups, len(Hyper._fields), dtype=torch.float32, device=device)
         self._bias = torch.ones(n_groups, 2, 2, device=device)
@@ -138,7 +139,7 @@ class ArenaUpdate:
         """Count the weights as changed: a graph that holds one from before must be refused, and kernels do not say."""
         increment_version([slot.weight for slot in slots])
 
-    def _finalise(self, tiles: range | None = None) -> None:
+    def _finalise(self, tiles: range | None = None, total: Tensor | None = None) -> None:
         with phase("clip/norm"):
             finalise(
                 self._arena.step_sumsq,
@@ -149,6 +150,7 @@ class ArenaUpdate:
                 skip_nonfinite=True,
                 backend=self._backend,
                 tiles=tiles,
+                total=total,
             )
 
     def _adamw(self, gradient: Tensor, measured: Tensor, *, tiles: range | None = None, grad_start: int = 0) -> None:
@@ -158,7 +160,7 @@ class ArenaUpdate:
             arena.exp_avg,
             arena.exp_avg_sq,
             arena.residual,
-            arena.tile_sumsq,
+            self._scores,
             arena.table,
             m_scale=arena.exp_avg_scale,
             v_scale=arena.exp_avg_sq_scale,

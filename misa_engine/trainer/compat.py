@@ -97,8 +97,9 @@ def check_arguments(args: TrainingArguments, config: MisaConfig) -> None:
     sharded += [name for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED") if os.environ.get(name) == "true"]
     if sharded:
         raise ValueError(
-            f"{sharded[0]} shards the weights, which MISA does not train yet. Leave it out: every process then holds "
-            "the whole model, and MISA averages the gradients of the active matrices."
+            f"{sharded[0]} shards the weights, which MISA does not train through the Trainer. Leave it out: every "
+            "process then holds the whole model, and MISA averages the gradients of the active matrices. Where it "
+            "does not fit one card: fully_shard and MISA(model, ...) in a loop of your own."
         )
     if config.update_in == "backward" and args.max_grad_norm:
         raise ValueError(
