@@ -1,4 +1,4 @@
-"""Soak: the GPU round's script on a CPU, killed at every stage, keeps what it has measured and ends where it was going."""
+"""Soak: the GPU round's script on a CPU, killed at every stage, keeps what it has measured and ends as planned."""
 
 import json
 import os
