@@ -30,7 +30,7 @@ def render(path: Path, into: Path | None = None) -> None:
             text = tables.kernel_page(document)
         else:
             if learning := document.get("kind") == "learning":
-                made, marker = learning_results.page, f"misa bench learning {document['settings']['base']}"
+                made, marker = learning_results.page, f"misa bench learning {path.resolve().parent.name}"
             drawn = _pictures(document, path, "learning_pictures" if learning else "pictures")
             text = made(document, [Path(name.name) for name in drawn])
     except OSError as error:

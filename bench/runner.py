@@ -70,6 +70,8 @@ def run_bench(
     plans: dict[str, Any] = {}
     if bench.suite == "round":
         plans = document["plans"] = {case.name: ask_plan(case) for case in cases if is_judged(case)}
+    if rows and archive is not None:
+        pack(output, archive)  # an earlier call may have been killed between results.json and the archive
     processes = CaseProcesses(bench.device)
     with terminated_as_interrupt():
         for number, case in enumerate(cases, start=1):

@@ -16,8 +16,8 @@ SMALL_SIZES = LAYER * 3
 
 
 def tracker_with_scores(scores: Sequence[float], sizes: Sequence[int], budget: int, **options) -> ImportanceTracker:
-    """A tracker past its cold start, whose plain EMA holds `scores`."""
-    tracker = ImportanceTracker(sizes, budget, MisaConfig(ema="plain", **options))
+    """A tracker past its cold start, whose plain EMA holds `scores`; P follows them alone unless a floor is given."""
+    tracker = ImportanceTracker(sizes, budget, MisaConfig(**{"ema": "plain", "probability_floor": 0.0, **options}))
     count = len(sizes)
     past = {"ema": list(scores), "updates": [1] * count, "visits": [1] * count, "last_visit": [0] * count, "round": 0}
     tracker.load_state_dict({**tracker.state_dict(), **past})

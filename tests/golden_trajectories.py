@@ -3,7 +3,7 @@
     python tests/golden_trajectories.py            # compare with golden_trajectories.json, name what differs
     python tests/golden_trajectories.py --write    # record anew, after a change that is meant to move numbers
 
-Every preset without a rest rule, and "resting" (preset engine with its own), x dtype x ``update_in`` on a tiny Llama
+Every preset without a rest rule and floor, and "resting" (preset engine with its own), x dtype x ``update_in`` on a tiny Llama
 and GPT-2. Hashes are of bits, and a matrix product rounds
 differently on another processor or torch version, so a file speaks only for the environment that it names.
 """
@@ -57,6 +57,7 @@ def trajectory(family: str, preset: str, dtype: str, update_in: str) -> dict[str
         inner_steps=4,
         preset="engine" if preset == "resting" else preset,
         rest="row_norm" if preset == "resting" else "none",
+        probability_floor=0.5 if preset == "resting" else 0.0,
         weight_decay=0.1,
         max_grad_norm=clip,
         update_in=update_in,

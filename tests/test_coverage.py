@@ -2,12 +2,14 @@
 
 import json
 import math
+from collections import Counter
 from itertools import islice
 
 import pytest
 import torch
 
 from command import make_workplace, words
+from draws import measure
 from misa_engine import MISA, MisaConfig
 from misa_engine.cli.main import main
 from misa_engine.cli.preview import coverage_of
@@ -170,12 +172,14 @@ def test_a_capped_run_resumes_to_the_same_bits(stop):
 
 
 def test_a_checkpoint_without_a_length_loads_into_a_run_with_one_and_back():
-    state = MISA(tiny(), delta=0.2).state_dict()
+    state = MISA(tiny(), delta=0.2, probability_floor=0).state_dict()
     for name in ("run_steps", "cold_start_share", "probability_floor"):
         state["misa"]["config"].pop(name, None)
-    other = MISA(tiny(), delta=0.2, run_steps=100)
+    other = MISA(tiny(), delta=0.2, run_steps=100, probability_floor=0)
     other.load_state_dict(state)
-    MISA(tiny(), delta=0.2, run_steps=50).load_state_dict(other.state_dict())
+    MISA(tiny(), delta=0.2, run_steps=50, probability_floor=0).load_state_dict(other.state_dict())
+    with pytest.raises(ValueError, match="probability_floor"):  # that run had none: another sampler
+        MISA(tiny(), delta=0.2).load_state_dict(state)
 
 
 @pytest.mark.parametrize(
@@ -207,16 +211,27 @@ def test_no_unit_falls_below_the_floor_and_neither_does_the_entropy(floor):
     assert torch.allclose(q, (1 - floor) * p + floor / 40, atol=1e-12) and q.min() >= floor / 40 * (1 - 1e-9)
 
 
+def test_the_default_cannot_collapse():
+    """Scores as far apart as they can be: every unit keeps half of a uniform draw's chance, and comes up."""
+    found = ImportanceTracker([1] * 40, 2, MisaConfig(inner_steps=5, cold_start="none"))
+    visits = Counter()
+    for _ in range(400):
+        visits.update(found.draw())
+        measure(found, [1e12 if unit == 0 else 1e-12 for unit in range(40)])
+    assert found.entropy >= 0.5 and min(found.probabilities) >= 0.5 / 40 * (1 - 1e-9)
+    assert len(visits) == 40
+
+
 def test_a_collapse_is_said_once_with_its_remedy(caplog):
     rounds(tracker(), 30)
     assert not caplog.records
-    found = tracker(eta=40.0)
+    found = tracker(eta=40.0, probability_floor=0.0)
     rounds(found, 20)
     assert not caplog.records  # the cold start draws by no probabilities
     rounds(found, 10)
     (record,) = caplog.records
     assert "probability_floor=0.5" in record.getMessage() and "eta (now 40)" in record.getMessage()
-    rounds(tracker(eta=40.0, probability_floor=0.5), 30)
+    rounds(tracker(eta=40.0), 30)
     rounds(tracker(eta=40.0, rule="uniform"), 30)
     assert len(caplog.records) == 1
 

@@ -188,15 +188,16 @@ def test_the_learning_pages_are_made_from_the_stored_results(make_tables):
     """misa bench --render bench/results/learning/NAME/results.json --into docs/benchmarks.md."""
     from misa_engine.bench import learning_results
 
-    stored = sorted(make_tables.LEARNING.glob("*/results.json"))
-    assert stored
+    # quick shows that everything runs and ranks nothing: its page stays beside its results
+    stored = sorted(path for path in make_tables.LEARNING.glob("*/results.json") if path.parent.name != "quick")
+    assert {"small", "real"} <= {path.parent.name for path in stored}
     for path in stored:
         document = json.loads(text_of(path))
         tasks = dict.fromkeys(row["task"] for row in document["results"])
         names = [f"{kind}_{task}.png" for task in tasks for kind in ("learning", "memory")]
         pictures = [Path("../bench/results/learning", path.parent.name, name) for name in names]
         made = learning_results.page(document, pictures).partition("\n")[2].strip()
-        marker = f"misa bench learning {document['settings']['base']}"
+        marker = f"misa bench learning {path.resolve().parent.name}"
         assert make_tables.between(text_of(ROOT / "docs/benchmarks.md"), marker)[1] == made
 
 

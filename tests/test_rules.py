@@ -65,7 +65,9 @@ def test_fill_budget_takes_what_its_rule_says(data):
 def test_one_unit_a_round_is_drawn_with_its_probability(rule):
     visits, weights = [1, 2, 3, 9, 0, 4], [1.0, 2.0, 3.0, 4.0, 0.5, 0.25]
     # Equal sizes with room for 1.9 units: even fill="carry" refuses nobody, so rounds are independent.
-    config = MisaConfig(rule=rule, ema="plain", cold_start="none", fill="carry", epsilon=0.3, seed=5)
+    config = MisaConfig(
+        rule=rule, ema="plain", cold_start="none", fill="carry", epsilon=0.3, probability_floor=0, seed=5
+    )
     tracker = ImportanceTracker([7] * 6, 13, config, weights)
     tracker.load_state_dict({**tracker.state_dict(), "ema": [0.0, 0.5, 1.0, 2.0, 3.0, 0.1], "visits": visits})
     expected = {

@@ -27,9 +27,9 @@ class Preset:
     """corrected_on_read (true bias correction), plain (Eq. 4), or official (corrected value fed back)."""
     exponent_cap: float = math.inf
     """Upper bound of the exponent η·G_u (official: of η·G_u²)."""
-    probability_floor: float = 0.0
+    probability_floor: float = 0.5
     """Share of P that is uniform: no unit's probability falls below this share of 1/B, nor P's normalised entropy
-    below this. 0 lets P follow the scores alone."""
+    below this. 0 lets P follow the scores alone (Eq. 5), 1 is uniform."""
     cold_start: str = "probe"
     """probe: one-step rounds until every unit was seen once; official: the same, divided by T; none."""
     cold_start_share: float = 0.1
@@ -84,6 +84,7 @@ PRESETS: dict[str, Preset] = {
     "paper": Preset(
         score_normalisation="none",
         ema="plain",
+        probability_floor=0.0,
         cold_start="none",
         revisit="clear",
         bias_correction=False,
@@ -97,6 +98,7 @@ PRESETS: dict[str, Preset] = {
         score_normalisation="none",
         ema="official",
         exponent_cap=5.0,
+        probability_floor=0.0,
         cold_start="official",
         cold_start_share=1.0,
         revisit="keep",
