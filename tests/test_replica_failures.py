@@ -257,22 +257,40 @@ def test_drift_is_an_error_that_names_ranks(tmp_path):
 
 
 def be_killed(rank: int, where: str) -> Any:
+    """Rank 1 kills itself in its second step or in the switch after it; what rests moves in every step."""
     model = build()
-    optimizer = MISA(model, update_in="backward" if where == "backward" else "step", **COMMON)
+    rest = "none" if where == "backward, no rest" else "row_norm"
+    update_in = "backward" if where == "update in backward" else "step"
+    optimizer = MISA(model, **{**COMMON, "rest": rest, "update_in": update_in})
     part = slice(2 * rank, 2 * rank + 2)
     step(model, optimizer, 0, part)
-    if rank == 1 and where == "step":
-        os.kill(os.getpid(), signal.SIGKILL)
     if rank == 1:
-        next(p for p in model.parameters() if p.requires_grad).register_hook(
-            lambda gradient: os.kill(os.getpid(), signal.SIGKILL)
-        )
+        _die(model, optimizer, where)
     began = time.monotonic()
     said = attempt(lambda: [step(model, optimizer, number, part) for number in range(1, 5)])
     return said, time.monotonic() - began
 
 
-@pytest.mark.parametrize("where", ["step", "backward"])
+def _die(model: nn.Module, optimizer: MISA, where: str) -> None:
+    def die(*_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if where == "step":
+        die()
+    elif where == "forward":
+        model.model.layers[1].register_forward_hook(die)
+    elif where == "exchange":
+        replicas.Average.wait = die  # it has begun its part
+    elif where == "switch":
+        optimizer.tracker.draw = die
+    else:
+        next(p for p in model.parameters() if p.requires_grad).register_hook(die)
+
+
+MOMENTS = ("step", "forward", "backward", "backward, no rest", "update in backward", "exchange", "switch")
+
+
+@pytest.mark.parametrize("where", MOMENTS)
 def test_when_a_rank_is_killed_the_others_end_with_one_line(tmp_path, where):
     first, second = run_ranks(be_killed, tmp_path, where, timeout=30)
     assert second is None

@@ -7,6 +7,9 @@ import io
 import json
 import os
 import signal
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,7 @@ def like_torchrun(rank: int) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
 
 
-def run_command(rank: int, place: Path, out: Path, *more: str, die_at: int = 0) -> dict[str, Any]:
+def run_command(rank: int, place: Path, out: Path, *more: str, die_at: int = 0, writing: str = "") -> dict[str, Any]:
     like_torchrun(rank)
     step = MISA.step
 
@@ -38,6 +41,8 @@ def run_command(rank: int, place: Path, out: Path, *more: str, die_at: int = 0) 
 
     if die_at and rank == 1:
         MISA.step = deadly
+    if writing and rank == 0:
+        _die_writing(writing)
     said, complained = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(complained):
         code = cli.main(words(place, out, *more, **STEPS))
@@ -46,6 +51,23 @@ def run_command(rank: int, place: Path, out: Path, *more: str, die_at: int = 0) 
 
 def killed(rank: int, place: Path, out: Path) -> dict[str, Any]:
     return run_command(rank, place, out, die_at=5)
+
+
+def _die_writing(folder: str) -> None:
+    """Die when half of a checkpoint's optimizer state is on disk."""
+    save = torch.save
+
+    def deadly(what: Any, file: Any, *args: Any, **kwargs: Any) -> None:
+        if folder in str(file) and "optimizer" in Path(str(file)).name:
+            Path(str(file)).write_bytes(b"half")
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(what, file, *args, **kwargs)
+
+    torch.save = deadly
+
+
+def killed_writing(rank: int, place: Path, out: Path) -> dict[str, Any]:
+    return run_command(rank, place, out, writing="checkpoint-4")
 
 
 def resumed(rank: int, place: Path, out: Path) -> dict[str, Any]:
@@ -83,6 +105,41 @@ def test_a_run_whose_rank_is_killed_ends_with_one_line_and_resumes_to_the_same_w
     expected = load_file(whole / "model.safetensors")
     for name, tensor in load_file(broken / "model.safetensors").items():
         assert torch.equal(tensor, expected[name]), name
+
+    half = tmp_path / "half"
+    first, second = run_ranks(killed_writing, tmp_path / "d", place, half)
+    assert first is None and second["code"] == 1
+    assert "resume from the last complete checkpoint" in second["complained"], second
+    first, second = run_ranks(resumed, tmp_path / "e", place, half)
+    assert first["code"] == second["code"] == 0, first
+    assert "goes on from step 2" in first["said"]
+    for name, tensor in load_file(half / "model.safetensors").items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run"],
+    "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--mixed_precision", "no", "--num_machines", "1"],
+}
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_both_launchers_start_replicas_without_a_flag(place, tmp_path, launcher):
+    pytest.importorskip(LAUNCHERS[launcher][0].split(".")[0])
+    count = "--nproc_per_node" if launcher == "torchrun" else "--num_processes"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    name = "--master_port" if launcher == "torchrun" else "--main_process_port"
+    start = [sys.executable, "-m", *LAUNCHERS[launcher], count, "2", name, port, "-m", "misa_engine"]
+    run = subprocess.run(
+        [*start, *words(place, tmp_path / "out", **STEPS)], capture_output=True, text=True, timeout=240, check=False
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.count("model and tokenizer") == 1  # rank 0 speaks
+    checkpoint = tmp_path / "out" / "checkpoint-6"
+    assert {path.name for path in checkpoint.glob("rng*")} == {"rng_state_0.pth", "rng_state_1.pth"}
 
 
 def train_plainly(rank: int, out: Path, data: Any) -> dict[str, torch.Tensor]:
