@@ -18,18 +18,28 @@ from misa_engine.bench.method import Loss, Method, Settings, Unavailable
 from misa_engine.bench.unfused import misa_config, unfused_misa
 from misa_engine.method.partition import partition
 
+#: Categories of ``MISA.memory`` that are the model's weights, in full, in 8 bits or on the host.
+FORMS_OF_WEIGHTS = (
+    "weights", "resident_codes", "resident_steps", "resident_workspace", "host_masters", "host_embedding",
+)  # fmt: skip
+
 
 def _misa(model: nn.Module, loss: Loss, settings: Settings, **own: Any) -> Method:
     """MISA, or one of our rules that stands for another method: MisaConfig with ``own`` options."""
     from misa_engine import MISA
+    from misa_engine.engine.residents import residents_of, rest
 
+    if settings.residents is not None:
+        own = {**own, "rest": "none"}
+        if residents_of(model) is None:  # a model that fits; others are made with them (workload.build_resting)
+            rest(model, settings.residents)
     config = misa_config(settings, max_grad_norm=settings.max_grad_norm, **own)
     if config.update_in == "backward" and settings.accumulation > 1:
         raise Unavailable("unsupported: update_in='backward' updates at each micro-batch; use accumulation 1")
     optimizer = MISA(model, config)
 
     def account() -> dict[str, int]:
-        return {key: value for key, value in optimizer.memory().items() if key != "weights"}
+        return {key: value for key, value in optimizer.memory().items() if key not in FORMS_OF_WEIGHTS}
 
     return Method(model, loss, optimizer, settings, account, clips_inside=True, switches=lambda: optimizer.round)
 

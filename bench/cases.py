@@ -137,10 +137,12 @@ class TrainingCase(Case, Settings):
         if status := BASELINES[self.method].missing():  # before seconds go into a model
             raise Unavailable(status)
         limit_memory(device, self.limit_bytes)
-        build_all = partial(build_model, self.shape, device, checkpointing=self.checkpointing, seed=self.seed)
+        build_all = partial(
+            build_model, self.shape, device, checkpointing=self.checkpointing, seed=self.seed, residents=self.residents
+        )
         row["build_s"], model = timed(device, build_all)
         row["parameters"] = sum(p.numel() for p in model.parameters())
-        row["weights_bytes"] = sum(p.nbytes for p in model.parameters())
+        row["weights_bytes"] = sum(p.nbytes for p in model.parameters())  # with residents most of them on the host
         row["loss_kind"], loss = make_loss(model, device, self.loss)
         wants_floor = self.phases and self.method.startswith("misa")  # before the optimizer puts hooks on the model
         floor = Floor(model, lambda twin: make_loss(twin, device, self.loss)[1]) if wants_floor else None

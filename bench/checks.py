@@ -42,7 +42,9 @@ def ask_plan(case: TrainingCase) -> dict[str, Any]:
     options: dict[str, Any] = {"delta": case.delta, "state_dtype": "int8" if case.method == "misa-int8" else "float32"}
     card = Card("imitated", case.limit_bytes) if case.limit_bytes else None
     try:
-        predicted = plan(config, card=card, micro_batch=micro_batch, name=case.shape, **options)
+        predicted = plan(
+            config, card=card, micro_batch=micro_batch, name=case.shape, residents=case.residents, **options
+        )
     except ValueError as error:
         return {"status": f"no plan: {error}"}
     return {"status": "ok", **predicted.to_dict()}

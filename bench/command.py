@@ -110,13 +110,16 @@ def settings_of(options: argparse.Namespace) -> Bench:
     from misa_engine.planner.cards import MODELS
 
     on_gpu = torch.cuda.is_available() and options.device != "cpu"
-    preset = options.preset or ("gpu" if on_gpu else "quick" if options.suite == "round" else "cpu")
+    fixed = options.suite in ("round", "residents")
+    preset = options.preset or ("gpu" if on_gpu else "quick" if fixed else "cpu")
     known(preset, PRESETS, "preset")
     entries = {entry.name for entry in fields(Bench)}
     given = {name: value for name, value in vars(options).items() if name in entries and value is not None}
     ignored = sorted(set(given) - ROUND_OPTIONS)
-    if options.suite == "round" and ignored:
-        raise UserError(f"misa bench round has cases of its own; it takes no --{ignored[0]}. --cases WORD chooses.")
+    if fixed and ignored:
+        raise UserError(
+            f"misa bench {options.suite} has cases of its own; it takes no --{ignored[0]}. --cases WORD chooses."
+        )
     bench = Bench(**{**PRESETS[preset], **given})
     for method in bench.methods:
         known(method, BASELINES, "method")

@@ -4,6 +4,7 @@
 #
 #   bash bench/gpu_round.sh [FOLDER [ARCHIVE.tar.gz]]      (default bench/results/gpu; no archive)
 #   WHEELS="DIR ..."   folders of wheels to install first, for a machine without a network: give them in parts
+#   SUITE=residents    only what rests in 8 bits: 8B in 12 GiB and 14B in 24, random weights (about 4 minutes)
 #   LIMIT_S=560        seconds of the whole call; what the deadline cuts off is a row "not run", and a second call with
 #                      the same FOLDER goes on there
 #
@@ -31,7 +32,7 @@ END
 command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv
 echo "attention: torch's flash kernel where there is a GPU (what a 24 GB card uses and the plan counts on)"
 
-options=(round --output "$out" --resume --deadline_s $((limit_s - SECONDS)))
+options=("${SUITE:-round}" --output "$out" --resume --deadline_s $((limit_s - SECONDS)))
 [ -n "$archive" ] && options+=(--archive "$archive")
 # exec: a signal to this call reaches the run itself
 exec python3 -m misa_engine bench "${options[@]}"

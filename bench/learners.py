@@ -7,10 +7,12 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from misa_engine.errors import UserError, did_you_mean
-from misa_engine.method.config import MisaConfig
+from misa_engine.method.config import MisaConfig, check_choice
+from misa_engine.planner.residents import without_rest
+from misa_engine.planner.speeds import FORMATS
 
 #: Options that are the case's own and not MisaConfig's.
-SHARED = ("delta", "inner_steps")
+SHARED = ("delta", "inner_steps", "residents")
 #: Rest rules whose steps are as large as Adam's at the same rate.
 STATELESS = ("sign", "row_norm", "sinkhorn")
 
@@ -60,6 +62,9 @@ LEARNERS: dict[str, Learner] = {
 def learner_of(text: str) -> Learner:
     """A learner by its name, or by name and options of MisaConfig: ``misa:rest=sign:rest_lr=0.3:delta=0.03``.
 
+    ``residents=int8`` beside them lets what is not drawn rest in 8 bits, without a rest rule:
+    ``misa-none:residents=int8``.
+
     Raises:
         UserError: unknown name or option, or a value that MisaConfig refuses.
     """
@@ -75,7 +80,10 @@ def learner_of(text: str) -> Learner:
     shared = {key: options.pop(key) for key in SHARED if key in options}
     misa = {**learner.misa, **options}
     try:
-        MisaConfig.from_dict({**shared, **misa})
+        config = MisaConfig.from_dict({**{key: shared[key] for key in shared if key != "residents"}, **misa})
+        if "residents" in shared:
+            check_choice("residents", shared["residents"], FORMATS)
+            without_rest(config)  # refuses a rule that was asked for
     except (ValueError, TypeError) as error:
         raise UserError(f"{text}: {error}") from error
     return Learner(learner.method, learner.rate, misa, {**learner.settings, **shared})
@@ -83,7 +91,7 @@ def learner_of(text: str) -> Learner:
 
 def _option(text: str, word: str) -> tuple[str, Any]:
     key, given, value = word.partition("=")
-    known = {entry.name for entry in fields(MisaConfig)}
+    known = {"residents", *(entry.name for entry in fields(MisaConfig))}
     if not given or key not in known:
         hint = did_you_mean(key, known)
         raise UserError(f"{text}: {word!r} is no option=value of MisaConfig.{hint}")

@@ -40,6 +40,8 @@ class Settings:
     """Rank of GaLore; a matrix with a smaller side has that side's rank."""
     misa: Mapping[str, Any] = field(default_factory=dict)
     """Further options of MisaConfig, for the methods that are MISA."""
+    residents: str | None = None
+    """Format in which what MISA does not draw rests in 8 bits; then without a rest rule."""
 
 
 @dataclass

@@ -68,7 +68,7 @@ def run_bench(
     where = environment(torch.device(bench.device))
     document = {"environment": where, "settings": settings, "cases": rows, "results": merge(rows)}
     plans: dict[str, Any] = {}
-    if bench.suite == "round":
+    if bench.suite in ("round", "residents"):
         plans = document["plans"] = {case.name: ask_plan(case) for case in cases if is_judged(case)}
     if rows and archive is not None:
         pack(output, archive)  # an earlier call may have been killed between results.json and the archive

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from misa_engine.bench.cases import ROOT, Case, CommandCase, TrainingCase
 from misa_engine.bench.presets import GIB, PROFILED_STEPS, Bench
 from misa_engine.bench.training import LongestCase, StepCase, SwitchCase
+from misa_engine.planner.activations import CONTEXT_BYTES
 
 #: A search keeps one active set: the plan's worst draw, or without a plan layer 0, so that every layer's input is kept.
 WORST_SET = {"rule": "static", "static_weights": {"*.layers.0.*": 1e12}}
@@ -30,6 +31,8 @@ def cases_of(bench: Bench, output: Path) -> list[Case]:
     """All cases of a run whose results go to ``output``, in their order."""
     if bench.suite == "round":
         return round_cases(bench, output)
+    if bench.suite == "residents":
+        return resident_cases(bench)
     if bench.suite == "profile":
         return profile_cases(bench, output)
     return step_cases(bench, bench.methods)
@@ -106,6 +109,30 @@ def memory_cases(bench: Bench, shape: str) -> list[Case]:
             SwitchCase, bench, name=f"memory {shape} switches", length=small, inner_steps=1,
             switches=200 if on_gpu else 20, **alone,
         ),
+    ]  # fmt: skip
+
+
+def resident_cases(bench: Bench) -> list[Case]:
+    """8B in 12 GiB and 14B in 24 with random weights of the real shapes: a card's promise, in under 9 minutes.
+
+    Steps with two switches among them, 8-bit moments, 1 x 2,048 tokens; the allocator gets the card less the context.
+    """
+    on_gpu = bench.device != "cpu"
+    shapes = (("llama-3-8b", 12), ("qwen2.5-14b", 24)) if on_gpu else (("tiny", 12), ("tiny-qwen", 24))
+    shared: dict[str, Any] = {
+        "method": "misa-int8",
+        "residents": "int8",
+        "batch": 1,
+        "data": "random",
+        "timeout_s": 250,
+    }
+    shared |= {"steps": 8, "warm_up": 2, "inner_steps": 4, "checkpointing": True, "loss": "lean", "accumulation": 1}
+    return [
+        make(
+            StepCase, bench, name=f"residents {shape} int8 in {gib} GiB", shape=shape,
+            length=2048 if on_gpu else bench.length, limit_bytes=gib * GIB - CONTEXT_BYTES, **shared,
+        )
+        for shape, gib in shapes
     ]  # fmt: skip
 
 

@@ -69,7 +69,13 @@ def fitting_delta(shape: str, delta: float) -> float:
 
 
 def build_model(
-    shape: str, device: torch.device, *, checkpointing: bool, dtype: torch.dtype | None = None, seed: int = 0
+    shape: str,
+    device: torch.device,
+    *,
+    checkpointing: bool,
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+    residents: str | None = None,
 ) -> PreTrainedModel:
     """A model with random weights, made in its final dtype on its final device.
 
@@ -81,6 +87,7 @@ def build_model(
         checkpointing: recompute each layer in the backward pass.
         dtype: None is bfloat16 on CUDA and float32 elsewhere.
         seed: of the weights; the global generators are seeded.
+        residents: format in which its layers' matrices rest in 8 bits on the device; the exact ones are on the host.
     """
     torch.manual_seed(seed)
     if device.type == "cuda":  # what a 24 GB card uses and the plan counts on; torch 2.11 prefers cuDNN's on sm_90
@@ -90,12 +97,23 @@ def build_model(
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     config = model_config(shape)
     config.use_cache = False
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").train()
+    if residents is not None:
+        model = build_resting(config, device, dtype, residents)
+    else:
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").train()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": _recomputation})
         # With non-reentrant checkpointing nothing needs it, and every method's backward may stop where it can.
         model.disable_input_require_grads()
+    return model
+
+
+def build_resting(config: Any, device: torch.device, dtype: torch.dtype, residents: str) -> PreTrainedModel:
+    """A model with residents and random weights; one matrix at a time is on the device in full."""
+    from misa_engine.trainer.loading import random_model
+
+    model: PreTrainedModel = random_model(config, residents, device=device, dtype=dtype, attn_implementation="sdpa")
     return model
 
 

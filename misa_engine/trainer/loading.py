@@ -106,6 +106,45 @@ def load_model(
     return model.train()  # type: ignore[no-any-return]
 
 
+def random_model(
+    config: PretrainedConfig,
+    residents: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype = torch.bfloat16,
+    **options: Any,
+) -> PreTrainedModel:
+    """A model with residents and random weights of torch's generator of the device, made matrix by matrix.
+
+    Matrices are normal with the configuration's ``initializer_range``, vectors 1 in norms and 0 in biases, as
+    transformers draws them for most decoders. Neither device nor host ever holds a second copy.
+
+    Args:
+        config: of the model.
+        residents: the format.
+        device: the card.
+        dtype: of the masters and of what does not rest.
+        **options: more for ``AutoModelForCausalLM.from_config``.
+    """
+    check_format(residents, device)
+    model = _empty_model(config, dtype, options)
+    check_host_memory(config.model_type, host_bytes(model))
+    held = Residents(model, residents, device, masters="pinned")
+    width = getattr(config, "initializer_range", None) or 0.02
+    owners = _owners(model)
+    for name, parameter in list(model.named_parameters()):
+        if parameter.ndim > 1:
+            value = torch.empty(parameter.shape, dtype=dtype, device=device).normal_(std=width)
+        else:
+            value = torch.full(parameter.shape, float(not name.endswith("bias")), dtype=dtype, device=device)
+        if name in held:
+            held.hold(name, value)
+        else:
+            _place(owners[id(parameter)], name, value, held, copied=False)
+    model.to(device)  # buffers
+    return model.train()  # type: ignore[no-any-return]
+
+
 # ---- checks ----
 
 
@@ -235,11 +274,7 @@ def _stream(model: Any, files: list[Path], residents: Residents, *, copied: bool
     parameters = dict(model.named_parameters(remove_duplicate=False))
     canonical = {id(parameter): name for name, parameter in model.named_parameters()}
     resting = {name: residents.matrix(name).parameter for name in residents.names}
-    owners: dict[int, list[tuple[nn.Module, str]]] = {}
-    for module in model.modules():
-        for leaf, parameter in module._parameters.items():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append((module, leaf))
+    owners = _owners(model)
     done: set[str] = set()
     for name, tensor, steps in _tensors(files):
         if name not in parameters or canonical[id(parameters[name])] in done:
@@ -251,6 +286,16 @@ def _stream(model: Any, files: list[Path], residents: Residents, *, copied: bool
         else:
             _place(owners[id(parameters[name])], name, tensor, residents, copied=copied)
     model.to(residents.device)  # buffers
+
+
+def _owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Id of a parameter -> the modules that have it, and under which name."""
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append((module, leaf))
+    return owners
 
 
 @torch.no_grad()

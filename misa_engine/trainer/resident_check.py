@@ -1,7 +1,7 @@
 """Before training: the loss with residents in 8 bits beside that with the exact weights, on a few samples.
 
-The exact pass streams: each matrix is copied from its master into the workspace when it is multiplied with, since a card
-that needs residents has no room for both.
+The exact pass streams: each matrix is copied from its master into the workspace when it is multiplied with, since a
+card that needs residents has no room for both.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class ResidentLosses:
     def describe(self) -> str:
         """One line for people."""
         return (
-            f"residents {self.format}: loss {self.rested:.4f} on {self.tokens} tokens of the data, {self.exact:.4f} with "
-            f"the exact weights ({self.rested - self.exact:+.4f})"
+            f"residents {self.format}: loss {self.rested:.4f} on {self.tokens} tokens of the data, {self.exact:.4f} "
+            f"with the exact weights ({self.rested - self.exact:+.4f})"
         )
 
     def check(self) -> None:

@@ -53,6 +53,10 @@ class HostLookup:
             own["device"] = property(lambda model: device)
             model.__class__ = type(self._class.__name__, (self._class,), own)
 
+    def __reduce__(self) -> Any:
+        """Refuse copies of the model as what rests does."""
+        raise TypeError(COPY)
+
     def _stay(self, fn: Any, recurse: bool = True) -> nn.Module:
         return self.module  # model.to(card) leaves it
 
@@ -63,9 +67,6 @@ class HostLookup:
 
     def _to_card(self, module: nn.Module, args: Any, rows: Tensor) -> Tensor:
         return rows.to(self.device)
-
-    def __reduce__(self) -> Any:
-        raise TypeError(COPY)
 
     def bring_back(self) -> None:
         """Be an ordinary embedding on the card."""
