@@ -12,7 +12,7 @@ import pytest
 from misa_engine.bench.reproduce import results
 from misa_engine.bench.reproduce.experiments import EXPERIMENTS, runs_of
 from misa_engine.bench.reproduce.page import number, page_of
-from test_reproduce import fake
+from reproducing import fake
 
 pytest.importorskip("matplotlib", reason="pictures need matplotlib: pip install 'misa_engine[bench]'")
 pytestmark = pytest.mark.filterwarnings("ignore")
