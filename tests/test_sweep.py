@@ -179,13 +179,11 @@ def test_names_and_results_are_those_of_misa_eval() -> None:
         parse_objective("task:adapters:gsm8")
 
     def document(metric: str, **values: float) -> dict[str, Any]:
-        made = tuple(
-            evaluation.Result(
-                task, "p", "m", "path", "d", {metric: evaluation.Estimate(value, 0.1, 4)}, {}, {}, "k", 1, 1.0
-            )
-            for task, value in values.items()
-        )
-        return json.loads(json.dumps(evaluation.Evaluation(made, (), "m", Path()).to_dict()))
+        made = []
+        for task, value in values.items():
+            metrics = {metric: evaluation.Estimate(value, 0.1, 4)}
+            made.append(evaluation.Result(task, "p", "m", "path", "d", metrics, {}, {}, "k", 1, 1.0))
+        return json.loads(json.dumps(evaluation.Evaluation(tuple(made), (), "m", Path()).to_dict()))
 
     assert value_of(document("accuracy", gsm8k=0.25, svamp=0.75), Objective("adapters:math")) == 0.5
     assert value_of(document("loss", forgetting=2.5), Objective("forgetting")) == 2.5
