@@ -4,8 +4,8 @@
     python tests/golden_trajectories.py --write    # record anew, after a change that is meant to move numbers
 
 Every preset without a rest rule and floor, and "resting" (preset engine with its own), x dtype x ``update_in``, on a
-tiny Llama and GPT-2. Hashes are of bits, and a matrix product rounds differently on another processor or torch version, so a
-file speaks only for the environment that it names.
+tiny Llama and GPT-2. Hashes are of bits, and a matrix product rounds differently on another processor or torch
+version, so a file speaks only for the environment that it names.
 """
 
 from __future__ import annotations
