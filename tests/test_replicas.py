@@ -155,5 +155,7 @@ def check(ranks: list[dict[str, Any]], case: str) -> None:
     assert first["skipped"] == alone["skipped"] and bool(alone["skipped"]) == ("nan" in how)
     assert first["draws"] == alone["draws"]
     assert first["scores"] == pytest.approx(alone["scores"], rel=0.05 if half else 1e-4)
+    # moments that rested in 8 bits may come back as the neighbouring code, a 127th of their group's largest
+    near = 1e-2 if half else 1e-5 if options.get("revisit") == "offload" else 1e-6
     for name, weight in alone["weights"].items():
-        torch.testing.assert_close(first["weights"][name], weight, rtol=0, atol=1e-2 if half else 1e-6)
+        torch.testing.assert_close(first["weights"][name], weight, rtol=0, atol=near)
