@@ -119,7 +119,7 @@ def exact(rank: int) -> dict[str, Any]:
     return {name: exact_run(options, dtype, True) for name, (options, dtype) in EXACT.items()}
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.soak), 4])
 def test_update_of_an_element_does_not_depend_on_who_holds_it(tmp_path, size):
     """The same batch everywhere, so that gradients are the same to the last bit: all bits of weights and state are."""
     ranks = run_ranks(exact, tmp_path, size=size)
