@@ -89,7 +89,9 @@ def load_resting(
     if more:
         raise UserError(f"--residents with --model_init_kwargs {', '.join(more)}: leave one of them out.")
     name = str(options.model_name_or_path)
-    attention = {"attn_implementation": options.attn_implementation} if options.attn_implementation else {}
+    attention: dict[str, Any] = (
+        {"attn_implementation": options.attn_implementation} if options.attn_implementation else {}
+    )
     with bad_input(name):
         if options.from_scratch:
             import torch

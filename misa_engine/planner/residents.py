@@ -205,7 +205,8 @@ def _dequantisation(
     """
     passes = 3 if micro_batch.checkpointing else 2
     moved = passes * (total - drawn) / total * (packed + 2 * meta.dtype.itemsize * total)
-    head = meta.model.get_output_embeddings()
+    model: Any = meta.model
+    head = model.get_output_embeddings()
     others = 2 * head.weight.numel() if head is not None else 0  # its forward and its input gradient
     operations = 2 * micro_batch.tokens * (passes * total + others + drawn)
     speed = SPEEDS.get(card.name) if card is not None else None

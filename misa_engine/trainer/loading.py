@@ -81,7 +81,7 @@ def load_model(
     if residents in (None, "none"):
         options |= {"config": config, "dtype": dtype, "device_map": {"": device}}
         model = AutoModelForCausalLM.from_pretrained(str(path), **options)
-        return model.train()  # type: ignore[no-any-return]
+        return model.train()
     check_format(str(residents), device)
     check_choice("masters", masters, MASTERS)
     config = config or AutoConfig.from_pretrained(path, trust_remote_code=options.get("trust_remote_code", False))
@@ -103,7 +103,7 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(str(path), config=config, dtype=dtype, **options)
         rest(model, str(residents), device, masters=place)
     _take_generation_config(model, folder)
-    return model.train()  # type: ignore[no-any-return]
+    return model.train()
 
 
 def random_model(
@@ -142,7 +142,7 @@ def random_model(
         else:
             _place(owners[id(parameter)], name, value, held, copied=False)
     model.to(device)  # buffers
-    return model.train()  # type: ignore[no-any-return]
+    return model.train()
 
 
 # ---- checks ----
@@ -367,7 +367,7 @@ def _place(
         raise UserError(_broken(name))
     parameter = nn.Parameter(value)
     for module, leaf in owners:
-        parameter.__dict__.update(module._parameters[leaf].__dict__)  # type: ignore[union-attr]
+        parameter.__dict__.update(module._parameters[leaf].__dict__)
         module._parameters[leaf] = parameter
 
 
