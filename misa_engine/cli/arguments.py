@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from misa_engine.cli.evaluation_data import EVAL_DATA, check_evaluation_data
 from misa_engine.cli.objective import check_objective
-from misa_engine.cli.residents import check_residents
+from misa_engine.cli.resident_options import check_residents
 from misa_engine.errors import UserError, bad_input, did_you_mean
 from misa_engine.method.config import CHOICES, PRESET_OPTIONS, MisaConfig
 from misa_engine.trainer.compat import (
