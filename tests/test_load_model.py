@@ -183,14 +183,6 @@ def test_unknown_formats_and_places_are_refused(saved):
         misa_engine.load_model(saved, residents="int8", masters="disk")
 
 
-def test_fp8_needs_a_card_with_the_instruction(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 3060")
-    with pytest.raises(UserError, match=r"RTX 3060 has 8\.6\. Use int8"):
-        loading.check_format("fp8", torch.device("cuda"))
-    loading.check_format("int8", torch.device("cuda"))
-
-
 def test_a_family_whose_matrices_cannot_rest_is_refused_with_the_reasons(tmp_path):
     TINY["gpt2"]().save_pretrained(tmp_path)
     with pytest.raises(UserError, match="is in Conv1D, not nn.Linear"):

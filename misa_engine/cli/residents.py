@@ -22,7 +22,7 @@ def for_residents(arguments: TrainArguments, config: Any) -> TrainArguments:
         config: of its model, whose FP8 layout ``residents="fp8"`` takes.
 
     Raises:
-        UserError: a rest rule from elsewhere (a resumed run's), several processes, or a card without the instructions.
+        UserError: a rest rule from elsewhere (a resumed run's), or several processes.
     """
     from misa_engine.cli.loading import check_unquantized
     from misa_engine.planner.residents import without_rest
@@ -31,14 +31,11 @@ def for_residents(arguments: TrainArguments, config: Any) -> TrainArguments:
     if model.residents in (None, "none"):
         check_unquantized(config, str(model.model_name_or_path))
         return replace(arguments, model=replace(model, residents=None))
-    from misa_engine.trainer.loading import check_format
-
     if sft.world_size > 1:
         raise UserError(
             f"--residents in {sft.world_size} processes: the exact weights lie on the host, where replicas do not "
             "compare them. Use one process, or leave out --residents."
         )
-    check_format(model.residents, sft.device)
     misa = without_rest(arguments.misa)
     if misa != arguments.misa:
         print(

@@ -36,8 +36,6 @@ logger = logging.getLogger(__name__)
 FP8_BLOCK = [128, 128]
 #: Name of the steps of a matrix in such a checkpoint, after that of its module.
 FP8_STEPS = "weight_scale_inv"
-#: e4m3 is converted by instructions of this compute capability.
-FP8_CAPABILITY = (8, 9)
 MASTERS = ("auto", "pinned", "mapped")
 #: Share of the available memory that page-locked masters may take before they are mapped instead.
 PINNED_SHARE = 0.8
@@ -71,8 +69,7 @@ def load_model(
         The model, in training mode.
 
     Raises:
-        UserError: unknown format, host memory too small, a card without the instructions of the format, no matrix that
-            can rest, or files that are missing, damaged or not finite. Nothing has been loaded where that was known.
+        UserError: unknown format, host memory too small, no matrix that can rest, or files that are missing, damaged or not finite. Nothing has been loaded where that was known.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -82,7 +79,7 @@ def load_model(
         options |= {"config": config, "dtype": dtype, "device_map": {"": device}}
         model = AutoModelForCausalLM.from_pretrained(str(path), **options)
         return model.train()
-    check_format(str(residents), device)
+    check_format(str(residents))
     check_choice("masters", masters, MASTERS)
     config = config or AutoConfig.from_pretrained(path, trust_remote_code=options.get("trust_remote_code", False))
     stored_in_8_bits = take_fp8(config, str(path), str(residents))
@@ -126,7 +123,7 @@ def random_model(
         dtype: of the masters and of what does not rest.
         **options: more for ``AutoModelForCausalLM.from_config``.
     """
-    check_format(residents, device)
+    check_format(residents)
     model = _empty_model(config, dtype, options)
     check_host_memory(config.model_type, host_bytes(model))
     held = Residents(model, residents, device, masters="pinned")
@@ -148,24 +145,16 @@ def random_model(
 # ---- checks ----
 
 
-def check_format(residents: str, device: torch.device) -> None:
-    """Refuse an unknown format, and one that the card has no instructions for.
+def check_format(residents: str) -> None:
+    """Refuse an unknown format. No card lacks what one needs: the kernels read and write e4m3 as integers.
 
     Raises:
-        UserError: naming the formats, or the card's capability.
+        UserError: naming the formats.
     """
     try:
         check_choice("residents", residents, FORMATS)
     except ValueError as error:
         raise UserError(str(error)) from None
-    if residents != "fp8" or device.type != "cuda" or torch.version.hip:
-        return
-    found = torch.cuda.get_device_capability(device)
-    if found < FP8_CAPABILITY:
-        raise UserError(
-            f"residents fp8 need a card of compute capability 8.9 (RTX 40, H100) or newer; "
-            f"{torch.cuda.get_device_name(device)} has {found[0]}.{found[1]}. Use int8, which is also more accurate."
-        )
 
 
 def take_fp8(config: Any, name: str, residents: str) -> bool:
