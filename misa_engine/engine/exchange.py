@@ -122,17 +122,12 @@ class Exchange:
 
     def forget(self) -> None:
         """Begin a step, or a backward pass: what was there has been used, or is not wanted."""
-        places: dict[Item, int] = {}
-        places.update(self._slots.items())
+        places: dict[Item, int] = dict(self._slots.items())
         places.update(self._resting.items())
-        self._order = self._ordered(places)
+        self._order = sorted(places, key=places.__getitem__, reverse=True)
         self._ready.clear()
         self._started.clear()
         self._begun, self._waiting, self._pending, self._expects_end = 0, 0, False, False
-
-    @staticmethod
-    def _ordered(places: Mapping[Item, int]) -> list[Item]:
-        return sorted(places, key=places.__getitem__, reverse=True)
 
     @property
     def _announced(self) -> bool:
