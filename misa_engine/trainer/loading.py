@@ -69,7 +69,8 @@ def load_model(
         The model, in training mode.
 
     Raises:
-        UserError: unknown format, host memory too small, no matrix that can rest, or files that are missing, damaged or not finite. Nothing has been loaded where that was known.
+        UserError: unknown format, host memory too small, no matrix that can rest, or files that are missing, damaged or
+            not finite. Nothing has been loaded where that was known.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
