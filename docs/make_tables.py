@@ -78,19 +78,21 @@ def peers() -> str:
 def learning() -> str:
     """The README's short form of what was learnt: rows of several seeds, and quick only if there is no other."""
     parts = []
-    stored = [path for name in ("real", "small", "quick") if (path := LEARNING / name / "results.json").exists()]
+    stored = [
+        path for name in ("real", "real_tasks", "small", "quick") if (path := LEARNING / name / "results.json").exists()
+    ]
     for path in [path for path in stored if path.parent.name != "quick"] or stored:
         document = json.loads(path.read_text(encoding="utf-8"))
         where, base = document["settings"], short(document["parameters"])
         for task in dict.fromkeys(row["task"] for row in document["results"]):
             rows = [row for row in document["results"] if row["task"] == task and row["loss"] is not None]
-            rows = [row for row in rows if row["seeds"] > 1] or rows
+            rows = [row for row in rows if row["seeds"] > 1 and ":" not in row["method"]] or rows  # options: docs
+            if path.parent.name != "quick" and all(row["seeds"] == 1 for row in rows):
+                continue
             seeds = sorted({row["seeds"] for row in rows})
             rates = sorted({row["rates"] for row in rows})
             start = f"base {rows[0]['base_loss']:.3f}" if rows[0]["base_loss"] is not None else "base not measured"
-            shown = (
-                f"Preset `{path.parent.name}`, {task}, {base} parameters, {where['steps']} steps of {where['batch']} × "
-            )
+            shown = f"Results `{path.parent.name}`, {task}, {base} parameters, {where['steps']} steps of {where['batch']} × "
             shown += f"{where['length']} tokens, learning rates: {_counts(rates)}, seeds: {_counts(seeds)}; {start}"
             if path.parent.name == "quick":
                 shown += " (shows that everything runs; ranks nothing)"
