@@ -78,9 +78,8 @@ def peers() -> str:
 def learning() -> str:
     """The README's short form of what was learnt: rows of several seeds, and quick only if there is no other."""
     parts = []
-    stored = [
-        path for name in ("real", "real_tasks", "small", "quick") if (path := LEARNING / name / "results.json").exists()
-    ]
+    named = (LEARNING / name / "results.json" for name in ("real", "real_tasks", "small", "quick"))
+    stored = [path for path in named if path.exists()]
     for path in [path for path in stored if path.parent.name != "quick"] or stored:
         document = json.loads(path.read_text(encoding="utf-8"))
         where, base = document["settings"], short(document["parameters"])
@@ -92,7 +91,8 @@ def learning() -> str:
             seeds = sorted({row["seeds"] for row in rows})
             rates = sorted({row["rates"] for row in rows})
             start = f"base {rows[0]['base_loss']:.3f}" if rows[0]["base_loss"] is not None else "base not measured"
-            shown = f"Results `{path.parent.name}`, {task}, {base} parameters, {where['steps']} steps of {where['batch']} × "
+            shown = f"Results `{path.parent.name}`, {task}, {base} parameters, {where['steps']} steps of "
+                f"{where['batch']} × "
             shown += f"{where['length']} tokens, learning rates: {_counts(rates)}, seeds: {_counts(seeds)}; {start}"
             if path.parent.name == "quick":
                 shown += " (shows that everything runs; ranks nothing)"
