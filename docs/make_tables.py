@@ -92,7 +92,8 @@ def learning() -> str:
             rates = sorted({row["rates"] for row in rows})
             start = f"base {rows[0]['base_loss']:.3f}" if rows[0]["base_loss"] is not None else "base not measured"
             shown = f"Results `{path.parent.name}`, {task}, {base} parameters, {where['steps']} steps of "
-            shown += f"{where['batch']} × {where['length']} tokens, learning rates: {_counts(rates)}, seeds: {_counts(seeds)}; {start}"
+            shown += f"{where['batch']} × {where['length']} tokens, "
+            shown += f"learning rates: {_counts(rates)}, seeds: {_counts(seeds)}; {start}"
             if path.parent.name == "quick":
                 shown += " (shows that everything runs; ranks nothing)"
             cells = [[row["method"], *_cells(row)] for row in rows]
