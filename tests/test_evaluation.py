@@ -12,6 +12,7 @@ import torch
 
 from evaluation_cases import TEMPLATE, adapters_data, scripted
 from misa_engine.cli.main import main
+from misa_engine.cli.model_card import MARK, RESULTS
 from misa_engine.errors import UserError
 from misa_engine.evaluation import Settings, evaluate
 from misa_engine.evaluation.forgetting import ForgettingTask, row_losses, rows
@@ -267,6 +268,8 @@ def test_the_command_evaluates_a_real_model_and_compares(workplace, data, tmp_pa
     tiny(vocab_size=384, max_position_embeddings=128).save_pretrained(other)
     for file in (workplace / "model").glob("*token*"):
         (other / file.name).write_bytes(file.read_bytes())
+    card = other / "README.md"
+    card.write_text("\n".join(["---", "tags: [a]", "---", "# other", MARK, *RESULTS, ""]))
     words = [str(other), "--base", str(workplace / "model"), "--tasks", "adapters:boolq,forgetting", "--limit", "2"]
     call = ["eval", *words, "--data", str(data), "--output", str(tmp_path / "out"), "--batch_size", "auto"]
     assert main([*call, "--num_beams", "2"]) == 0
@@ -279,6 +282,9 @@ def test_the_command_evaluates_a_real_model_and_compares(workplace, data, tmp_pa
     assert main([*call, "--num_beams", "2", "--json"]) == 0
     captured = capsys.readouterr()
     assert json.loads(captured.out) == written and captured.err.count("done before") == 4
+    assert captured.err.count("results are in its model card") == 1, "the trained model has a card, its base none"
+    text = card.read_text()
+    assert "| adapters:boolq | accuracy |" in text and "| forgetting | loss |" in text and "model-index" in text
 
 
 @pytest.mark.parametrize(

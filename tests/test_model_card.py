@@ -84,15 +84,20 @@ def test_results_of_an_evaluation_are_added_and_replaced(run: tuple[Any, Path]) 
     assert add_results(
         out, [{"task": "gsm8k", "metric": "exact_match", "value": 0.5}, {"task": "x", "metric": "a", "value": 1}]
     )
+    assert add_results(out, [{"task": "forgetting", "metric": "loss", "value": 3}])
     text = card.read_text(encoding="utf-8")
     assert "| gsm8k | exact_match | 0.5000 |" in text and "0.2500" not in text and "| x | a | 1.0000 |" in text
+    assert "| forgetting | loss | 3.0000 |" in text and "| held-out" not in text
     assert "read as a stream" in text and text.count("<!-- results: begin -->") == 1
     found = {
         (result["dataset"]["name"], metric["type"]): metric["value"]
         for result in front(card)["model-index"][0]["results"]
         for metric in result["metrics"]
     }
-    assert found == {("held-out records of data.jsonl", "loss"): 2.0, ("gsm8k", "exact_match"): 0.5, ("x", "a"): 1.0}
+    assert found == {
+        ("held-out records of data.jsonl", "loss"): 2.0, ("gsm8k", "exact_match"): 0.5, ("x", "a"): 1.0,
+        ("forgetting", "loss"): 3.0,
+    }  # fmt: skip
 
 
 def test_a_card_of_the_users_is_never_touched(run: tuple[Any, Path]) -> None:

@@ -23,10 +23,12 @@ from misa_engine.sweep import page as pages
 from misa_engine.sweep import study as studies
 from misa_engine.sweep import trial as trials
 from misa_engine.sweep.command import sweep
-from misa_engine.sweep.evaluating import value_of
-from misa_engine.sweep.objective import Objective, parse_objective
+from misa_engine.sweep.evaluating import evaluate, value_of
+from misa_engine.sweep.objective import Objective, check_evaluable, parse_objective
 from misa_engine.sweep.settings import Settings
 from misa_engine.sweep.space import PAPER, Dimension, parse_space
+
+pytest_plugins = ["cli_place"]
 
 LAUNCH = [sys.executable, "-S", "-E", str(Path(__file__).with_name("sweep_trainer.py"))]
 RATE = Dimension("learning_rate", 1e-6, 1e-3, log=True)
@@ -187,6 +189,22 @@ def test_names_and_results_are_those_of_misa_eval() -> None:
 
     assert value_of(document("accuracy", gsm8k=0.25, svamp=0.75), Objective("adapters:math")) == 0.5
     assert value_of(document("loss", forgetting=2.5), Objective("forgetting")) == 2.5
+    both = document("loss", forgetting=2.5)
+    both["results"].append({**both["results"][0], "model": "trained", "metrics": {"loss": {"value": 2.75}}})
+    assert value_of(both, Objective("forgetting")) == 2.75, "the base's own result is what it is compared with"
+
+
+def test_what_a_task_needs_is_looked_at_before_the_first_trial(tmp_path: Path, workplace: Path) -> None:
+    base = {"model_name_or_path": str(workplace / "model")}
+    check_evaluable(Objective(), {})
+    check_evaluable(Objective("forgetting"), base)
+    with pytest.raises(UserError, match="LLM-Adapters"):
+        check_evaluable(Objective("adapters:boolq", str(tmp_path)), base)
+    with pytest.raises(UserError, match="not --from_scratch"):
+        check_evaluable(Objective("forgetting"), {**base, "from_scratch": True})
+    launch = [sys.executable, "-c", "import sys; print(sys.argv[1:]); sys.exit(1)"]
+    evaluate(tmp_path, Objective("forgetting"), tmp_path, launch, base="start")
+    assert "'--base', 'start'" in (tmp_path / "eval.txt").read_text()
 
 
 # ---- several processes, and kills ----

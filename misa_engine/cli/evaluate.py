@@ -39,6 +39,7 @@ def command(words: list[str]) -> int:
         num_fewshot=options.num_fewshot,
     )  # fmt: skip
     evaluation = evaluate(subjects, options.tasks, output, base=base, settings=settings, say=_say)
+    into_cards(evaluation, subjects)
     if options.json:
         print(json.dumps(evaluation.to_dict(), indent=2))
     else:
@@ -77,6 +78,25 @@ def _subject(path: str, label: str, dtype: str | None) -> Subject:
     )  # fmt: skip
     assert subject.tokenizer is not None  # loaded here: a model without one is bad input
     return subject
+
+
+def into_cards(evaluation: Evaluation, subjects: Sequence[Subject]) -> None:
+    """Put the results into the cards that misa wrote of the models; a README.md of the user's, or a base's, stays."""
+    from misa_engine.cli.model_card import add_results
+
+    for subject in subjects:
+        rows = [
+            {"task": result.task, "metric": metric, "value": found.value, "stderr": found.stderr}
+            for result in evaluation.results if result.model == subject.label
+            for metric, found in result.metrics.items()
+        ]  # fmt: skip
+        try:
+            added = add_results(Path(subject.path).expanduser(), rows)
+        except (OSError, ValueError) as error:  # the results themselves are safe in the output directory
+            _say(f"{subject.label}: its model card was left as it is ({error})")
+            continue
+        if added:
+            _say(f"{subject.label}: results are in its model card")
 
 
 def show(evaluation: Evaluation) -> None:

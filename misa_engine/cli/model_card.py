@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 CARD = "README.md"
 MARK = "<!-- misa train writes this file anew after each run; take this line out to keep your changes -->"
 RESULTS = ("<!-- results: begin -->", "<!-- results: end -->")
+#: Begins the names of losses on a run's own evaluation data, which stand among the figures already.
+HELD_OUT = "held-out records of "
 #: Larger data files are named without a checksum: 1 to 2 GB/s.
 MOST_HASHED = 4 << 30
 
@@ -109,7 +111,7 @@ def add_results(folder: Path, rows: Iterable[Mapping[str, Any]]) -> bool:
     metadata = yaml.safe_load(front) or {}
     known = {(row["task"], row["metric"]): row for row in _rows_of(metadata)}
     known |= {(str(row["task"]), str(row["metric"])): dict(row) for row in rows}
-    evaluated = [row for row in known.values() if row["metric"] != "loss"]
+    evaluated = [row for row in known.values() if not str(row["task"]).startswith(HELD_OUT)]
     lines = ["| task | metric | value |", "| --- | --- | --- |"] if evaluated else []
     for row in evaluated:
         error = f" ± {row['stderr']:.4f}" if row.get("stderr") is not None else ""
@@ -245,7 +247,7 @@ def _front(out: Path, arguments: TrainArguments, licence: str | None, results: l
 def _loss_row(arguments: TrainArguments, loss: float) -> dict[str, Any]:
     options = arguments.data
     source = (options.eval_dataset or options.dataset)[0]
-    return {"task": f"held-out records of {Path(source).name}", "metric": "loss", "value": loss}
+    return {"task": f"{HELD_OUT}{Path(source).name}", "metric": "loss", "value": loss}
 
 
 def _index(model: str, rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

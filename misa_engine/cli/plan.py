@@ -55,6 +55,13 @@ def _run(options: argparse.Namespace) -> int:
     )
     if options.sharded and (options.gpus is None or options.max_vram_gb is not None):
         raise UserError("--sharded needs --gpus, the number of cards, and looks at one --gpu, not at --max_vram_gb.")
+    if options.gpus == 1:
+        raise UserError("--gpus is the number of cards that train together, at least 2; for one leave it out.")
+    if options.gpus is not None and options.residents not in (None, "none"):
+        raise UserError(
+            f"--residents {options.residents} with --gpus {options.gpus}: residents train in one process: replicas "
+            "do not compare exact weights on the host. Leave out one of the two."
+        )
     if options.sharded:
         misa = misa.without_own_rest()
     if options.length is not None and options.length < 2:
@@ -75,8 +82,8 @@ def _run(options: argparse.Namespace) -> int:
     error, gpus = None, options.gpus or 1
     if options.max_vram_gb is not None:
         wishes = Wishes(options.delta, options.state_dtype, checkpointing, options.batch, options.length)
-        wishes = replace(wishes, residents=options.residents)
-        result = again(meta, solve(meta, limit, misa, micro_batch, wishes), card=limit, gpus=gpus)
+        wishes = replace(wishes, residents=options.residents, gpus=gpus)
+        result = again(meta, solve(meta, limit, misa, micro_batch, wishes), card=limit)
     else:
         result = plan(meta, card=limit, misa=misa, micro_batch=micro_batch, residents=options.residents, gpus=gpus)
         if not result.fits and not options.sharded:
@@ -222,7 +229,8 @@ def train_command(options: argparse.Namespace, result: Any) -> str:
         given["include_outside"] = "true"
     words = [f"--{name} {str(value).lower() if value is True else value}" for name, value in given.items()]
     words += [f"--always_train {' '.join(map(repr, misa.always_train))}"] if misa.always_train else []
-    return "misa train " + " ".join(words)
+    launch = "misa" if result.gpus == 1 else f"torchrun --nproc_per_node {result.gpus} -m misa_engine"
+    return f"{launch} train {' '.join(words)}"
 
 
 def describe(result: Any, accumulation: int = 1) -> str:

@@ -71,6 +71,7 @@ def fit(arguments: TrainArguments, config: Any, dtype: torch.dtype, limit_gib: f
         length=sft.max_length,
         most_sequences=effective,
         residents=arguments.model.residents or (None if sft.world_size == 1 and "residents" not in given else "none"),
+        gpus=sft.world_size,
     )
     chosen = solve(meta, limit, misa, micro_batch, wishes)
     if wishes.batch is None:

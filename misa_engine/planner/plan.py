@@ -76,6 +76,8 @@ class Plan:
     """Most tokens of a micro-batch that fit the card, in sequences of the given length or one longer; 0 = none."""
     max_length: int | None = None
     """Longest single sequence that fits the card, also by what the model takes."""
+    gpus: int = 1
+    """Cards that train together, a whole model on each: a rest rule then keeps one more gradient for the exchange."""
 
     @property
     def total_bytes(self) -> int:
@@ -190,6 +192,7 @@ def plan(
         notes=_notes(meta, card),
         residents=rested,
         card=card,
+        gpus=gpus,
     )
     return result if card is None else _with_room(result, meta, worst, card.total_bytes - sum(fixed.values()))
 

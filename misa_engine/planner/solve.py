@@ -43,6 +43,8 @@ class Wishes:
     """Sequences of a micro-batch at most: the effective batch of the run."""
     residents: str | None = None
     """"none" keeps all weights on the card as they are; otherwise the format in which what is not drawn rests."""
+    gpus: int = 1
+    """Cards that train together, a whole model on each; not a choice. Residents are not proposed for several."""
 
 
 def solve(meta: MetaModel, limit: Card, misa: MisaConfig, micro_batch: MicroBatch, wishes: Wishes) -> Plan:
@@ -69,11 +71,12 @@ def solve(meta: MetaModel, limit: Card, misa: MisaConfig, micro_batch: MicroBatc
 
 
 def _formats(meta: MetaModel, misa: MisaConfig, wishes: Wishes) -> list[str]:
-    """Formats to try, in order; residents are not proposed where they cannot be: a rest rule was given, float32."""
+    """Formats to try, in order; residents are not proposed where they cannot be: many cards, a rest rule, float32."""
     if wishes.residents is not None:
         return [wishes.residents]
-    possible = misa.without_own_rest().rest == "none" and meta.dtype == torch.bfloat16 and resting_matrices(meta)
-    return ["none", RESIDENTS] if possible else ["none"]
+    if wishes.gpus > 1 or misa.without_own_rest().rest != "none" or meta.dtype != torch.bfloat16:
+        return ["none"]
+    return ["none", RESIDENTS] if resting_matrices(meta) else ["none"]
 
 
 def _deltas(misa: MisaConfig, wishes: Wishes) -> list[float]:
@@ -94,7 +97,8 @@ def _solve(
         options = misa.altered(delta=delta, state_dtype=state_dtype)
         shape = replace(micro_batch, checkpointing=checkpointing, length=wishes.length, batch=wishes.batch or 1)
         try:
-            candidate = replace(plan(meta, misa=options, micro_batch=shape, residents=residents), card=limit)
+            candidate = plan(meta, misa=options, micro_batch=shape, residents=residents, gpus=wishes.gpus)
+            candidate = replace(candidate, card=limit)
         except UserError:
             raise
         except ValueError:  # δ is smaller than the largest unit
@@ -125,7 +129,7 @@ def _with_largest_batch(meta: MetaModel, fitting: Plan, most: int) -> Plan:
 
 def again(meta: MetaModel, before: Plan, **changes: Any) -> Plan:
     """The same plan with other options (``misa``), another micro-batch or for a card."""
-    options: dict[str, Any] = {"misa": before.misa, "micro_batch": before.micro_batch}
+    options: dict[str, Any] = {"misa": before.misa, "micro_batch": before.micro_batch, "gpus": before.gpus}
     options["residents"] = before.residents.format if before.residents else None
     return plan(meta, **{**options, **changes})
 
@@ -142,7 +146,7 @@ def impossible(meta: MetaModel, limit: Card, smallest: Plan) -> str:
         f"{_gib(weights)}{f' with residents {smallest.residents.format}' if smallest.residents else ''}."
     )
     text += f" The smallest card that works is {card.name}." if card else " No known card works."
-    if smallest.residents is None and RESIDENTS in _formats(meta, smallest.misa, Wishes()):
+    if smallest.residents is None and RESIDENTS in _formats(meta, smallest.misa, Wishes(gpus=smallest.gpus)):
         resting = again(meta, smallest, residents=RESIDENTS).total_bytes
         text += f" With --residents {RESIDENTS} it needs {_gib(resting)}." if resting < needed else ""
     delta = _largest_delta(meta, limit, smallest)

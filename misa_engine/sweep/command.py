@@ -51,7 +51,7 @@ def command(words: list[str]) -> int:
     _check(given, rest)
     own = [flag.lstrip("-") for action in parser._actions for flag in action.option_strings]
     settings_flags = _train_flags(rest, own)
-    from misa_engine.sweep.objective import parse_objective
+    from misa_engine.sweep.objective import check_evaluable, parse_objective
     from misa_engine.sweep.settings import Settings
 
     settings = Settings.of(
@@ -62,6 +62,7 @@ def command(words: list[str]) -> int:
         pruner=given.pruner,
         seed=given.seed_of_search,
     )
+    check_evaluable(settings.objective, settings.base)
     typed = shlex.join(["misa", "sweep", *words])
     return sweep(settings, Path(given.output).expanduser(), given.trials, keep=given.keep, typed=typed)
 

@@ -20,7 +20,13 @@ FALLING = ("loss", "perplexity", "bits_per_byte")
 
 
 def evaluate(
-    model: Path, objective: Objective, folder: Path, launch: Sequence[str], stopped: Callable[[], bool] = lambda: False
+    model: Path,
+    objective: Objective,
+    folder: Path,
+    launch: Sequence[str],
+    stopped: Callable[[], bool] = lambda: False,
+    *,
+    base: str | None = None,
 ) -> float | str:
     """What a trained model reaches on a task.
 
@@ -30,11 +36,13 @@ def evaluate(
         folder: of the trial; gets what was printed and the results.
         launch: the command to which ``eval MODEL ...`` is added.
         stopped: says whether the sweep has to end, and the evaluation with it.
+        base: the model before training, for a task that compares with it.
 
     Returns:
         The mean over its tasks of the number that each is known by, or why there is none.
     """
     words = ["eval", str(model), *objective.words, "--output", str(folder / RESULTS)]
+    words += ["--base", base] if base is not None and objective.needs_base else []
     with open(folder / OUTPUT, "wb") as output:
         child = subprocess.Popen(
             [*launch, *words], stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
@@ -57,13 +65,16 @@ def evaluate(
 
 
 def value_of(document: dict[str, Any], objective: Objective) -> float:
-    """The mean over the tasks in a results document of misa eval, of the first metric of each.
+    """The mean over the tasks in a results document of misa eval, of the trained model's first metric of each.
 
     Raises:
         ValueError: there are no results, or the metric goes the other way.
     """
     values = []
+    base = document["reference"] if len({result["model"] for result in document["results"]}) > 1 else None
     for result in document["results"]:
+        if result["model"] == base:
+            continue
         metric, found = next(iter(result["metrics"].items()))
         if any(word in metric for word in FALLING) != (objective.direction == "minimize"):
             raise ValueError(f"{metric} of {result['task']} does not go the way of {objective.name}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -35,6 +36,11 @@ class Objective:
     def direction(self) -> Literal["minimize", "maximize"]:
         """As optuna says it: losses fall, accuracies rise."""
         return "minimize" if self.task in (None, *LOSSES) else "maximize"
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether the task compares with the model before training."""
+        return self.task in LOSSES
 
     @property
     def words(self) -> list[str]:
@@ -78,3 +84,31 @@ def parse_objective(text: str, data: str | None = None, limit: int | None = None
     if data is not None and not Path(data).expanduser().is_dir():
         raise UserError(f"--task_data {data} is no directory; looked in {Path.cwd()}.")
     return Objective(task, data, limit)
+
+
+def check_evaluable(objective: Objective, base: Mapping[str, Any]) -> None:
+    """See that ``misa eval`` will take the task, before a trial has trained for it.
+
+    Args:
+        objective: of the study.
+        base: options of misa train that all trials share; the model that they start from has the tokenizer.
+
+    Raises:
+        UserError: data, packages or a chat template are missing, or there is no model before training to compare with.
+    """
+    if objective.task is None:
+        return
+    if base.get("from_scratch"):
+        if objective.needs_base:
+            raise UserError(
+                f"--objective {objective.name} compares with the model before training: not --from_scratch."
+            )
+        return
+    from misa_engine.cli.evaluate import subjects_of
+    from misa_engine.evaluation.settings import Settings
+    from misa_engine.evaluation.tasks import tasks_named
+
+    subjects = subjects_of([str(base["model_name_or_path"])]) * (2 if objective.needs_base else 1)
+    settings = Settings(data=Path(objective.data).expanduser() if objective.data else None, limit=objective.limit)
+    for task in tasks_named([objective.task]):
+        task.check(subjects, settings)

@@ -109,7 +109,10 @@ class Sweep:
         if outcome.state != trials.COMPLETE:
             return None
         if self.settings.objective.task is not None:
-            found = evaluate(folder / trials.RUN, self.settings.objective, folder, self._launch, self._stopped)
+            base = self.settings.base.get("model_name_or_path")
+            found = evaluate(
+                folder / trials.RUN, self.settings.objective, folder, self._launch, self._stopped, base=base
+            )
             if isinstance(found, float):
                 return found
             outcome.state, outcome.reason = trials.FAILED, found

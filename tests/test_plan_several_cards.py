@@ -1,0 +1,39 @@
+"""``misa plan --gpus``: what the solver chooses for several cards, and what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from misa_engine.cli.main import main
+
+
+def test_what_is_chosen_for_several_cards_fits_with_the_exchanged_gradient(capsys):
+    words = ["plan", "--model", "tinyllama", "--delta", "0.03", "--json"]
+
+    def told(*more: str) -> dict:
+        assert main([*words, *more]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    one = told("--state_dtype", "float32", "--length", "512", "--batch", "1", "--residents", "none")
+    limit = ("--max_vram_gb", f"{one['total_bytes'] / 2**30 + 1e-4:.5f}", "--length", "512", "--batch", "1")
+    assert told(*limit)["state_dtype"] == "float32"
+    several = told(*limit, "--gpus", "2")
+    assert several["fits"] and several["state_dtype"] == "int8", "with float32 moments one gradient more has no room"
+    assert "residents" not in several or several["residents"] is None
+    assert several["command"].startswith("torchrun --nproc_per_node 2 -m misa_engine train ")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--gpus", "1"], "at least 2; for one leave it out"),
+        (["--gpus", "2", "--residents", "int8"], "--residents int8 with --gpus 2: residents train in one process"),
+        (["--gpus", "2", "--sharded", "--residents", "fp8"], "--residents fp8 with --gpus 2"),
+    ],
+    ids=str,
+)
+def test_what_does_not_train_on_several_cards_is_not_planned(words, said, capsys):
+    assert main(["plan", "--model", "tinyllama", *words]) == 2
+    assert said in capsys.readouterr().err
