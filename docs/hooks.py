@@ -10,19 +10,19 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-RESULTS = "bench/results/cpu/"
+RESULTS = "bench/results/"
 #: Exceptions with a message for the user.
 RAISED = {"UserError", "ValueError", "RuntimeError", "CheckpointError", "ModuleNotFoundError"}
 #: Folders whose errors a user of the library or of ``misa`` can meet.
-PACKAGES = ("cli", "engine", "method", "planner", "report", "trainer", "kernels")
+PACKAGES = ("cli", "engine", "evaluation", "export", "method", "planner", "report", "sweep", "trainer", "kernels")
 
 
 def on_files(files: Any, config: Any) -> Any:
     """Publish the benchmark's pictures under the path that pages on GitHub use for them."""
     from mkdocs.structure.files import File
 
-    for picture in sorted((ROOT / RESULTS).glob("*.png")):
-        files.append(File.generated(config, RESULTS + picture.name, abs_src_path=str(picture)))
+    for picture in sorted((ROOT / RESULTS).rglob("*.png")):
+        files.append(File.generated(config, picture.relative_to(ROOT).as_posix(), abs_src_path=str(picture)))
     return files
 
 
@@ -35,7 +35,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         path = target.partition("#")[0]
         if "://" in target or not path or (folder / path).resolve().is_relative_to(DOCS):
             return link.group(0)
-        if RESULTS in target:
+        if RESULTS in target and target.endswith(".png"):
             return f"[{text}]({target[target.index(RESULTS) :]})"
         return text if text.startswith("`") else f"`{text}`"  # a file of the repository has no page
 
