@@ -14,22 +14,16 @@ if TYPE_CHECKING:
     from misa_engine.cli.arguments import ModelArguments, TrainArguments
 
 
-def for_residents(arguments: TrainArguments, config: Any) -> TrainArguments:
+def for_residents(arguments: TrainArguments) -> TrainArguments:
     """The arguments of a run with residents: the preset's rest rule is off, and that is said.
-
-    Args:
-        arguments: of the run.
-        config: of its model, whose FP8 layout ``residents="fp8"`` takes.
 
     Raises:
         UserError: a rest rule from elsewhere (a resumed run's), or several processes.
     """
-    from misa_engine.cli.loading import check_unquantized
     from misa_engine.planner.residents import without_rest
 
     model, sft = arguments.model, arguments.sft
     if model.residents in (None, "none"):
-        check_unquantized(config, str(model.model_name_or_path))
         return replace(arguments, model=replace(model, residents=None))
     if sft.world_size > 1:
         raise UserError(

@@ -207,7 +207,7 @@ def _load_inputs(arguments: TrainArguments) -> Inputs:
     model_options, sft = arguments.model, arguments.sft
     trust = sft.trust_remote_code
     model_config = loading.load_config(model_options, trust)
-    arguments = for_residents(arguments, model_config)
+    arguments = for_residents(arguments)
     dtype = loading.resolve_dtype(model_options.dtype, model_config, sft.device)
     sft.max_length = loading.fitting_length(sft.max_length, "max_length" in arguments.given, model_config)
     _choose_forward(arguments, model_config.model_type)

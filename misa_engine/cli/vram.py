@@ -70,7 +70,7 @@ def fit(arguments: TrainArguments, config: Any, dtype: torch.dtype, limit_gib: f
         batch=sft.per_device_train_batch_size if "per_device_train_batch_size" in given else None,
         length=sft.max_length,
         most_sequences=effective,
-        residents=arguments.model.residents or (None if sft.world_size == 1 and "residents" not in given else "none"),
+        residents=arguments.model.residents or ("none" if "residents" in given else None),
         gpus=sft.world_size,
     )
     chosen = solve(meta, limit, misa, micro_batch, wishes)

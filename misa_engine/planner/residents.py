@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from misa_engine.engine.residents import linear_modules
 from misa_engine.engine.residents.lookup import host_embedding
 from misa_engine.errors import UserError
 from misa_engine.kernels.resident8 import FORMATS
@@ -136,17 +135,13 @@ def resident_plan(
     parts = meta.partition(misa)
     named = dict(meta.model.named_parameters())
     awake = set(parts.always)  # on the card in full, for good
-    resting = [name for name in resting_matrices(meta) if name not in awake]
+    resting = [name for name in meta.resident_matrices if name not in awake]
     if not resting:
         raise UserError(f"no matrix of {meta.name} can rest in 8 bits: leave out residents.")
     sizes = {name: named[name].numel() for name in resting}
     packed = [FORMATS[kind].bytes(tuple(named[name].shape)) for name in resting]
     codes, steps = (sum(each) for each in zip(*packed, strict=True))
-    size, total, largest = (
-        meta.dtype.itemsize,
-        sum(sizes.values()),
-        max(named[n].numel() for n in resting_matrices(meta)),
-    )
+    size, total = meta.dtype.itemsize, sum(sizes.values())
     sampled = [name for unit in parts.units for name in unit.params]
     budget = check_budget(parts, misa.delta)
     on_host = embedding_on_host(meta, misa)
@@ -156,7 +151,7 @@ def resident_plan(
         "weights": meta.weight_bytes - size * total - lookup,
         "resident_codes": codes,
         "resident_steps": steps,
-        "resident_workspace": size * largest,
+        "resident_workspace": size * max(named[name].numel() for name in meta.resident_matrices),
     }
     host_bytes = {
         "masters": size * total,
@@ -174,14 +169,6 @@ def resident_plan(
         {name: count for name, count in host_bytes.items() if count},
         _dequantisation(meta, total, codes + steps, drawn, micro_batch, card),
     )
-
-
-def resting_matrices(meta: MetaModel) -> tuple[str, ...]:
-    """Names of the matrices that can rest, in the model's order; none where the model has no repeated layers."""
-    try:
-        return tuple(linear_modules(meta.model)[0])
-    except ValueError:
-        return ()
 
 
 def embedding_on_host(meta: MetaModel, misa: MisaConfig) -> str | None:

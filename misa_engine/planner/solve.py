@@ -15,7 +15,6 @@ from misa_engine.method.partition import check_budget
 from misa_engine.planner.activations import MicroBatch
 from misa_engine.planner.cards import Card
 from misa_engine.planner.plan import WEIGHTS, Plan, most_that_fits, plan
-from misa_engine.planner.residents import resting_matrices
 from misa_engine.planner.worst_case import MetaModel, WorstCase
 
 #: Steps down from the δ that was asked for.
@@ -76,7 +75,7 @@ def _formats(meta: MetaModel, misa: MisaConfig, wishes: Wishes) -> list[str]:
         return [wishes.residents]
     if wishes.gpus > 1 or misa.without_own_rest().rest != "none" or meta.dtype != torch.bfloat16:
         return ["none"]
-    return ["none", RESIDENTS] if resting_matrices(meta) else ["none"]
+    return ["none", RESIDENTS] if meta.resident_matrices else ["none"]
 
 
 def _deltas(misa: MisaConfig, wishes: Wishes) -> list[float]:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import product
 from typing import Any
 
 import torch
 from torch import nn
 
+from misa_engine.engine.residents import linear_modules
 from misa_engine.engine.rest import can_rest, resting_while
 from misa_engine.errors import UserError
 from misa_engine.method.config import MisaConfig
@@ -57,6 +59,14 @@ class MetaModel:
     def weight_bytes(self) -> int:
         """Bytes of all parameters and buffers."""
         return sum(tensor.nbytes for tensor in (*self.model.parameters(), *self.model.buffers()))
+
+    @cached_property
+    def resident_matrices(self) -> tuple[str, ...]:
+        """Names of the matrices that can rest in 8 bits, in the model's order; none without repeated layers."""
+        try:
+            return tuple(linear_modules(self.model)[0])
+        except ValueError:
+            return ()
 
     def partition(self, misa: MisaConfig) -> Partition:
         """The partition under MISA's options."""
