@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from misa_engine.engine.residents import Residents, linear_modules, open_mapped, rest
-from misa_engine.errors import UserError
+from misa_engine.engine.residents.store import owners_of
+from misa_engine.errors import UserError, bad_input
 from misa_engine.kernels.resident8 import FORMATS
 from misa_engine.method.config import check_choice
 from misa_engine.planner.host_memory import available_bytes, check_host_memory
@@ -129,7 +130,7 @@ def random_model(
     check_host_memory(config.model_type, host_bytes(model))
     held = Residents(model, residents, device, masters="pinned")
     width = getattr(config, "initializer_range", None) or 0.02
-    owners = _owners(model)
+    owners = owners_of(model)
     for name, parameter in list(model.named_parameters()):
         if parameter.ndim > 1:
             value = torch.empty(parameter.shape, dtype=dtype, device=device).normal_(std=width)
@@ -152,10 +153,8 @@ def check_format(residents: str) -> None:
     Raises:
         UserError: naming the formats.
     """
-    try:
+    with bad_input():
         check_choice("residents", residents, FORMATS)
-    except ValueError as error:
-        raise UserError(str(error)) from None
 
 
 def take_fp8(config: Any, name: str, residents: str) -> bool:
@@ -207,10 +206,8 @@ def _empty_model(config: Any, dtype: torch.dtype, options: Mapping[str, Any]) ->
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
     model.tie_weights()
-    try:
+    with bad_input(f"{type(model).__name__} cannot have residents"):
         can, stays = linear_modules(model)
-    except ValueError as error:
-        raise UserError(f"{type(model).__name__} cannot have residents: {error}") from error
     if not can:
         reasons = "; ".join(f"{name} is {reason}" for name, reason in list(stays.items())[:3])
         raise UserError(f"no matrix of {type(model).__name__} can rest in 8 bits ({reasons}): leave out residents.")
@@ -263,29 +260,17 @@ def _stream(model: Any, files: list[Path], residents: Residents, *, copied: bool
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     canonical = {id(parameter): name for name, parameter in model.named_parameters()}
-    resting = {name: residents.matrix(name).parameter for name in residents.names}
-    owners = _owners(model)
-    done: set[str] = set()
-    for name, tensor, steps in _tensors(files):
-        if name not in parameters or canonical[id(parameters[name])] in done:
+    owners = owners_of(model)
+    for stored, tensor, steps in _tensors(files):
+        parameter = parameters.get(stored)
+        name = canonical.pop(id(parameter), None)
+        if parameter is None or name is None:  # not the model's, or tied to one that is there already
             continue
-        name = canonical[id(parameters[name])]
-        done.add(name)
-        if name in resting:
+        if name in residents:
             _hold(residents, name, tensor, steps, copied=copied)
         else:
-            _place(owners[id(parameters[name])], name, tensor, residents, copied=copied)
+            _place(owners[id(parameter)], name, tensor, residents, copied=copied)
     model.to(residents.device)  # buffers
-
-
-def _owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    """Id of a parameter -> the modules that have it, and under which name."""
-    owners: dict[int, list[tuple[nn.Module, str]]] = {}
-    for module in model.modules():
-        for leaf, parameter in module._parameters.items():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append((module, leaf))
-    return owners
 
 
 @torch.no_grad()

@@ -41,17 +41,13 @@ def linear_modules(model: nn.Module, family: str | None = None) -> tuple[dict[st
         ValueError: the model has no repeated layers (see ``misa_engine.method.partition``).
     """
     inside = {name for unit in partition(model, "module", family=family).units for name in unit.params}
-    owners: dict[int, list[nn.Module]] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append(module)
+    owners = owners_of(model)
     can: dict[str, list[nn.Module]] = {}
     stay: dict[str, str] = {}
     for name, parameter in model.named_parameters():
-        modules = owners[id(parameter)]
         if parameter.ndim < 2:
             continue
+        modules = [module for module, _ in owners[id(parameter)]]
         if name not in inside:
             stay[name] = "outside the layers"
         elif parameter.ndim != 2:
@@ -61,6 +57,16 @@ def linear_modules(model: nn.Module, family: str | None = None) -> tuple[dict[st
         else:
             can[name] = modules
     return can, stay
+
+
+def owners_of(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Id of a parameter -> the modules that have it, and under which name."""
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append((module, leaf))
+    return owners
 
 
 def _multiplies(module: nn.Module, parameter: nn.Parameter) -> bool:
