@@ -238,6 +238,13 @@ def optimizer_bytes(
     sampled = [parts.numels[name] for unit in parts.units for name in unit.params]
     always = [parts.numels[name] for name in parts.always]
     capacity, slots = capacity_for(check_budget(parts, misa.delta), sampled, always)
+    return bytes_of_arena(capacity, slots, misa, dtype, weights_from=sum(map(padded, always)) if residents else None)
+
+
+def bytes_of_arena(
+    capacity: int, slots: int, misa: MisaConfig, dtype: torch.dtype, weights_from: int | None = None
+) -> dict[str, int]:
+    """``arena_bytes`` of the arena that MISA's options ask for, for weights of ``dtype``."""
     return arena_bytes(
         capacity,
         slots,
@@ -246,7 +253,7 @@ def optimizer_bytes(
         state_dtype=misa.state_dtype,
         grad_dtype=torch.float32 if misa.grad_dtype == "float32" else None,
         hold_gradients=misa.update_in == "step",
-        weights_from=sum(map(padded, always)) if residents else None,
+        weights_from=weights_from,
     )
 
 

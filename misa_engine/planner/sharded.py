@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from misa_engine.engine.arena import arena_bytes, capacity_for, padded
+from misa_engine.engine.arena import capacity_for, padded
 from misa_engine.method.config import MisaConfig
-from misa_engine.planner.plan import CATEGORIES, OPTIMIZER, Plan
+from misa_engine.planner.plan import CATEGORIES, OPTIMIZER, Plan, bytes_of_arena
 from misa_engine.planner.replicas import LINKS, MEETING_SECONDS, SHOWN
 from misa_engine.planner.worst_case import MetaModel
 
@@ -128,14 +127,7 @@ def sharded_plan(meta: MetaModel, result: Plan, gpus: int) -> ShardedPlan:
     held = {
         **result.bytes,
         "weights": sum(shares.values()) * size + buffers,
-        **arena_bytes(
-            capacity,
-            slots,
-            dtype=meta.dtype,
-            split=size == 2 and misa.master == "split",
-            state_dtype=misa.state_dtype,
-            grad_dtype=torch.float32 if misa.grad_dtype == "float32" else None,
-        ),
+        **bytes_of_arena(capacity, slots, misa, meta.dtype),
         # this layer and the next one, beside what lies outside the layers; a layer's gradients whole, and once as rows
         "gathered": 2 * layer + root,
         "reduced": in_a_layer + in_a_layer // gpus,
