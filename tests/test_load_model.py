@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import host_growth
 import misa_engine
 from misa_engine import MISA
 from misa_engine.engine.residents import residents_of
@@ -210,35 +211,15 @@ def test_damaged_files_are_refused_by_name(tmp_path, saved, damage):
 # ---- memory ----
 
 LOAD = """
-import json, resource, sys, threading, time
+import json, sys
 from pathlib import Path
-import torch
-from transformers import LlamaConfig
 import misa_engine
-from misa_engine.trainer import checkpoints
-
-def rss(key):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
-
-def growth_of(action):
-    before, done, peak = rss("VmRSS"), threading.Event(), [0]
-    def watch():
-        while not done.is_set():
-            peak[0] = max(peak[0], rss("VmRSS") - before)
-            time.sleep(0.0005)
-    thread = threading.Thread(target=watch)
-    thread.start()
-    result = action()
-    done.set()
-    thread.join()
-    return result, max(peak[0], rss("VmRSS") - before)
+from host_growth import growth_of
 
 place, masters = Path(sys.argv[1]), sys.argv[2]
 misa_engine.load_model(place / "small", residents="int8", masters=masters).save_pretrained(place / "first")
-model, load = growth_of(lambda: misa_engine.load_model(place / "large", residents="int8", masters=masters))
-anonymous = rss("RssAnon")
-_, save = growth_of(lambda: model.save_pretrained(place / "saved", max_shard_size=20_000_000))
+model, load = growth_of(lambda: misa_engine.load_model(place / "large", residents="int8", masters=masters), "VmRSS")
+_, save = growth_of(lambda: model.save_pretrained(place / "saved", max_shard_size=20_000_000), "VmRSS")
 residents = misa_engine.engine.residents.residents_of(model)
 sizes = residents.bytes()
 found = {"load": load, "save": save, "masters": sizes["host_masters"]}
@@ -272,6 +253,7 @@ def test_loading_takes_the_masters_and_one_file_at_most(tmp_path, masters):
         env={
             **os.environ,
             "OMP_NUM_THREADS": "1",
+            **host_growth.importable(),
             "MALLOC_MMAP_THRESHOLD_": "65536",
             "MALLOC_TRIM_THRESHOLD_": "65536",
         },

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import ByT5Tokenizer
 from trl import SFTConfig
 
+import host_growth
 from command import make_workplace, words
 from misa_engine import MISA
 from misa_engine.cli.arguments import ALLOCATOR_VARIABLES, parse_train
@@ -66,36 +67,23 @@ def make_trainer(out: Path, **options: Any) -> MisaTrainer:
 #: Prints the growth of anonymous memory over each action, its peak sampled every half millisecond; file pages that the
 #: system may drop are not part of it. The writer of safetensors is made to copy, as it does for tensors on a GPU.
 LOAD_AND_SAVE = """
-import ctypes, gc, json, sys, threading, time
+import ctypes, gc, json, sys
 from pathlib import Path
 import safetensors.torch as writer
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, ByT5Tokenizer, LlamaConfig
 from trl import SFTConfig
+import host_growth
 from misa_engine.trainer import checkpoints
 from misa_engine.cli import loading
 from misa_engine.cli.arguments import ModelArguments
 from misa_engine.trainer import MisaTrainer
 
-def anonymous():
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
-
 def growth_of(action):
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    before, done, peak = anonymous(), threading.Event(), [0]
-    def watch():
-        while not done.is_set():
-            peak[0] = max(peak[0], anonymous() - before)
-            time.sleep(0.0005)
-    thread = threading.Thread(target=watch)
-    thread.start()
-    result = action()
-    done.set()
-    thread.join()
-    return result, max(peak[0], anonymous() - before)
+    return host_growth.growth_of(action)
 
 def load(name, **options):
     arguments = ModelArguments(model_name_or_path=str(place / name), dtype="bfloat16", **options)
@@ -146,7 +134,8 @@ def growth(tmp_path_factory) -> dict[str, Any]:
         pytest.skip("memory is read from /proc")
     place = tmp_path_factory.mktemp("growth")
     command = [sys.executable, "-c", LOAD_AND_SAVE, str(place)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    env = {**os.environ, **host_growth.importable(), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -268,11 +257,6 @@ class Deep(nn.Module):
         return x
 
 
-def _resident() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
-
-
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 def test_10_000_steps_and_2_000_switches_leave_nothing_behind(tmp_path):
     """With the run log, the clock and both kinds of state that units leave on the host."""
@@ -295,7 +279,7 @@ def test_10_000_steps_and_2_000_switches_leave_nothing_behind(tmp_path):
             log_writer.clock.end()
         gc.collect()
         held = sum(optimizer.memory().values())
-        return len(gc.get_objects()), _resident(), held
+        return len(gc.get_objects()), host_growth.held(), held
 
     train(5100)  # 1,000 switches: the list of events is full
     log_writer.clock.seconds.extend([0.0] * 10_000)  # and so is the clock's
