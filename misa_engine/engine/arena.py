@@ -71,6 +71,29 @@ def capacity_for(budget: int, sampled: Iterable[int], always: Iterable[int]) -> 
     return padded(budget + padding) + sum(fixed), most_slots + len(fixed)
 
 
+def capacity_of_rows(
+    budget: int, sampled: Iterable[tuple[int, int]], always: Iterable[tuple[int, int]]
+) -> tuple[int, int]:
+    """As ``capacity_for``, where a process holds rows of every parameter.
+
+    The budget is in elements of whole parameters. What fits it at most is what would if they could be cut, those first
+    of which a process holds most.
+
+    Args:
+        budget: as in ``capacity_for``.
+        sampled: elements of each parameter that can be drawn, whole and as the process holds it.
+        always: the same of what is always trained.
+    """
+    sampled, always = list(sampled), list(always)
+    _, slots = capacity_for(budget, [whole for whole, _ in sampled], [whole for whole, _ in always])
+    room, elements = budget, 0
+    for whole, held in sorted(sampled, key=lambda sizes: -padded(sizes[1]) / sizes[0]):
+        taken = min(room, whole)
+        elements += -(-padded(held) * taken // whole)
+        room -= taken
+    return padded(elements) + sum(padded(held) for _, held in always), slots
+
+
 def arena_bytes(
     capacity: int,
     max_slots: int,

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from misa_engine.engine.arena import capacity_for, padded
+from misa_engine.engine.arena import capacity_of_rows
 from misa_engine.method.config import MisaConfig
 from misa_engine.planner.plan import CATEGORIES, OPTIMIZER, Plan, bytes_of_arena
 from misa_engine.planner.replicas import LINKS, MEETING_SECONDS, SHOWN
@@ -121,7 +121,9 @@ def sharded_plan(meta: MetaModel, result: Plan, gpus: int) -> ShardedPlan:
     root = layers.pop(None, 0)
     layer = max(layers.values(), default=0)
     shares = {name: _rows(p, gpus) for name, p in meta.model.named_parameters()}
-    capacity, slots = _capacity(parts, result.delta_parameters, shares)
+    sampled = [(parts.numels[name], shares[name]) for unit in parts.units for name in unit.params]
+    always = [(parts.numels[name], shares[name]) for name in parts.always]
+    capacity, slots = capacity_of_rows(result.delta_parameters, sampled, always)
     buffers = sum(buffer.nbytes for buffer in meta.model.buffers())
     in_a_layer = min(result.delta_parameters * size, layer)
     held = {
@@ -148,19 +150,6 @@ def _rows(parameter: Tensor, gpus: int) -> int:
     """Elements that the first process holds."""
     rows, *others = parameter.shape
     return -(-rows // gpus) * prod(others)
-
-
-def _capacity(parts: Any, budget: int, shares: Mapping[str, int]) -> tuple[int, int]:
-    """As ``ShardMesh.capacity``: elements and slots of the first process."""
-    sampled = [name for unit in parts.units for name in unit.params]
-    numels = parts.numels
-    _, slots = capacity_for(budget, [numels[name] for name in sampled], [numels[name] for name in parts.always])
-    room, elements = budget, 0
-    for name in sorted(sampled, key=lambda name: -padded(shares[name]) / numels[name]):
-        taken = min(room, numels[name])
-        elements += -(-padded(shares[name]) * taken // numels[name])
-        room -= taken
-    return padded(elements) + sum(padded(shares[name]) for name in parts.always), slots
 
 
 def enough_tokens(active_share: float | None, flops: float, bandwidth: float, gpus: int) -> float:

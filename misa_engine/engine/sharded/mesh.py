@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from misa_engine.engine.arena import capacity_for, padded
+from misa_engine.engine.arena import capacity_of_rows
 from misa_engine.engine.replicas import Replicas
 from misa_engine.engine.shards import first_element, is_sharded, local, most_elements, shard_dimension
 from misa_engine.kernels.tiles import GROUP
@@ -88,20 +88,10 @@ class ShardMesh:
         return torch.cat([part.cpu() for part in parts])[:numel]
 
     def capacity(self, budget: int, sampled: Sequence[str], always: Sequence[str]) -> tuple[int, int]:
-        """As ``arena.capacity_for``, for the rows that the first process holds: it never has fewer than another.
-
-        The budget is in elements of whole matrices. What fits it at most is what would if matrices could be cut, those
-        first of which a process holds most.
-        """
-        numels = {name: self.parameters[name].numel() for name in (*sampled, *always)}
-        held = {name: padded(most_elements(self.parameters[name])) for name in numels}
-        _, slots = capacity_for(budget, [numels[name] for name in sampled], [numels[name] for name in always])
-        room, elements = budget, 0
-        for name in sorted(sampled, key=lambda name: -held[name] / numels[name]):
-            taken = min(room, numels[name])
-            elements += -(-held[name] * taken // numels[name])
-            room -= taken
-        return padded(elements) + sum(held[name] for name in always), slots
+        """``arena.capacity_of_rows`` for the rows that the first process holds: it never has fewer than another."""
+        whole = self.parameters
+        sizes = [[(whole[name].numel(), most_elements(whole[name])) for name in group] for group in (sampled, always)]
+        return capacity_of_rows(budget, *sizes)
 
     def check_groups(self, config: MisaConfig, trained: Sequence[str]) -> None:
         """Refuse 8-bit moments where a shard begins inside a group that shares a scale.
