@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from misa_engine.engine.residents import Residents, linear_modules, open_mapped, rest
 from misa_engine.engine.residents.store import owners_of
 from misa_engine.errors import UserError, bad_input
-from misa_engine.kernels.resident8 import FORMATS
+from misa_engine.kernels.resident8 import FORMATS, Packed, dequantise
 from misa_engine.method.config import check_choice
 from misa_engine.planner.host_memory import available_bytes, check_host_memory
 from misa_engine.trainer.completeness import weight_files
@@ -311,7 +311,8 @@ def _tensors(files: Sequence[Path]) -> Iterator[tuple[str, Tensor, Tensor | None
 def _hold(residents: Residents, name: str, tensor: Tensor, steps: Tensor | None, *, copied: bool) -> None:
     """Put a matrix to rest; one that is stored in 8 bits with the file's own codes."""
     if steps is not None:
-        weight = expanded(tensor, steps, residents.dtype)
+        weight = torch.empty(tensor.shape, dtype=residents.dtype)
+        dequantise(Packed(FORMATS["fp8"], tensor, steps.float()), weight, backend="reference")
     else:
         weight = tensor.to(residents.dtype, copy=copied and residents.device.type == "cpu")
     residents.hold(name, weight)
@@ -322,13 +323,6 @@ def _hold(residents: Residents, name: str, tensor: Tensor, steps: Tensor | None,
         packed.steps.copy_(steps)
     if not bool(packed.steps.isfinite().all()):
         raise UserError(_broken(name))
-
-
-def expanded(codes: Tensor, steps: Tensor, dtype: torch.dtype) -> Tensor:
-    """The matrix (out, in) that fine-grained FP8 codes stand for, with steps (out/128, in/128), rounded once."""
-    rows, cols = codes.shape
-    wide = steps.float().repeat_interleave(FP8_BLOCK[0], 0)[:rows].repeat_interleave(FP8_BLOCK[1], 1)[:, :cols]
-    return codes.float().mul_(wide).to(dtype)
 
 
 @torch.no_grad()
