@@ -36,9 +36,9 @@ def held_bytes(config: Any, kind: str, **options: Any) -> dict[str, int]:
         optimizer = MISA(model, rest="none", **options)
     found = {name: size for name, size in optimizer.memory().items() if not name.startswith("host_")}
     found["weights"] += sum(buffer.nbytes for buffer in model.buffers())
-    assert found["weights"] == residents.card_bytes(dict(model.named_parameters())) + sum(
-        buffer.nbytes for buffer in model.buffers()
-    )
+    elsewhere = set(residents.on_host)
+    there = [parameter for name, parameter in model.named_parameters() if name not in elsewhere]
+    assert found["weights"] == sum(tensor.nbytes for tensor in (*there, *model.buffers()))
     return {**found, "allocated": tracker.live}
 
 

@@ -112,6 +112,12 @@ def test_the_time_is_labelled_computed_and_needs_a_card_s_name(capsys):
     assert found["basis"] == "computed, not measured" and found["seconds"] > 0
 
 
+def test_the_command_line_names_the_kernels_formats():
+    from misa_engine.kernels import resident8
+
+    assert set(FORMATS) == set(resident8.FORMATS)
+
+
 def test_speeds_are_of_known_cards():
     assert set(SPEEDS) <= set(CARDS)
     assert all(100 < memory < 10_000 and 10 < arithmetic < 3000 for memory, arithmetic in SPEEDS.values())

@@ -39,7 +39,7 @@ def preview(
     from misa_engine.cli.plan import rest_line
     from misa_engine.engine.groups import build_groups
     from misa_engine.engine.guards import check_model, check_sparse, common_dtype
-    from misa_engine.engine.residents import residents_of, resting_names
+    from misa_engine.engine.residents import card_bytes, residents_of, resting_names
     from misa_engine.engine.rest import can_rest
     from misa_engine.kernels.backend import choose_backend
     from misa_engine.method.partition import check_budget, partition_for
@@ -77,11 +77,10 @@ def preview(
         size = sum(unit.numel for unit in drawn)
         lines.append(f"first draw: {len(drawn)} units, {size:,} parameters, {size / budget:.1%} of the budget:")
         lines += [f"  {unit.name}  {unit.numel:,}" for unit in drawn]
-    if residents is None:
-        memory = {"weights": sum(p.nbytes for p in model.parameters())}
-    else:
+    memory = {"weights": card_bytes(model)}
+    if residents is not None:
         lines.append(residents.describe())
-        memory = {"weights": residents.card_bytes(named), **residents.bytes()}
+        memory |= residents.bytes()
     memory |= optimizer_bytes(parts, config, dtype, residents=residents is not None)
     memory["rest"] = rest_bytes(model, rests)
     return "\n".join([*lines, "", memory_table(memory)])

@@ -28,10 +28,9 @@ from misa_engine.engine.groups import build_groups
 from misa_engine.engine.intake import intake_for
 from misa_engine.engine.marks import phase
 from misa_engine.engine.replicas import Replicas, built_together
-from misa_engine.engine.residents import residents_of, resting_names
+from misa_engine.engine.residents import card_bytes, residents_of, resting_names
 from misa_engine.engine.rest import RestRule, can_rest
 from misa_engine.engine.sharded.processes import arranged
-from misa_engine.engine.shards import local
 from misa_engine.kernels.backend import choose_backend
 from misa_engine.method.config import MisaConfig
 from misa_engine.method.partition import Partition, check_budget, partition_for
@@ -112,8 +111,7 @@ class MISA(torch.optim.Optimizer):
         self.inner_step = self.total_steps = self.skipped_steps = self.empty_steps = 0
         self.events: deque[SwitchEvent] = deque(maxlen=200)  # 67 KB each for an 8B model's 224 units
         self._callbacks: list[Callable[[SwitchEvent], None]] = []
-        there = set(named) - set(resting_names(model))  # on the device; tied ones are listed once
-        self._model_bytes = sum(local(named[name]).nbytes for name in there)
+        self._model_bytes = card_bytes(model)
 
         guards.announce(model, self.partition.new)
         self._attach(model, group_of, resting)

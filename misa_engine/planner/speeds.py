@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-#: In which matrices can rest in 8 bits.
+#: In which matrices can rest in 8 bits: names of ``kernels.resident8.FORMATS``, for whoever must not import torch.
 FORMATS = ("int8", "fp8", "int8_row")
 
 #: Name in CARDS -> (GB a second of memory, TFLOPS of dense bfloat16 products with float32 sums). GeForce cards up to

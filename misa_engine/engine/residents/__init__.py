@@ -24,6 +24,22 @@ the meta device, for loaders that stream.
 
 from misa_engine.engine.residents.masters import open_mapped
 from misa_engine.engine.residents.options import for_residents
-from misa_engine.engine.residents.store import Residents, linear_modules, residents_of, rest, resting_names
+from misa_engine.engine.residents.store import (
+    Residents,
+    card_bytes,
+    linear_modules,
+    residents_of,
+    rest,
+    resting_names,
+)
 
-__all__ = ["Residents", "for_residents", "linear_modules", "open_mapped", "residents_of", "rest", "resting_names"]
+__all__ = [
+    "Residents",
+    "card_bytes",
+    "for_residents",
+    "linear_modules",
+    "open_mapped",
+    "residents_of",
+    "rest",
+    "resting_names",
+]

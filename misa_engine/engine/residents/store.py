@@ -13,6 +13,7 @@ from misa_engine.engine.residents.lookup import HostLookup, host_embedding
 from misa_engine.engine.residents.masters import Masters
 from misa_engine.engine.residents.matrix import Card, Resting
 from misa_engine.engine.residents.staying import let_go, stay_in_place
+from misa_engine.engine.shards import local
 from misa_engine.kernels.backend import choose_backend
 from misa_engine.kernels.resident8 import format_named
 from misa_engine.method.partition import partition
@@ -234,11 +235,6 @@ class Residents:
             **lookup,
         }
 
-    def card_bytes(self, parameters: Mapping[str, Tensor]) -> int:
-        """Bytes of those parameters that lie on the card in full and outside the arena."""
-        there = set(self.on_host)
-        return sum(parameter.nbytes for name, parameter in parameters.items() if name not in there)
-
     def describe(self) -> str:
         """What rests, what stays in full, and why, as lines of plain text."""
         sizes, names = self.bytes(), self.names
@@ -310,3 +306,9 @@ def resting_names(model: nn.Module) -> Collection[str]:
     """Names of the parameters whose exact weights lie on the host; none for a model without residents."""
     found = residents_of(model)
     return () if found is None else found.on_host
+
+
+def card_bytes(model: nn.Module) -> int:
+    """Bytes of the parameters that lie on the card in full and outside the arena; tied ones count once."""
+    elsewhere = set(resting_names(model))
+    return sum(local(parameter).nbytes for name, parameter in model.named_parameters() if name not in elsewhere)
