@@ -7,15 +7,14 @@ table and to the ``model-index`` of its metadata, which the Hub shows (``add_res
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from misa_engine.files import file_digest, write_whole
 from misa_engine.report.log import RunLog
 
 if TYPE_CHECKING:
@@ -305,11 +304,7 @@ def _checksum(source: str) -> str:
     path = Path(source).expanduser()
     if not path.is_file() or path.stat().st_size > MOST_HASHED:
         return "–"
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return f"`{digest.hexdigest()[:16]}`"
+    return f"`{file_digest(path)[:16]}`"
 
 
 def _exp(loss: float) -> str:
@@ -326,6 +321,4 @@ def _plain(value: Any) -> Any:
 
 
 def _write(card: Path, front: str, text: str) -> None:
-    temporary = card.with_name(f".{CARD}.{os.getpid()}.tmp")
-    temporary.write_text(f"---\n{front}---\n\n{text.lstrip()}\n", encoding="utf-8")
-    os.replace(temporary, card)
+    write_whole(card, f"---\n{front}---\n\n{text.lstrip()}\n")

@@ -17,8 +17,8 @@ from typing import Any, ClassVar
 from misa_engine.errors import UserError
 from misa_engine.evaluation import answers
 from misa_engine.evaluation.settings import Settings
-from misa_engine.evaluation.subjects import file_digest
 from misa_engine.evaluation.task import GenerationTask, Item, chat_prompt, limited, read_data
+from misa_engine.files import file_digest
 
 PREFIX = "adapters:"
 REPOSITORY = "https://github.com/AGI-Edgerunners/LLM-Adapters"

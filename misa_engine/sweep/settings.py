@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from typing import Any
 from misa_engine.cli.arguments import TrainArguments, build_parser, parse_tokens, parse_train, read_config
 from misa_engine.cli.evaluation_data import EVAL_DATA
 from misa_engine.errors import UserError, did_you_mean
+from misa_engine.files import write_whole
 from misa_engine.sweep.objective import LOSS, Objective
 from misa_engine.sweep.space import BATCH, BATCH_PARTS, Dimension, parse_space, settings_of
 from misa_engine.sweep.trial import write_config
@@ -114,9 +114,7 @@ def store(settings: Settings, directory: Path) -> None:
     """
     path, wanted = directory / SETTINGS, settings.to_dict()
     if not path.is_file():
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        write_whole(path, json.dumps(wanted, indent=1) + "\n")
         return
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
