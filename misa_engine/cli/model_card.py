@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from misa_engine.cli.parsing import plain
 from misa_engine.files import file_digest, write_whole
 from misa_engine.report.log import RunLog
 
@@ -192,7 +193,7 @@ def _options(arguments: TrainArguments) -> list[str]:
     for name in sorted(arguments.given):
         holder = next((part for part in parts if hasattr(part, name)), None)
         if holder is not None and name != "resume_from_checkpoint":
-            given[name] = _plain(getattr(holder, name))
+            given[name] = plain(getattr(holder, name))
     text = yaml.safe_dump(given, sort_keys=False, allow_unicode=True).strip()
     return ["## Options", "", "Of `misa train`; all others are its defaults.", "", "```yaml", text, "```", ""]
 
@@ -309,15 +310,6 @@ def _checksum(source: str) -> str:
 
 def _exp(loss: float) -> str:
     return f"{math.exp(loss):.3g}" if loss < 700 else "beyond all numbers"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
-    if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    value = getattr(value, "value", value)  # of an enumeration
-    return value if isinstance(value, (str, int, float, bool)) or value is None else str(value)
 
 
 def _write(card: Path, front: str, text: str) -> None:
