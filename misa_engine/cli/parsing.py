@@ -1,4 +1,4 @@
-"""What the commands' argument parsers share: errors as UserError with a spelling hint, types of values, plain values."""
+"""What the commands' argument parsers share: errors as UserError with a spelling hint, types and plain values."""
 
 from __future__ import annotations
 
