@@ -1,10 +1,12 @@
-"""Files that are there whole or not at all, and their checksums: what every layer above the engine needs of a disk."""
+"""What every layer above the engine needs of a disk: whole files, their checksums, a place for a directory."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 from pathlib import Path
+
+from misa_engine.errors import UserError
 
 _CHUNK = 1 << 22
 
@@ -24,3 +26,24 @@ def file_digest(path: Path) -> str:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def check_place(directory: Path, option: str = "--output_dir") -> None:
+    """Refuse a place where no directory can be made or written. Looks only.
+
+    Args:
+        directory: to be made, or there already.
+        option: that the user named it with.
+
+    Raises:
+        UserError: it is a file, a link to nothing, or not ours to write.
+    """
+    existing = directory
+    while not existing.exists():
+        if existing.is_symlink():
+            raise UserError(f"{option} {directory}: {existing} is a link to {os.readlink(existing)}, which is gone.")
+        existing = existing.parent
+    if not existing.is_dir():
+        raise UserError(f"{option} {directory}: {existing} is a file.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"{option} {directory}: no permission to write in {existing}.")

@@ -11,10 +11,10 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from misa_engine.cli.output_directory import check_place
 from misa_engine.cli.parsing import Parser, positive
 from misa_engine.cli.signals import receiving
 from misa_engine.errors import DONE, Stopped, UserError, did_you_mean
+from misa_engine.files import check_place
 
 if TYPE_CHECKING:
     from misa_engine.sweep.settings import Settings
