@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from misa_engine.files import write_whole
 from misa_engine.report.log import LOG_NAME
 from misa_engine.trainer.checkpoints import ABANDONED, STAGING
 
@@ -122,12 +123,10 @@ def running(command: Sequence[str], output: Path) -> Iterator[subprocess.Popen[b
 
 
 def write_config(path: Path, values: Mapping[str, Any], heading: str = "") -> None:
-    """Options of misa train as a file for --config."""
+    """Options of misa train as a file for --config, which appears whole."""
     import yaml
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=1000)
-    path.write_text(heading + text, encoding="utf-8")
+    write_whole(path, heading + yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=1000))
 
 
 def tidy(folder: Path) -> None:
