@@ -1,14 +1,11 @@
-"""What every layer above the engine needs of a disk: whole files, their checksums, a place for a directory."""
+"""What every layer above the engine needs of a disk: files that appear whole, a place for a directory."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 from pathlib import Path
 
 from misa_engine.errors import UserError
-
-_CHUNK = 1 << 22
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -17,15 +14,6 @@ def write_whole(path: Path, text: str) -> None:
     part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file as 64 hex digits, read in pieces: 1 to 2 GB/s."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def check_place(directory: Path, option: str = "--output_dir") -> None:

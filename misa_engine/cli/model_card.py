@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from misa_engine.cli.parsing import plain
-from misa_engine.files import file_digest, write_whole
+from misa_engine.files import write_whole
 from misa_engine.report.log import RunLog
+from misa_engine.trainer.manifest import file_digest
 
 if TYPE_CHECKING:
     from misa_engine.cli.arguments import TrainArguments

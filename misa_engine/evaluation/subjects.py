@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from misa_engine.errors import UserError
-from misa_engine.files import file_digest
+from misa_engine.trainer.manifest import file_digest
 
 #: Files of a model directory on which its answers depend.
 DECISIVE = (

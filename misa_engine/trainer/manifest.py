@@ -8,15 +8,15 @@ Sizes are compared whenever checkpoints are listed (a few ``stat`` calls), check
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from misa_engine.files import file_digest
-
 MANIFEST = "misa_manifest.json"
+_CHUNK = 1 << 22
 #: A checkpoint of a run has some twenty files; more than this is no manifest of ours.
 _MOST_BYTES = 1 << 24
 
@@ -104,3 +104,12 @@ def _read(manifest: Path) -> dict[str, dict[str, Any]]:
 def _files(folder: Path) -> list[Path]:
     own = {MANIFEST, f"{MANIFEST}.tmp"}
     return sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in own)
+
+
+def file_digest(file: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with open(file, "rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
