@@ -246,6 +246,7 @@ BAD = {
     "itself": ("is named as the model and as its base", {"delta": "{place}/trained"}),
     "output in use": ("is not empty, and nothing is overwritten", {"output": "{place}/base"}),
     "output is a file": ("is a file", {"output": "{place}/trained/config.json"}),
+    "output below a link to nothing": ("is a link to /no/such/place, which is gone", {"output": "{place}/gone/d"}),
     "another architecture": ("no tensor in common", {"delta": "{place}/gpt2"}),
     "pickled weights": ("only safetensors can be read tensor by tensor", {"delta": "{place}/bin"}),
 }
@@ -254,6 +255,7 @@ BAD = {
 @pytest.fixture(scope="module")
 def others(place: Path) -> Path:
     TINY["gpt2"]().save_pretrained(place / "gpt2")
+    (place / "gone").symlink_to("/no/such/place")
     (place / "bin").mkdir()
     (place / "bin" / "pytorch_model.bin").write_bytes(b"x")
     return place

@@ -213,11 +213,8 @@ WORKER = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from test_sweep import LAUNCH, settings
+from test_sweep import LAUNCH, RATE, settings
 from misa_engine.sweep.command import sweep
-from misa_engine.sweep.space import Dimension
-from misa_engine.sweep.worker import end_with
-RATE = Dimension("learning_rate", 1e-6, 1e-3, log=True)
 sys.exit(sweep(settings(RATE, base={{"seed": int(sys.argv[3])}}), Path(sys.argv[1]), int(sys.argv[2]), launch=LAUNCH))
 """
 
@@ -339,8 +336,6 @@ def test_batch_is_micro_batch_times_accumulation() -> None:
 
 
 # ---- the command, and what it refuses ----
-
-pytest_plugins = ["cli_place"]
 
 
 @pytest.fixture

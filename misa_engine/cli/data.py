@@ -22,10 +22,10 @@ from misa_engine.cli.data_files import (
     JsonReader,
     data_files,
     ending,
-    is_data_name,
     read_text,
     text_records,
 )
+from misa_engine.cli.early_checks import check_there
 from misa_engine.cli.record_formats import (
     CHAT_EXTRAS,
     COLUMNS,
@@ -134,8 +134,7 @@ def load_data(
     reading = reading or Reading()
     path = Path(source).expanduser()
     if not path.exists():
-        if is_data_name(path) or source.startswith((".", "/", "~")) or source.count("/") > 1:
-            raise UserError(f"data file {source} does not exist (looked in {Path.cwd()}).")
+        check_there(source)
         return _load_hub(source, split, config, reading, streaming)
     if streaming:
         raise UserError(f"--dataset_streaming is for data sets of the Hub; {source} is on this machine already.")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from misa_engine.cli.data_files import is_data_name
+from misa_engine.cli.hub import is_path
 from misa_engine.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -55,6 +56,6 @@ def check_trackers(wanted: str | Iterable[str] | None) -> None:
 def check_there(source: str) -> None:
     """Raise UserError for what looks like a local file or directory and is none."""
     path = Path(source).expanduser()
-    looks_local = is_data_name(path) or source.startswith((".", "/", "~")) or source.count("/") > 1
+    looks_local = is_data_name(path) or is_path(source)
     if looks_local and not path.exists():
         raise UserError(f"data file {source} does not exist (looked in {Path.cwd()}).")

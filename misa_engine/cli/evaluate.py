@@ -11,13 +11,13 @@ from typing import Any
 
 from misa_engine.cli.arguments import ModelArguments
 from misa_engine.cli.hub import check_reachable
-from misa_engine.cli.output_directory import check_place
 from misa_engine.cli.parsing import Parser, names, positive
 from misa_engine.errors import DONE, UserError, bad_input
 from misa_engine.evaluation import Evaluation, Settings, Subject, evaluate
 from misa_engine.evaluation.settings import PROMPTS
 from misa_engine.evaluation.subjects import labels
 from misa_engine.evaluation.tasks import own_names, tasks_named
+from misa_engine.files import check_place
 
 USAGE = "misa eval MODEL [MODEL ...] --tasks NAME[,NAME] --output DIR [--base BASE] [options]"
 

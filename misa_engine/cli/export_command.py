@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from misa_engine.cli.hub import check_reachable, is_path
 from misa_engine.cli.parsing import Parser, positive, positive_size
 from misa_engine.errors import DONE, UserError
 
@@ -133,11 +134,9 @@ def _base(name: str, option: str) -> Path:
         UserError: there is neither.
     """
     path = Path(name).expanduser()
-    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if path.exists() or is_path(name):
         return _local(name)
     from huggingface_hub import snapshot_download
-
-    from misa_engine.cli.hub import check_reachable
 
     check_reachable(name, "config.json", option)
     try:

@@ -11,6 +11,11 @@ from misa_engine.errors import UserError
 PATIENCE = 5.0
 
 
+def is_path(name: str) -> bool:
+    """Whether a name is written as a path on this machine and can be no id on the Hub."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
 @functools.cache
 def why_unreachable() -> str | None:
     """Why no connection to the Hub can be made; None where one can."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from misa_engine.cli.arguments import ModelArguments
-from misa_engine.cli.hub import check_reachable
+from misa_engine.cli.hub import check_reachable, is_path
 from misa_engine.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def check_model_directory(name: str, weights: bool = True) -> None:
     """Look at a local directory before transformers does: its errors speak of the Hub when a path is mistyped."""
     path = Path(name).expanduser()
     if not path.exists():
-        if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        if is_path(name):
             raise UserError(f"model directory {name} does not exist; looked in {Path.cwd()}.")
         return
     if not path.is_dir():

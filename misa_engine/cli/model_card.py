@@ -7,16 +7,17 @@ table and to the ``model-index`` of its metadata, which the Hub shows (``add_res
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from misa_engine.cli.parsing import plain
+from misa_engine.files import write_whole
 from misa_engine.report.log import RunLog
+from misa_engine.trainer.manifest import file_digest
 
 if TYPE_CHECKING:
     from misa_engine.cli.arguments import TrainArguments
@@ -193,7 +194,7 @@ def _options(arguments: TrainArguments) -> list[str]:
     for name in sorted(arguments.given):
         holder = next((part for part in parts if hasattr(part, name)), None)
         if holder is not None and name != "resume_from_checkpoint":
-            given[name] = _plain(getattr(holder, name))
+            given[name] = plain(getattr(holder, name))
     text = yaml.safe_dump(given, sort_keys=False, allow_unicode=True).strip()
     return ["## Options", "", "Of `misa train`; all others are its defaults.", "", "```yaml", text, "```", ""]
 
@@ -305,27 +306,12 @@ def _checksum(source: str) -> str:
     path = Path(source).expanduser()
     if not path.is_file() or path.stat().st_size > MOST_HASHED:
         return "–"
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return f"`{digest.hexdigest()[:16]}`"
+    return f"`{file_digest(path)[:16]}`"
 
 
 def _exp(loss: float) -> str:
     return f"{math.exp(loss):.3g}" if loss < 700 else "beyond all numbers"
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
-    if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    value = getattr(value, "value", value)  # of an enumeration
-    return value if isinstance(value, (str, int, float, bool)) or value is None else str(value)
-
-
 def _write(card: Path, front: str, text: str) -> None:
-    temporary = card.with_name(f".{CARD}.{os.getpid()}.tmp")
-    temporary.write_text(f"---\n{front}---\n\n{text.lstrip()}\n", encoding="utf-8")
-    os.replace(temporary, card)
+    write_whole(card, f"---\n{front}---\n\n{text.lstrip()}\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections.abc import Iterable
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from misa_engine.cli.model_card import CARD, is_ours
 from misa_engine.errors import UserError
+from misa_engine.files import check_place
 from misa_engine.report.log import LOG_NAME, RunLog
 from misa_engine.trainer.checkpoints import ABANDONED, STAGING
 
@@ -58,25 +58,6 @@ def holds_run(directory: Path) -> bool:
     return any(any(directory.glob(pattern)) for pattern in SIGNS) or any(
         CHECKPOINT.fullmatch(path.name) for path in directory.glob("checkpoint-*")
     )
-
-
-def check_place(directory: Path) -> None:
-    """Refuse a place where no directory can be made or written. Looks only.
-
-    Raises:
-        UserError: it is a file, a link to nothing, or not ours to write.
-    """
-    existing = directory
-    while not existing.exists():
-        if existing.is_symlink():
-            raise UserError(
-                f"--output_dir {directory}: {existing} is a link to {os.readlink(existing)}, which is gone."
-            )
-        existing = existing.parent
-    if not existing.is_dir():
-        raise UserError(f"--output_dir {directory}: {existing} is a file.")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"--output_dir {directory}: no permission to write in {existing}.")
 
 
 def has_only_begun(directory: Path) -> bool:

@@ -1,10 +1,12 @@
-"""What the commands' argument parsers share: errors as UserError with a spelling hint, and types of values."""
+"""What the commands' argument parsers share: errors as UserError with a spelling hint, types and plain values."""
 
 from __future__ import annotations
 
 import argparse
 import math
 import re
+from collections.abc import Mapping
+from enum import Enum
 from typing import Any, NoReturn
 
 from misa_engine.errors import UserError, did_you_mean
@@ -79,6 +81,17 @@ def positive_size(text: str) -> float:
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"a number above 0, not {text}")
     return value
+
+
+def plain(value: Any) -> Any:
+    """The value of an option in types that YAML has."""
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, (list, tuple)):
+        return [plain(entry) for entry in value]
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    return value if isinstance(value, (str, int, float, bool)) or value is None else str(value)
 
 
 def _number(kind: Any, text: str, what: str) -> Any:

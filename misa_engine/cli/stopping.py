@@ -8,19 +8,18 @@ Before training begins a signal ends the process as usual, since there is nothin
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from misa_engine.cli.signals import receiving
 from misa_engine.engine.replicas import Replicas
 from misa_engine.errors import Stopped
 from misa_engine.trainer.completeness import find_last_complete_checkpoint
-
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 def take_over(sft: Any) -> None:
@@ -44,15 +43,9 @@ class StopOnSignal(TrainerCallback):
         self.received: int | None = None
         """The signal that asked to stop; None while none has."""
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
+    def watching(self) -> AbstractContextManager[None]:
         """Receive signals inside the block; the handlers of before are back afterwards."""
-        before = {number: signal.signal(number, self._receive) for number in SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        return receiving(self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:  # asked twice: whatever is being written is removed or recovered later

@@ -27,6 +27,7 @@ from misa_engine.cli.residents import for_residents, load_resting
 from misa_engine.cli.resume import adopt, finished_at, resume_point
 from misa_engine.cli.training_data import load_training_data
 from misa_engine.errors import DONE, UserError, bad_input
+from misa_engine.files import check_place
 from misa_engine.trainer.checkpoints import recover
 from misa_engine.trainer.compat import checkpointing_option
 from misa_engine.trainer.completeness import checkpoint_step
@@ -111,7 +112,7 @@ def _train_once(arguments: TrainArguments, config: str | None) -> int:
         return DONE
     out = Path(str(arguments.sft.output_dir))
     first = arguments.sft.process_index == 0
-    output_directory.check_place(out)
+    check_place(out)
     with lock_run(out) if first else nullcontext():
         with arguments.sft.main_process_first(local=False):
             arguments, checkpoint = _claim_directory(arguments, config, out)

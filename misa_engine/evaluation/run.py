@@ -13,10 +13,11 @@ from typing import Any
 from misa_engine.errors import UserError
 from misa_engine.evaluation.results import Evaluation, Result, compared, summarised
 from misa_engine.evaluation.settings import Settings
-from misa_engine.evaluation.store import Progress, slug, stored, what_changed, write_whole
+from misa_engine.evaluation.store import Progress, slug, stored, what_changed
 from misa_engine.evaluation.subjects import Subject
 from misa_engine.evaluation.task import Task
 from misa_engine.evaluation.tasks import tasks_named
+from misa_engine.files import write_whole
 
 RESULTS = "results.json"
 PACKAGES = ("misa_engine", "torch", "transformers", "tokenizers", "lm_eval")

@@ -9,7 +9,6 @@ OUTPUT/results.json            all results of the last call and their comparison
 from __future__ import annotations
 
 import json
-import os
 import re
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from typing import IO, Any
 
 from misa_engine.evaluation.results import Record, Result
 from misa_engine.evaluation.statistics import Estimate
+from misa_engine.files import write_whole
 
 #: Seconds between two lines of progress.
 EVERY = 60.0
@@ -104,14 +104,6 @@ class Progress:
 
 def _natural(text: str) -> list[Any]:
     return [(0, int(piece), "") if piece.isdigit() else (1, 0, piece) for piece in re.split(r"(\d+)", text) if piece]
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
 
 
 def stored(path: Path) -> Result | None:

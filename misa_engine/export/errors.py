@@ -2,51 +2,59 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
 #: Numbers at a time: 32 MiB in float64.
 _CHUNK = 1 << 22
 
 
+@dataclass
 class ErrorSum:
-    """Sums of squares over the tensors of a model, in float64."""
+    """Sums of squares over one tensor or several, in float64."""
 
-    def __init__(self) -> None:
-        self._missed = self._moved = self._size = 0.0
+    missed: float = 0.0
+    """‖restored − result‖²"""
+    moved: float = 0.0
+    """‖result − base‖²"""
+    size: float = 0.0
+    """‖result‖²"""
 
-    @property
-    def of_change(self) -> float:
-        """‖restored − result‖ / ‖result − base‖ over all tensors."""
-        return _ratio(self._missed, self._moved)
-
-    @property
-    def of_weights(self) -> float:
-        """‖restored − result‖ / ‖result‖ over all tensors."""
-        return _ratio(self._missed, self._size)
-
-    def add(self, base: Tensor, result: Tensor, restored: Tensor, *, lossy: bool) -> tuple[float, float]:
-        """Count one tensor.
+    @classmethod
+    def of(cls, base: Tensor, result: Tensor, restored: Tensor, *, lossy: bool) -> ErrorSum:
+        """The sums of one tensor.
 
         Args:
             base: (count,), where it starts.
             result: (count,), what it should be.
             restored: (count,), what the delta gives.
             lossy: whether ``restored`` may differ.
-
-        Returns:
-            Its own two errors, of the change and of the weights.
         """
-        missed = moved = size = 0.0
+        found = cls()
         for a, b, c in zip(base.split(_CHUNK), result.split(_CHUNK), restored.split(_CHUNK), strict=True):
             wide = b.double()
-            size += float(wide.square().sum())
-            moved += float((wide - a.double()).square_().sum())
+            found.size += float(wide.square().sum())
+            found.moved += float((wide - a.double()).square_().sum())
             if lossy:
-                missed += float((wide - c.double()).square_().sum())
-        self._missed += missed
-        self._moved += moved
-        self._size += size
-        return _ratio(missed, moved), _ratio(missed, size)
+                found.missed += float((wide - c.double()).square_().sum())
+        return found
+
+    @property
+    def of_change(self) -> float:
+        """‖restored − result‖ / ‖result − base‖."""
+        return _ratio(self.missed, self.moved)
+
+    @property
+    def of_weights(self) -> float:
+        """‖restored − result‖ / ‖result‖."""
+        return _ratio(self.missed, self.size)
+
+    def add(self, other: ErrorSum) -> None:
+        """Count more tensors."""
+        self.missed += other.missed
+        self.moved += other.moved
+        self.size += other.size
 
 
 def _ratio(part: float, whole: float) -> float:

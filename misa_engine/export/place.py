@@ -13,31 +13,26 @@ from pathlib import Path
 import psutil
 
 from misa_engine.errors import UserError
+from misa_engine.files import check_place
 from misa_engine.trainer.checkpoints import flush_tree
 
 
-def check_free(directory: Path, option: str = "--output") -> None:
+def check_free(directory: Path) -> None:
     """Refuse a directory that holds something, or that cannot be made.
 
     Raises:
         UserError: saying which.
     """
     if directory.is_symlink() and not directory.exists():
-        raise UserError(f"{option} {directory} is a link to {os.readlink(directory)}, which is gone.")
+        raise UserError(f"--output {directory} is a link to {os.readlink(directory)}, which is gone.")
     if directory.exists() and not directory.is_dir():
-        raise UserError(f"{option} {directory} is a file; name a directory that is empty or not there yet.")
+        raise UserError(f"--output {directory} is a file; name a directory that is empty or not there yet.")
     if directory.is_dir() and any(directory.iterdir()):
-        raise UserError(f"{option} {directory} is not empty, and nothing is overwritten: choose another directory.")
-    existing = directory
-    while not existing.exists():
-        existing = existing.parent
-    if not existing.is_dir():
-        raise UserError(f"{option} {directory}: {existing} is a file.")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"{option} {directory}: no permission to write in {existing}.")
+        raise UserError(f"--output {directory} is not empty, and nothing is overwritten: choose another directory.")
+    check_place(directory, "--output")
 
 
-def check_space(directory: Path, needed: int, option: str = "--output") -> None:
+def check_space(directory: Path, needed: int) -> None:
     """Raise UserError where the disk has less than ``needed`` bytes left."""
     existing = directory
     while not existing.exists():
@@ -45,7 +40,7 @@ def check_space(directory: Path, needed: int, option: str = "--output") -> None:
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise UserError(
-            f"{option} {directory} needs {needed / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free there: free some "
+            f"--output {directory} needs {needed / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free there: free some "
             "space or choose another disk."
         )
 

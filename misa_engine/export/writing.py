@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -185,13 +186,13 @@ class _Writer:
             exact_bytes = tensor.bytes if difference is None else difference[0].nbytes
             product = codec.encode_low_rank(base, result, tensor.dtype, tensor.shape, int(self._options["rank"]))
             if product is not None and sum(part.nbytes for part in product[0].values()) < exact_bytes:
-                tensors = [codec.as_tensor(data, tensor.dtype) for data in (base, result, product[1])]
-                if ErrorSum().add(*tensors, lossy=True)[0] >= 1:  # rounding ate it: the base itself is no farther off
+                errors = _errors(tensor.dtype, base, result, product[1])
+                if errors.of_change >= 1:  # rounding ate it: the base itself, which misses what moved, is as near
                     entry.form, entry.sha256 = "same", sha256(base)
-                    self._measure(tensor, base, result, base, entry)
+                    self._measure(tensor, base, result, base, entry, replace(errors, missed=errors.moved))
                     return {}
                 entry.form, entry.sha256 = "low_rank", None
-                self._measure(tensor, base, result, product[1], entry)
+                self._measure(tensor, base, result, product[1], entry, errors)
                 return dict(product[0])
         self._measure(tensor, base, result, wanted, entry)
         if difference is None:
@@ -201,17 +202,27 @@ class _Writer:
         return {"": difference[0]}
 
     def _measure(
-        self, tensor: StoredTensor, base: np.ndarray, result: np.ndarray, decoded: np.ndarray, entry: TensorEntry
+        self,
+        tensor: StoredTensor,
+        base: np.ndarray,
+        result: np.ndarray,
+        decoded: np.ndarray,
+        entry: TensorEntry,
+        errors: ErrorSum | None = None,
     ) -> None:
-        """Count the error of a lossy form; note it where the bits are not the result's."""
+        """Count the error of a lossy form, known or not; note it where the bits are not the result's."""
         if self._form == "exact" or tensor.dtype not in codec.TORCH:
             return
         exact = decoded is result or np.array_equal(decoded, result)
-        errors = self._errors.add(
-            *(codec.as_tensor(data, tensor.dtype) for data in (base, result, decoded)), lossy=not exact
-        )
+        if errors is None:
+            errors = _errors(tensor.dtype, base, result, decoded, lossy=not exact)
+        self._errors.add(errors)
         if not exact:
-            entry.error, entry.error_of_weights = errors
+            entry.error, entry.error_of_weights = errors.of_change, errors.of_weights
+
+
+def _errors(dtype: str, base: np.ndarray, result: np.ndarray, restored: np.ndarray, *, lossy: bool = True) -> ErrorSum:
+    return ErrorSum.of(*(codec.as_tensor(data, dtype) for data in (base, result, restored)), lossy=lossy)
 
 
 def _carry(model: Path, folder: Path) -> list[str]:

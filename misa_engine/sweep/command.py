@@ -5,16 +5,16 @@ from __future__ import annotations
 import argparse
 import shlex
 import signal
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from misa_engine.cli.output_directory import check_place
 from misa_engine.cli.parsing import Parser, positive
+from misa_engine.cli.signals import receiving
 from misa_engine.errors import DONE, Stopped, UserError, did_you_mean
+from misa_engine.files import check_place
 
 if TYPE_CHECKING:
     from misa_engine.sweep.settings import Settings
@@ -118,7 +118,7 @@ def sweep(
     if before:
         print(f"the study in {directory} goes on: {before} of {wanted} trials are there", flush=True)
     try:
-        with stop.watching():
+        with receiving(stop.receive):
             found.work(wanted)
     finally:
         with locked(directory):
@@ -170,23 +170,13 @@ class _Stop:
     received: int | None = None
     """The signal; None while none has come."""
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Receive signals inside the block; the handlers of before are back afterwards."""
-        numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-        before = {number: signal.signal(number, self._receive) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
     def stopped(self) -> Stopped:
         """What to raise at the end."""
         assert self.received is not None
         return Stopped(f"stopped by {signal.Signals(self.received).name}; the same command goes on", self.received)
 
-    def _receive(self, number: int, _: FrameType | None) -> None:
+    def receive(self, number: int, _: FrameType | None) -> None:
+        """The handler."""
         if self.received is not None:  # asked twice: what is being written is settled by the next call
             raise self.stopped()
         self.received = number

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -43,17 +42,11 @@ def evaluate(
     """
     words = ["eval", str(model), *objective.words, "--output", str(folder / RESULTS)]
     words += ["--base", base] if base is not None and objective.needs_base else []
-    with open(folder / OUTPUT, "wb") as output:
-        child = subprocess.Popen(
-            [*launch, *words], stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            while child.poll() is None:
-                if stopped():
-                    return trial.STOPPED
-                time.sleep(trial.EVERY)
-        finally:
-            trial.kill(child)
+    with trial.running([*launch, *words], folder / OUTPUT) as child:
+        while child.poll() is None:
+            if stopped():
+                return trial.STOPPED
+            time.sleep(trial.EVERY)
     if child.returncode:
         lines = (folder / OUTPUT).read_text(errors="replace").strip().splitlines()
         return f"misa eval ended with exit code {child.returncode}: {lines[-1] if lines else 'no output'}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -69,7 +68,7 @@ def parse_objective(text: str, data: str | None = None, limit: int | None = None
         return Objective()
     kind, sign, task = text.partition(":")
     if kind != "task" or not sign or not task:
-        hint = did_you_mean(text, (LOSS, "task")) or ""
+        hint = did_you_mean(text, (LOSS, "task"))
         raise UserError(
             f"--objective {text}: {LOSS}, or task:NAME with a task of misa eval (task:adapters:gsm8k).{hint}"
         )
@@ -78,9 +77,9 @@ def parse_objective(text: str, data: str | None = None, limit: int | None = None
             f"--objective {text}: this misa_engine has no misa eval. Upgrade it, or compare held-out losses: "
             f"--objective {LOSS}."
         )
-    import_module("misa_engine.evaluation.tasks").tasks_named(
-        [task]
-    )  # raises what is wrong with the name, closest ones included
+    from misa_engine.evaluation.tasks import tasks_named
+
+    tasks_named([task])  # raises what is wrong with the name, closest ones included
     if data is not None and not Path(data).expanduser().is_dir():
         raise UserError(f"--task_data {data} is no directory; looked in {Path.cwd()}.")
     return Objective(task, data, limit)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import base64
 import html
 import json
-import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from misa_engine.files import write_whole
 from misa_engine.sweep.settings import Settings
 from misa_engine.sweep.trial import write_config
 
@@ -162,16 +162,12 @@ def _write_best(document: dict[str, Any], settings: Settings, path: Path) -> Pat
         f"# The best of {len(document['trials'])} trials: {document['objective']} {best['value']:.6g}, trial "
         f"{best['trial']}.\n# misa train --config {document['directory']}/{BEST}\n"
     )
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    write_config(temporary, options, heading)
-    os.replace(temporary, path)
+    write_config(path, options, heading)
     return path
 
 
 def _write(path: Path, text: str) -> Path:
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, text)
     return path
 
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from misa_engine.cli.arguments import TrainArguments, build_parser, parse_tokens, parse_train, read_config
 from misa_engine.cli.evaluation_data import EVAL_DATA
+from misa_engine.cli.parsing import plain
 from misa_engine.errors import UserError, did_you_mean
+from misa_engine.files import write_whole
 from misa_engine.sweep.objective import LOSS, Objective
 from misa_engine.sweep.space import BATCH, BATCH_PARTS, Dimension, parse_space, settings_of
 from misa_engine.sweep.trial import write_config
@@ -85,7 +85,7 @@ class Settings:
         parser = build_parser()
         known = {action.dest for action in parser._actions if action.dest != "help"}
         base = {**TRIAL_DEFAULTS, **(read_config(config) if config else {}), **parse_tokens(parser, flags)}
-        base = {name: _plain(value) for name, value in base.items() if name != "output_dir"}
+        base = {name: plain(value) for name, value in base.items() if name != "output_dir"}
         parsed = _parse(base, {})
         _check_base(parsed, base)
         micro_batch = int(parsed.sft.per_device_train_batch_size)
@@ -114,9 +114,7 @@ def store(settings: Settings, directory: Path) -> None:
     """
     path, wanted = directory / SETTINGS, settings.to_dict()
     if not path.is_file():
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        write_whole(path, json.dumps(wanted, indent=1) + "\n")
         return
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -172,15 +170,5 @@ def _value(parsed: TrainArguments, name: str) -> Any:
         return parsed.sft.per_device_train_batch_size * parsed.sft.gradient_accumulation_steps
     for part in (parsed.misa, parsed.sft, parsed.run, parsed.data, parsed.model):
         if hasattr(part, name):
-            return _plain(getattr(part, name))
+            return plain(getattr(part, name))
     return None
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Enum):
-        return value.value
-    if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
-    if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    return value if isinstance(value, (str, int, float, bool)) or value is None else str(value)

@@ -9,12 +9,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from misa_engine.files import write_whole
 from misa_engine.report.log import LOG_NAME
+from misa_engine.trainer.checkpoints import ABANDONED, STAGING
 
 #: In a trial's directory: its configuration, what it printed, its run.
 CONFIG, OUTPUT, RUN = "run.yaml", "output.txt", "run"
@@ -74,53 +77,56 @@ def run_trial(
     run, started = folder / RUN, time.monotonic()
     write_config(folder / CONFIG, {**values, "output_dir": str(run)})
     outcome = Outcome(FAILED)
-    with open(folder / OUTPUT, "wb") as output:
-        child = subprocess.Popen(
-            [*launch, "train", "--config", str(folder / CONFIG)],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C is for the sweep, which then ends the run
-        )
-        try:
-            tail = _Tail(run / LOG_NAME)
-            while True:
-                ended = child.poll() is not None  # before the log is read: what was written until then is seen
-                early = _watch(tail.new_entries(), outcome, falls_behind)
-                if early is not None and (early[0] == FAILED or not ended):  # what has ended did not fall behind
-                    outcome.state, outcome.reason = early
-                    break
-                if ended:
-                    break
-                if stopped():
-                    outcome.reason = STOPPED
-                    break
-                time.sleep(EVERY)
-        finally:
-            kill(child)
+    tail = _Tail(run / LOG_NAME)
+    with running([*launch, "train", "--config", str(folder / CONFIG)], folder / OUTPUT) as child:
+        while True:
+            ended = child.poll() is not None  # before the log is read: what was written until then is seen
+            early = _watch(tail.new_entries(), outcome, falls_behind)
+            if early is not None and (early[0] == FAILED or not ended):  # what has ended did not fall behind
+                outcome.state, outcome.reason = early
+                break
+            if ended:
+                break
+            if stopped():
+                outcome.reason = STOPPED
+                break
+            time.sleep(EVERY)
     outcome.seconds = time.monotonic() - started
     if outcome.reason is None:
         _judge(outcome, child.returncode, folder / OUTPUT)
     return outcome
 
 
-def kill(child: subprocess.Popen[bytes]) -> None:
-    """End a process and those that it started; nothing of it is kept, so nothing is asked of it."""
-    if child.poll() is None:
-        if hasattr(os, "killpg"):
-            os.killpg(child.pid, signal.SIGKILL)
-        else:
-            child.kill()
-    child.wait()
+@contextmanager
+def running(command: Sequence[str], output: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that prints to a file; with the block it ends, and those that it started.
+
+    Nothing of it is kept, so nothing is asked of it.
+    """
+    with open(output, "wb") as stream:
+        child = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C is for the sweep, which then ends the process
+        )
+        try:
+            yield child
+        finally:
+            if child.poll() is None:
+                if hasattr(os, "killpg"):
+                    os.killpg(child.pid, signal.SIGKILL)
+                else:
+                    child.kill()
+            child.wait()
 
 
 def write_config(path: Path, values: Mapping[str, Any], heading: str = "") -> None:
-    """Options of misa train as a file for --config."""
+    """Options of misa train as a file for --config, which appears whole."""
     import yaml
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=1000)
-    path.write_text(heading + text, encoding="utf-8")
+    write_whole(path, heading + yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=1000))
 
 
 def tidy(folder: Path) -> None:
@@ -128,7 +134,7 @@ def tidy(folder: Path) -> None:
     import shutil
 
     run = folder / RUN
-    for path in (*run.glob("checkpoint-*"), *run.glob("abandoned-*"), *run.glob("_unfinished")):
+    for path in (*run.glob("checkpoint-*"), *run.glob(f"{ABANDONED}-*"), run / STAGING):
         shutil.rmtree(path, ignore_errors=True)
     for path in (*run.glob("*.safetensors"), *run.glob("*.safetensors.index.json"), *run.glob("training_args.bin")):
         path.unlink(missing_ok=True)
