@@ -6,13 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from misa_engine.engine.replicas import REMEDY, ReplicaError, Replicas, checksums, digest
-from misa_engine.engine.residents import for_residents, residents_of
-from misa_engine.engine.sharded.mesh import ShardMesh, for_shards, shard_mesh
+from misa_engine.engine.sharded.mesh import ShardMesh
 from misa_engine.engine.shards import is_sharded
-from misa_engine.method.config import MisaConfig
 
 
 class ShardedProcesses(Replicas):
@@ -62,18 +60,3 @@ class ShardedProcesses(Replicas):
             ReplicaError: naming the ranks that differ.
         """
         self.compare_clocks(clocks)
-
-
-def arranged(
-    model: nn.Module, config: MisaConfig, replicas: Replicas | None
-) -> tuple[MisaConfig, ShardMesh | None, Replicas | None]:
-    """How several processes train ``model``: the options that they have, the mesh of sharded weights, the processes.
-
-    Raises:
-        ValueError: sharded in a way, or with an option, that MISA does not train.
-    """
-    mesh = shard_mesh(model)
-    if mesh is None:
-        return for_residents(config, residents_of(model), getattr(replicas, "size", 1)), None, replicas
-    together = None if replicas is None else ShardedProcesses.beside(replicas, mesh)
-    return for_shards(config), mesh, together
