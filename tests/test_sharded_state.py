@@ -20,6 +20,7 @@ from misa_engine import MISA
 from misa_engine.engine import replicas
 from misa_engine.engine.shards import local
 from ranks import run_ranks
+from test_replica_failures import attempt, step
 from test_replicas import COMMON, build, micro_batches
 from test_sharded import UNEVEN, full, shard
 from training import loss_of
@@ -29,10 +30,8 @@ SAVED_AT, STEPS = 6, 16  # within the second round
 
 
 def steps(model: nn.Module, optimizer: MISA, span: range, part: slice) -> None:
-    for step in span:
-        loss_of(model, micro_batches(step, 1, part)[0]).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    for number in span:
+        step(model, optimizer, number, part)
 
 
 def part_of(rank: int) -> slice:
@@ -120,11 +119,7 @@ def test_state_goes_on_exactly_on_as_many_processes_and_to_rounding_on_fewer(tmp
 
 
 def refusal(call: Callable[[], Any]) -> str:
-    try:
-        call()
-    except (ValueError, RuntimeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return "accepted"
+    return attempt(call) or "accepted"
 
 
 def refusals(rank: int) -> dict[str, str]:
