@@ -12,11 +12,15 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
 from misa_engine import MISA
+from misa_engine.engine import replicas
+from misa_engine.engine.shards import local
 from ranks import run_ranks
+from test_replica_failures import attempt, step
 from test_replicas import COMMON, build, micro_batches
 from test_sharded import UNEVEN, full, shard
 from training import loss_of
@@ -26,10 +30,8 @@ SAVED_AT, STEPS = 6, 16  # within the second round
 
 
 def steps(model: nn.Module, optimizer: MISA, span: range, part: slice) -> None:
-    for step in span:
-        loss_of(model, micro_batches(step, 1, part)[0]).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    for number in span:
+        step(model, optimizer, number, part)
 
 
 def part_of(rank: int) -> slice:
@@ -117,11 +119,7 @@ def test_state_goes_on_exactly_on_as_many_processes_and_to_rounding_on_fewer(tmp
 
 
 def refusal(call: Callable[[], Any]) -> str:
-    try:
-        call()
-    except (ValueError, RuntimeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return "accepted"
+    return attempt(call) or "accepted"
 
 
 def refusals(rank: int) -> dict[str, str]:
@@ -160,6 +158,35 @@ def test_what_sharded_weights_do_not_have_is_refused_by_name_before_training(tmp
         assert "option delta is 0.3" in found["option"] and "0.2 on rank 0" in found["option"]
         assert "on 2 processes on rank 1" in found["one whole"]
         assert found["fine"] == "accepted"
+
+
+def apart(rank: int) -> dict[str, str]:
+    """Two copies of a model in halves: rank 3, which holds what rank 1 does, loads another state, then other rows."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    replicas.CHECKSUM_ROUNDS = 2
+    model = shard(build(), mesh=mesh)
+    optimizer = MISA(model, **{**COMMON, "inner_steps": 1})
+    early = snapshot(optimizer.state_dict())
+    steps(model, optimizer, range(2), part_of(rank))
+    late = snapshot(optimizer.state_dict())
+    found = {"loaded": refusal(lambda: optimizer.load_state_dict(early if rank == 3 else late))}
+    optimizer.remove()
+    model = shard(build(), mesh=mesh)
+    optimizer = MISA(model, **{**COMMON, "inner_steps": 1})
+    if rank == 3:
+        with torch.no_grad():
+            local(model.lm_head.weight)[0, 0] += 1
+    found["drifted"] = refusal(lambda: steps(model, optimizer, range(4), part_of(rank)))
+    return {**found, "round": str(optimizer.round)}
+
+
+def test_other_states_and_other_rows_of_processes_that_hold_the_same_are_errors_that_name_ranks(tmp_path):
+    for rank, found in enumerate(run_ranks(apart, tmp_path, size=4)):
+        assert isinstance(found, dict), found
+        assert f"ranks 3 have loaded another optimizer state than rank 0; rank {rank} is at" in found["loaded"]
+        if rank in (1, 3):
+            assert f"rank {rank} holds the same rows as ranks {4 - rank}, with other values" in found["drifted"]
+            assert "before round 2" in found["drifted"] and found["round"] == "2"
 
 
 def toggling(rank: int) -> dict[str, str]:

@@ -25,8 +25,7 @@ def finalise(
     skip_nonfinite: bool,
     backend: str,
     tiles: range | None = None,  # ``slot.tiles`` = one slot, whether it is present or not; None = all that are present
-    total: Tensor
-    | None = None,  # (1,) float64, Σ g² in place of the sum of ``partial``: of shards on several processes
+    total: Tensor | None = None,  # (1,) float64, Σ g² of several processes' shards, in place of the sum of ``partial``
 ) -> None:
     """Decide the step: norm, clip factor, skip, step counts, coefficients. Once a step, before ``adamw``.
 

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from ..backend import uses_triton
 from ..tiles import Control, TileTable, first_grad_tile
-from .reference import global_norm_reference, reduce_slots_reference, sum_of_squares_reference
+from .reference import global_norm_reference, norm_of_total, reduce_slots_reference, sum_of_squares_reference
+
+__all__ = ["global_norm", "norm_of_total", "reduce_slots", "sum_of_squares"]
 
 
 @torch.no_grad()

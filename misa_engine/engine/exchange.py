@@ -213,7 +213,8 @@ class Exchange:
             rows: what all have told; not looked at where the pass was announced.
             passes: a backward pass is under way somewhere, in which what rests moves.
         """
-        resting, announced = bool(self._resting) and passes, self._announced if passes else bool(self._most_in_flight)
+        resting = bool(self._resting) and passes
+        announced = resting or bool(self._most_in_flight)
         if not resting:
             self._order = [item for item in self._order if isinstance(item, int)]
         while self._begun < len(self._order):

@@ -189,7 +189,7 @@ class GradientSlots(GradientIntake):
 
     def averaged(self, index: int, gradient: Tensor) -> None:
         """Measure it: scores are those of the mean. It is ``p.grad`` of processes that had none, too."""
-        self._parameters[self._arena.names[index]].grad = self._views[index]
+        self._show(index)
         self._measure(index)
         self._alone[index] = False
 
@@ -225,7 +225,7 @@ class GradientSlots(GradientIntake):
     def _written_by_gemm(self, name: str) -> None:
         index = self.slot_of[name]
         self.on_arrival(name)
-        self._parameters[name].grad = self._views[index]
+        self._show(index)
         self._came(index)
 
     def _came(self, index: int) -> None:

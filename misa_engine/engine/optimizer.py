@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from misa_engine.engine import guards, state
 from misa_engine.engine.active_set import ActiveSet
+from misa_engine.engine.arrangement import arrangement
 from misa_engine.engine.attendance import Attendance, GraphAnchor
 from misa_engine.engine.buffers import buffers_for
 from misa_engine.engine.events import CallbackHandle, SwitchEvent, describe_switch
@@ -28,9 +29,8 @@ from misa_engine.engine.groups import build_groups
 from misa_engine.engine.intake import intake_for
 from misa_engine.engine.marks import phase
 from misa_engine.engine.replicas import Replicas, built_together
-from misa_engine.engine.residents import card_bytes, residents_of, resting_names
+from misa_engine.engine.residents import card_bytes, residents_of
 from misa_engine.engine.rest import RestRule, can_rest
-from misa_engine.engine.sharded.processes import arranged
 from misa_engine.kernels.backend import choose_backend
 from misa_engine.method.config import MisaConfig
 from misa_engine.method.partition import Partition, check_budget, partition_for
@@ -82,8 +82,9 @@ class MISA(torch.optim.Optimizer):
     def __init__(self, model: nn.Module, config: MisaConfig | None = None, **options: Any):
         self._residents = residents = residents_of(model)
         config = guards.one_config(config, options)
-        guards.check_model(model, resting_names(model))
-        self.config, self._mesh, self.replicas = config, mesh, _ = arranged(model, config, self.replicas)
+        guards.check_model(model, residents.on_host if residents else ())
+        config, self._mesh, self.replicas = arrangement(model, config, residents, self.replicas)
+        self.config = config
         self.partition: Partition = partition_for(model, config)
         self.units, self.budget = self.partition.units, check_budget(self.partition, config.delta)
         named = dict(model.named_parameters())
@@ -100,13 +101,10 @@ class MISA(torch.optim.Optimizer):
         super().__init__(groups, {name: getattr(config, name) for name in ("lr", "betas", "eps", "weight_decay")})
         if residents is not None:
             residents.wake(self._always, self._parameters)
-        self.arena, self.host, self._kernels = buffers_for(
-            *(config, self._parameters, sampled, self._always, self.budget, len(groups), self.backend),
-            *(mesh, self.replicas, residents),
-        )
-        self.tracker = ImportanceTracker(
-            [unit.numel for unit in self.units], self.budget, config, static_weights(self.units, config.static_weights)
-        )
+        held = (config, self._parameters, sampled, self._always, self.budget, len(groups), self.backend)
+        self.arena, self.host, self._kernels = buffers_for(*held, self._mesh, self.replicas, residents)
+        numels, weights = [unit.numel for unit in self.units], static_weights(self.units, config.static_weights)
+        self.tracker = ImportanceTracker(numels, self.budget, config, weights)
 
         self.inner_step = self.total_steps = self.skipped_steps = self.empty_steps = 0
         self.events: deque[SwitchEvent] = deque(maxlen=200)  # 67 KB each for an 8B model's 224 units
@@ -132,11 +130,9 @@ class MISA(torch.optim.Optimizer):
             self._rest = RestRule(model, resting, group_of, *seen, backend=self.backend)
             self._intake.on_inactive = self._rest.take
         self._anchor = GraphAnchor(model, self._attendance)
-        rounding_seed = config.seed if config.leave_rounding == "stochastic" else None
+        seed = config.seed if config.leave_rounding == "stochastic" else None
         bound = (self._parameters, group_of, self.arena, self.host, self._intake)
-        self._active_set = ActiveSet(
-            *bound, rounding_seed=rounding_seed, backend=self.backend, residents=self._residents
-        )
+        self._active_set = ActiveSet(*bound, rounding_seed=seed, backend=self.backend, residents=self._residents)
         parts = (config, self.partition, self.dtype, self.tracker, self.arena, kernels, self.host)
         self._parts = state.Parts(*parts, self._active_set, self._rest, self._mesh)
         model.requires_grad_(False)
@@ -321,9 +317,7 @@ class MISA(torch.optim.Optimizer):
     def _open_round(self, steps: dict[str, int], started: float) -> None:
         """Draw the next units and move them in.
 
-        Args:
-            steps: Adam steps of the parameters bound so far; empty at construction.
-            started: ``time.perf_counter()`` when the switch began.
+        ``steps``: Adam steps of the parameters bound so far (none at construction); ``started``: when the switch began.
         """
         before = self.active
         with phase("switch (sampler)"):
@@ -370,8 +364,7 @@ class MISA(torch.optim.Optimizer):
                 sampler; the message lists what differs. Nothing has been changed then.
         """
         self._intake.settle("load_state_dict()")
-        state_dict = state.for_this_process(self._parts, state_dict)
-        state.check(self._parts, self.param_groups, state_dict)
+        state_dict = state.checked(self._parts, self.param_groups, state_dict)
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "misa"})
         clocks = state.unpack(self._parts, self._clocks(), state_dict["misa"])
         self.inner_step, self.total_steps, self.skipped_steps, self.empty_steps = clocks

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from misa_engine.engine.arena import Arena
-from misa_engine.engine.shards import is_sharded
+from misa_engine.engine.shards import is_sharded, local
 from misa_engine.method.config import MisaConfig
 
 #: Rounds between two comparisons of all weights: one read of the model, 20 ms for 16 GB, every 10 · T steps.
@@ -186,14 +186,22 @@ class Replicas:
         if not self.loaded:
             return
         self.loaded = False
-        if others := _others(self.tell([_digest(clocks)])):
+        self.compare_clocks(clocks)
+        buffers = {name: arena.stretch(buffer, 0, arena.used) for name, buffer in arena.buffers().items()}
+        buffers.pop("gradients", None)
+        self.compare_weights({**dict(model.named_parameters()), **buffers}, "after a state was loaded")
+
+    def compare_clocks(self, clocks: Sequence[Any]) -> None:
+        """Refuse clocks and active matrices, of a state just loaded, that differ.
+
+        Raises:
+            ReplicaError: naming the ranks.
+        """
+        if others := _others(self.tell([digest(clocks)])):
             raise ReplicaError(
                 f"ranks {_list(others)} have loaded another optimizer state than rank 0; rank {self.rank} is at "
                 f"{', '.join(map(str, clocks))}. Load the same checkpoint in all processes."
             )
-        buffers = {name: arena.stretch(buffer, 0, arena.used) for name, buffer in arena.buffers().items()}
-        buffers.pop("gradients", None)
-        self.compare_weights({**dict(model.named_parameters()), **buffers}, "after a state was loaded")
 
     def compare_draws(self, round: int, drawn: Sequence[str]) -> None:
         """Refuse draws that differ.
@@ -201,7 +209,7 @@ class Replicas:
         Raises:
             ReplicaError: naming the ranks.
         """
-        rows = self.tell([_digest([round, *drawn])])
+        rows = self.tell([digest([round, *drawn])])
         if others := _others(rows):
             raise ReplicaError(
                 f"the draws of round {round} differ: ranks {_list(others)} drew other matrices than rank 0; here, on "
@@ -215,8 +223,8 @@ class Replicas:
         Raises:
             ReplicaError: naming the ranks and the first parameter that differs.
         """
-        sums = torch.stack([_bits(parameter).sum(dtype=torch.int64) for parameter in parameters.values()]).tolist()
-        if not _others(self.tell([_digest(sums)])):
+        sums = checksums(parameters.values())
+        if not _others(self.tell([digest(sums)])):
             return
         rows = self.tell(sums)
         name, column = next(
@@ -318,12 +326,17 @@ def _patience(world: dist.ProcessGroup) -> timedelta:
     return PATIENCE
 
 
-def _bits(parameter: Tensor) -> Tensor:
-    """The bits of a tensor as integers: their sum is exact, whatever the order."""
-    return parameter.detach().view(_INTEGERS[parameter.element_size()])
+def checksums(tensors: Iterable[Tensor]) -> list[int]:
+    """Of each tensor, or of the rows of it that are here, the sum of its bits as integers: exact, whatever the order.
+
+    Waits for the device, once.
+    """
+    parts = (local(tensor).detach() for tensor in tensors)
+    return torch.stack([part.view(_INTEGERS[part.element_size()]).sum(dtype=torch.int64) for part in parts]).tolist()
 
 
-def _digest(values: Iterable[Any]) -> int:
+def digest(values: Iterable[Any]) -> int:
+    """A number, 0 <= number < 2^56, that stands for all of ``values``; the same in every process."""
     data = "\n".join(map(str, values)).encode()
     return int.from_bytes(hashlib.blake2b(data, digest_size=7).digest(), "little")
 

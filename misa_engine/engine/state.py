@@ -98,8 +98,8 @@ def _progress(parts: Parts, clocks: Clocks) -> dict[str, Any]:
     }
 
 
-def for_this_process(parts: Parts, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A state as this process can hold it: its rows, where weights are sharded. ``check`` sees what is damaged."""
+def _for_this_process(parts: Parts, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A state as this process can hold it: its rows, where weights are sharded. ``checked`` sees what is damaged."""
     if parts.mesh is None:
         return state_dict
     try:
@@ -108,7 +108,7 @@ def for_this_process(parts: Parts, state_dict: dict[str, Any]) -> dict[str, Any]
         return state_dict
 
 
-def check(parts: Parts, groups: Sequence[Mapping[str, Any]], state_dict: dict[str, Any]) -> None:
+def checked(parts: Parts, groups: Sequence[Mapping[str, Any]], state_dict: dict[str, Any]) -> dict[str, Any]:
     """Refuse a state that does not belong to this optimizer.
 
     Args:
@@ -116,9 +116,13 @@ def check(parts: Parts, groups: Sequence[Mapping[str, Any]], state_dict: dict[st
         groups: its parameter groups.
         state_dict: what is to be loaded.
 
+    Returns:
+        It, with the rows of this process where weights are sharded.
+
     Raises:
         ValueError: with everything that differs, one difference a line.
     """
+    state_dict = _for_this_process(parts, state_dict)
     saved = state_dict.get("misa")
     if saved is None:
         raise ValueError(
@@ -148,6 +152,7 @@ def check(parts: Parts, groups: Sequence[Mapping[str, Any]], state_dict: dict[st
         raise ValueError(
             f"the optimizer state is damaged: {damage}. Resume from another checkpoint, or start anew from the weights."
         )
+    return state_dict
 
 
 def _differences(here: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:

@@ -10,7 +10,7 @@ Nothing here but ``report`` waits for the device.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,9 +111,7 @@ class ArenaUpdate:
         assert self._arena.grad is not None
         self._finalise()
         self._adamw(self._arena.grad, self._arena.step_sumsq if measured is None else measured)
-        slots = self._arena.slots
-        updated = slots if present is None else [slot for slot, here in zip(slots, present, strict=True) if here]
-        self._tell_autograd(updated)
+        self._tell_autograd(self._arena.slots, present)
         if self._config.score == "squared_mean_norm":
             self._add_norms_after_clipping()
 
@@ -135,9 +133,13 @@ class ArenaUpdate:
                 self._add_norms_after_clipping(only=index)
 
     @staticmethod
-    def _tell_autograd(slots: Iterable[Slot]) -> None:
-        """Count the weights as changed: a graph that holds one from before must be refused, and kernels do not say."""
-        increment_version([slot.weight for slot in slots])
+    def _tell_autograd(slots: Sequence[Slot], present: Sequence[bool] | None = None) -> None:
+        """Count the weights of ``slots``, of those ``present``, as changed: kernels do not say.
+
+        A graph that holds one from before must be refused.
+        """
+        here = [True] * len(slots) if present is None else present
+        increment_version([slot.weight for slot, updated in zip(slots, here, strict=True) if updated])
 
     def _finalise(self, tiles: range | None = None, total: Tensor | None = None) -> None:
         with phase("clip/norm"):

@@ -29,7 +29,6 @@ class ShardMesh:
     Attributes:
         parameters: all parameters by name.
         size: processes that hold one whole model together.
-        rank: which of its parts this process holds.
         peers: ranks, of torch's default group, that hold the same part (HSDP); this one alone otherwise.
     """
 
@@ -37,8 +36,7 @@ class ShardMesh:
         some = next(iter(parameters.values()))
         dimension, self.size = shard_dimension(some)
         mesh = some.device_mesh  # type: ignore[attr-defined]
-        self.rank: int = mesh.get_local_rank(dimension)
-        self.peers: list[int] = mesh.mesh.select(dimension, self.rank).reshape(-1).tolist()
+        self.peers: list[int] = mesh.mesh.select(dimension, mesh.get_local_rank(dimension)).reshape(-1).tolist()
         self._group: dist.ProcessGroup = mesh.get_group(dimension)
         self._modules = _fsdp_modules(model)
         self.parameters = parameters

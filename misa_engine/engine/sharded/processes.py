@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from misa_engine.engine.replicas import CHECKSUM_ROUNDS, REMEDY, ReplicaError, Replicas
-from misa_engine.engine.residents import for_residents, residents_of
-from misa_engine.engine.sharded.mesh import ShardMesh, for_shards, shard_mesh
-from misa_engine.engine.shards import is_sharded, local
-from misa_engine.kernels.split_float import seed_of
-from misa_engine.method.config import MisaConfig
-
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+from misa_engine.engine.replicas import REMEDY, ReplicaError, Replicas, checksums, digest
+from misa_engine.engine.sharded.mesh import ShardMesh
+from misa_engine.engine.shards import is_sharded
 
 
 class ShardedProcesses(Replicas):
     """Processes that hold rows of one model. FSDP2 averages the gradients; nothing here does.
 
     Attributes:
-        mesh: how the rows are divided, from ``found`` on.
+        mesh: how the rows are divided, from ``beside`` on.
     """
 
     mesh: ShardMesh
@@ -38,16 +33,16 @@ class ShardedProcesses(Replicas):
         """Buffers only: of the weights everybody has its own rows."""
         super()._broadcast([tensor for tensor in tensors if not is_sharded(tensor)])
 
-    def at_switch(self, round: int, drawn: Sequence[str], model: nn.Module) -> None:
-        """Compare the draw with the others'; from time to time all rows with those who hold the same (HSDP)."""
-        self.compare_draws(round, drawn)
-        if round % CHECKSUM_ROUNDS == 0 and len(self.mesh.peers) > 1:
-            self._compare_rows(dict(model.named_parameters()), f"before round {round}")
-
     @torch.no_grad()
-    def _compare_rows(self, parameters: dict[str, Tensor], when: str) -> None:
-        sums = torch.stack([_sum(local(p)) for p in parameters.values()]).tolist()
-        rows = [row[0] for row in self.tell([seed_of(*sums)])]
+    def compare_weights(self, parameters: Mapping[str, Tensor], when: str) -> None:
+        """Refuse rows that differ in any bit from those of others who hold the same (HSDP); nobody else can compare.
+
+        Raises:
+            ReplicaError: naming the ranks.
+        """
+        if len(self.mesh.peers) == 1:
+            return
+        rows = self.tell([digest(checksums(parameters.values()))])
         if others := [rank for rank in self.mesh.peers if rows[rank] != rows[self.rank]]:
             raise ReplicaError(
                 f"the weights of the processes differ {when}: rank {self.rank} holds the same rows as ranks "
@@ -64,29 +59,4 @@ class ShardedProcesses(Replicas):
         Raises:
             ReplicaError: naming the ranks that differ.
         """
-        rows = self.tell([seed_of(*clocks)])
-        if others := [rank for rank, row in enumerate(rows) if row != rows[0]]:
-            raise ReplicaError(
-                f"ranks {', '.join(map(str, others))} have loaded another optimizer state than rank 0; rank "
-                f"{self.rank} is at {', '.join(map(str, clocks))}. Load the same checkpoint in all processes."
-            )
-
-
-def arranged(
-    model: nn.Module, config: MisaConfig, replicas: Replicas | None
-) -> tuple[MisaConfig, ShardMesh | None, Replicas | None]:
-    """How several processes train ``model``: the options that they have, the mesh of sharded weights, the processes.
-
-    Raises:
-        ValueError: sharded in a way, or with an option, that MISA does not train.
-    """
-    mesh = shard_mesh(model)
-    if mesh is None:
-        return for_residents(config, residents_of(model), getattr(replicas, "size", 1)), None, replicas
-    together = None if replicas is None else ShardedProcesses.beside(replicas, mesh)
-    return for_shards(config), mesh, together
-
-
-def _sum(part: Tensor) -> Tensor:
-    """Of the bits as integers: exact, whatever the order."""
-    return part.detach().view(_INTEGERS[part.element_size()]).sum(dtype=torch.int64)
+        self.compare_clocks(clocks)

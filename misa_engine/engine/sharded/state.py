@@ -69,7 +69,7 @@ def own_progress(saved: Mapping[str, Any], mesh: ShardMesh, arena: Arena) -> dic
 
     Raises:
         KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError: the state is damaged or another
-            model's; ``state.check`` says how.
+            model's; ``state.checked`` says how.
     """
     places = [(str(name), int(start)) for name, start in saved["slots"]]
     parts = {name: local(mesh.parameters[name]).numel() for name, _ in places}

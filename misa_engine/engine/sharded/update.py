@@ -17,7 +17,7 @@ from misa_engine.engine.marks import phase
 from misa_engine.engine.replicas import Replicas
 from misa_engine.engine.sharded.mesh import ShardMesh
 from misa_engine.engine.update import ArenaUpdate
-from misa_engine.kernels.norm import reduce_slots
+from misa_engine.kernels.norm import norm_of_total, reduce_slots
 from misa_engine.method.config import MisaConfig
 
 
@@ -52,7 +52,7 @@ class ShardedUpdate(ArenaUpdate):
         """Norm of all gradients that are present, from what was measured; a float32 scalar on the device."""
         with phase("clip/norm"):
             sums = self._sums(self._arena.step_sumsq)
-            self.control.grad_norm.copy_(sums.sum().float().double().sqrt().float())
+            self.control.grad_norm.copy_(norm_of_total(sums.sum()))
         return self.control.grad_norm[0]
 
     def step(self, measured: Tensor | None = None, present: Sequence[bool] | None = None) -> None:
@@ -64,8 +64,7 @@ class ShardedUpdate(ArenaUpdate):
             sums = self._sums(*kinds).view(len(kinds), n)
         self._finalise(total=sums[0].sum().view(1))
         self._adamw(arena.grad, arena.step_sumsq)
-        slots = arena.slots
-        self._tell_autograd(slots if present is None else [s for s, here in zip(slots, present, strict=True) if here])
+        self._tell_autograd(arena.slots, present)
         runs = arena.table.slot_coef[:n, -1] > 0
         if self._config.score == "mean_square":
             scores = sums[-1].float()
