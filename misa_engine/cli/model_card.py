@@ -7,7 +7,6 @@ table and to the ``model-index`` of its metadata, which the Hub shows (``add_res
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from misa_engine.report.log import RunLog
+from misa_engine.trainer.manifest import file_digest
 
 if TYPE_CHECKING:
     from misa_engine.cli.arguments import TrainArguments
@@ -305,11 +305,7 @@ def _checksum(source: str) -> str:
     path = Path(source).expanduser()
     if not path.is_file() or path.stat().st_size > MOST_HASHED:
         return "–"
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return f"`{digest.hexdigest()[:16]}`"
+    return f"`{file_digest(path)[:16]}`"
 
 
 def _exp(loss: float) -> str:

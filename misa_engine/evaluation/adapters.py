@@ -17,8 +17,8 @@ from typing import Any, ClassVar
 from misa_engine.errors import UserError
 from misa_engine.evaluation import answers
 from misa_engine.evaluation.settings import Settings
-from misa_engine.evaluation.subjects import file_digest
 from misa_engine.evaluation.task import GenerationTask, Item, chat_prompt, limited, read_data
+from misa_engine.trainer.manifest import file_digest
 
 PREFIX = "adapters:"
 REPOSITORY = "https://github.com/AGI-Edgerunners/LLM-Adapters"
@@ -87,10 +87,11 @@ class AdaptersTask(GenerationTask):
 
     def facts(self, settings: Settings) -> dict[str, Any]:
         """Prompt, generation and the data file's digest."""
+        file = self.file(settings)
         return {
             "prompt": {"task": "alpaca", "plain": "plain headings", "chat": "chat template"}[settings.prompt],
             "beams": self.beams(settings), "new_tokens": self.new_tokens, "limit": settings.limit,
-            "data": self.file(settings).name, "data_sha256": file_digest(self.file(settings)),
+            "data": file.name, "data_sha256": file_digest(file),
         }  # fmt: skip
 
     def file(self, settings: Settings) -> Path:

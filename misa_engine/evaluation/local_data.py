@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from misa_engine.errors import UserError
-from misa_engine.evaluation.subjects import file_digest
 from misa_engine.evaluation.task import read_data
+from misa_engine.trainer.manifest import file_digest
 
 #: Revisions of the data sets of the tasks that the paper and its peers report. Others are looked up when they are
 #: loaded, and stand in the result.

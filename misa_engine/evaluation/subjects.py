@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from misa_engine.errors import UserError
+from misa_engine.trainer.manifest import file_digest
 
 #: Files of a model directory on which its answers depend.
 DECISIVE = (
@@ -89,15 +90,6 @@ def model_digest(path: str) -> str:
     for file in sorted(files):
         found.update(file.name.encode() + b"\0" + file_digest(file).encode())
     return found.hexdigest()[:16]
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, read in pieces."""
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 22):
-            found.update(piece)
-    return found.hexdigest()
 
 
 def labels(paths: Iterable[str]) -> list[str]:

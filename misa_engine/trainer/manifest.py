@@ -33,7 +33,7 @@ def write_manifest(folder: Path, step: int) -> Path:
     """
     files = _files(folder)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing leaves the interpreter's lock
-        sums = list(pool.map(_sha256, files))
+        sums = list(pool.map(file_digest, files))
     entries = {
         file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": digest}
         for file, digest in zip(files, sums, strict=True)
@@ -81,7 +81,7 @@ def _problem(folder: Path, *, sums: bool) -> str | None:
             return f"{name} is damaged: {size:,} bytes instead of {entry['bytes']:,}"
     if sums:
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            found = list(pool.map(_sha256, [folder / name for name in entries]))
+            found = list(pool.map(file_digest, [folder / name for name in entries]))
         for (name, entry), digest in zip(entries.items(), found, strict=True):
             if digest != entry["sha256"]:
                 return f"{name} is damaged: its checksum is not the one it was saved with"
@@ -106,7 +106,8 @@ def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in own)
 
 
-def _sha256(file: Path) -> str:
+def file_digest(file: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
     digest = hashlib.sha256()
     with open(file, "rb") as stream:
         while chunk := stream.read(_CHUNK):
