@@ -43,7 +43,27 @@ class Bytes:
         return self.encode(f"Question: {question}\nAnswer: ")
 
 
-class Chat:
+class Tokenized:
+    """A model's own tokenizer; how a question is put is its subclasses'.
+
+    Args:
+        tokenizer: of the model.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.end = int(tokenizer.eos_token_id)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids without special ones."""
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Special tokens are left out."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+class Chat(Tokenized):
     """A model directory's tokenizer with its chat template.
 
     Args:
@@ -53,16 +73,7 @@ class Chat:
     def __init__(self, directory: Path) -> None:
         from transformers import AutoTokenizer
 
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(directory)
-        self.end = int(self.tokenizer.eos_token_id)
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids without special ones."""
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Special tokens are left out."""
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+        super().__init__(AutoTokenizer.from_pretrained(directory))
 
     def prompt(self, question: str) -> list[int]:
         """The question as the user's turn; no system turn, whose tokens would fill a short sequence."""

@@ -37,9 +37,11 @@ RESULTS = ROOT / "bench/results/cpu/results.json"
 LEARNING = ROOT / "bench/results/learning"
 #: Models of the README's table, and one card of each size.
 MODELS = ("llama-3.2-3b", "llama-2-7b", "qwen2.5-7b", "llama-3-8b", "qwen2.5-14b")
+SIZES = ("rtx4080", "rtx4090", "rtx5090", "l40s")
 #: Cards and the links between them, of the tables of several GPUs.
 PAIRS = (("rtx4090", "PCIe 4 x8"), ("rtx4090", "PCIe 4 x16"), ("a100-80", "NVLink"), ("h100", "NVLink"))
-SIZES = ("rtx4080", "rtx4090", "rtx5090", "l40s")
+#: Cards, of the same tables.
+COUNTS = (2, 4, 8, 16, 32, 64)
 
 
 def table(headings: list[str], rows: list[list[str]]) -> str:
@@ -132,7 +134,7 @@ def replicas(model: str = "llama-3-8b", tokens: int = 4096, flops: float = 80e12
     found = plan(meta, misa=misa)
     compute = 6 * found.parameters * tokens / flops * found.step_cost
     rows = []
-    for gpus in (2, 4, 8, 16, 32, 64):
+    for gpus in COUNTS:
         traffic = replica_traffic(parts, misa, meta.dtype, gpus, resting)
         shares = scaling(traffic, compute)
         cells = [f"{1e3 * traffic.seconds(speed):,.0f} ms, {shares[link]:.0%}" for link, speed in LINKS.items()]
@@ -144,19 +146,21 @@ def scaling_on_paper(model: str = "llama-3-8b", tokens: int = 4096) -> str:
     """Computed, not measured: speed of K cards over K times one's, by link, for replicas and for sharded weights."""
     meta = MetaModel(published_config(model))
     misa = MisaConfig(rest="none")  # what sharded weights have
-    single = plan(meta, misa=misa)
+    single, parts = plan(meta, misa=misa), meta.partition(misa)
+    by_mode = {
+        "replicas": [replica_traffic(parts, misa, meta.dtype, gpus) for gpus in COUNTS],
+        "sharded": [sharded_plan(meta, single, gpus) for gpus in COUNTS],
+    }
     rows = []
     for card, link in PAIRS:
         compute = FLOP_PER_WEIGHT_AND_TOKEN * single.parameters * tokens / (PEAK_FLOPS[card] * UTILISATION)
-        for mode in ("replicas", "sharded"):
+        for mode, traffics in by_mode.items():
             cells = []
-            for gpus in (2, 4, 8, 16, 32, 64):
-                copies = replica_traffic(meta.partition(misa), misa, meta.dtype, gpus)
-                traffic = copies if mode == "replicas" else sharded_plan(meta, single, gpus)
+            for traffic in traffics:
                 exchange = traffic.seconds(LINKS[link])
                 cells.append(f"{compute / (compute + exchange):.0%} – {min(1, compute / exchange):.0%}")
             rows.append([f"{card}, {link}", mode, f"{1e3 * compute:,.0f} ms", *cells])
-    return table(["card and link", "weights", "arithmetic", *map(str, (2, 4, 8, 16, 32, 64))], rows)
+    return table(["card and link", "weights", "arithmetic", *map(str, COUNTS)], rows)
 
 
 def where_it_pays(delta: float = 0.03, gpus: int = 8) -> str:
@@ -212,13 +216,13 @@ def experiments() -> str:
     return table(headings, rows)
 
 
-#: (file, name between its markers) -> what makes the content.
 def sweep_space() -> str:
     """What misa sweep searches unless it is told."""
     rows = [[f"`{space.describe()}`", space.source] for space in PAPER.values()]
     return table(["range", "where it comes from"], rows)
 
 
+#: (file, name between its markers) -> what makes the content.
 TABLES = {
     (ROOT / "README.md", "what fits"): what_fits,
     (ROOT / "README.md", "peers"): peers,

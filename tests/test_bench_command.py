@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from in_process import Here, run_here
 from misa_engine.bench import runner, suites
-from misa_engine.bench.cases import run_case
 from misa_engine.bench.ledger import StepTimes
 from misa_engine.bench.presets import PRESETS, Bench
 from misa_engine.bench.training import by_phase
@@ -19,21 +19,9 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 FIELDS = ("method", "step_time_s", "tokens_per_s", "peak_bytes", "trainable_parameters", "status")
 
 
-class Here:
-    """Runs cases in this process."""
-
-    def __init__(self, device):
-        pass
-
-    def run(self, case, timeout_s):
-        found = []
-        run_case(case, lambda row: found.append(json.loads(json.dumps(row))))
-        return found[-1]
-
-
 @pytest.fixture
 def here(monkeypatch):
-    monkeypatch.setattr(runner, "CaseProcesses", Here)
+    run_here(monkeypatch, "misa_engine.bench.runner")
 
 
 @pytest.fixture

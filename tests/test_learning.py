@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
+from in_process import Here, run_here
 from misa_engine.bench import bases, learning, learning_results, matrix, presets, tasks
-from misa_engine.bench.cases import run_case
 from misa_engine.bench.learners import LEARNERS, learner_of
 from misa_engine.bench.tasks import IGNORED
 from misa_engine.bench.words import Bytes
@@ -23,30 +23,9 @@ QUICK = (
 )  # fmt: skip
 
 
-class Here:
-    """Runs cases in this process, as far as ``most`` allows."""
-
-    most = math.inf
-    ran: list[str] = []
-
-    def __init__(self, device):
-        pass
-
-    def run(self, case, timeout_s):
-        if len(self.ran) >= Here.most:
-            raise KeyboardInterrupt
-        found = []
-        run_case(case, lambda row: found.append(json.loads(json.dumps(row))))
-        if case.kind == "learning":
-            self.ran.append(case.name)
-        return found[-1]
-
-
 @pytest.fixture
 def here(monkeypatch):
-    monkeypatch.setattr("misa_engine.bench.processes.CaseProcesses", Here)
-    monkeypatch.setattr(Here, "ran", [])
-    monkeypatch.setattr(Here, "most", math.inf)
+    run_here(monkeypatch)
     monkeypatch.setitem(presets.RECIPES, "tiny", {**presets.RECIPES["tiny"], "steps": 3, "batch": 2})
 
 

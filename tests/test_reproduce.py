@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from misa_engine.bench.cases import run_case
+from in_process import Here, run_here
 from misa_engine.bench.reproduce import building, experiments, sources, toys
 from misa_engine.bench.reproduce.command import cost_text
 from misa_engine.bench.reproduce.cost import cost_of
@@ -19,30 +19,9 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 EACH = pytest.mark.parametrize("name", EXPERIMENTS)
 
 
-class Here:
-    """Runs cases in this process, as far as ``most`` allows."""
-
-    most = math.inf
-    ran: list[str] = []
-
-    def __init__(self, device):
-        pass
-
-    def run(self, case, timeout_s):
-        if len(self.ran) >= Here.most:
-            raise KeyboardInterrupt
-        found = []
-        run_case(case, lambda row: found.append(json.loads(json.dumps(row))))
-        if case.kind != "toys":
-            self.ran.append(case.name)
-        return found[-1]
-
-
 @pytest.fixture
 def here(monkeypatch):
-    monkeypatch.setattr("misa_engine.bench.processes.CaseProcesses", Here)
-    monkeypatch.setattr(Here, "ran", [])
-    monkeypatch.setattr(Here, "most", math.inf)
+    run_here(monkeypatch)
     monkeypatch.setitem(TINY, "rows", 4)
 
 
@@ -52,6 +31,19 @@ def toy_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("toys")
     toys.make_toys(folder)
     return folder
+
+
+@pytest.fixture
+def toy_model(toy_folder):
+    """The toys' model for inference, and its tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from misa_engine.bench.reproduce.cases import load_tokenizer
+
+    directory = str(toy_folder / "models/tiny")
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    return model, load_tokenizer(directory)
 
 
 @pytest.fixture
@@ -261,16 +253,11 @@ def test_runs_are_chosen_and_the_page_tells_which_are_left(here, few_steps, toy_
     assert {claim["found"][0]["holds"] for claim in document["claims"]} == {None}
 
 
-def test_answers_for_a_judge_are_written_as_fastchat_reads_them(toy_folder, tmp_path):
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from misa_engine.bench.reproduce.cases import load_tokenizer
+def test_answers_for_a_judge_are_written_as_fastchat_reads_them(toy_folder, toy_model, tmp_path):
     from misa_engine.bench.reproduce.scoring import answer_judged
 
-    directory = str(toy_folder / "models/tiny")
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    words = sources.PlainWords(load_tokenizer(directory))
+    model, tokenizer = toy_model
+    words = sources.PlainWords(tokenizer)
     path = tmp_path / "answers/misa.jsonl"
     assert answer_judged(model, words, toy_folder / "data", path, "misa", new_tokens=4) == 2
     answers = [json.loads(line) for line in path.read_text().splitlines()]
@@ -279,25 +266,20 @@ def test_answers_for_a_judge_are_written_as_fastchat_reads_them(toy_folder, tmp_
     assert set(answers[0]) == {"question_id", "answer_id", "model_id", "choices", "tstamp"}
 
 
-def test_a_task_that_fails_leaves_a_note_and_the_others_scores(toy_folder, tmp_path, monkeypatch):
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from misa_engine.bench.reproduce.cases import load_tokenizer
+def test_a_task_that_fails_leaves_a_note_and_the_others_scores(toy_folder, toy_model, tmp_path, monkeypatch):
     from misa_engine.bench.reproduce.scoring import score_tasks
     from misa_engine.evaluation import adapters, harness
 
     monkeypatch.setattr(harness, "installed", lambda: False)
     monkeypatch.setitem(adapters.NEW_TOKENS, "choice", 4)
-    directory = str(toy_folder / "models/tiny")
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    model, tokenizer = toy_model
     tasks = {"piqa": "adapters:piqa", "mmlu": "mmlu"}
     amounts = {"name": "one run", "questions": 2, "beams": 1}
-    scores, notes = score_tasks(model, load_tokenizer(directory), tasks, toy_folder / "data", tmp_path, **amounts)
+    scores, notes = score_tasks(model, tokenizer, tasks, toy_folder / "data", tmp_path, **amounts)
     assert scores == {"piqa": 0.0}  # no average over two protocols, and none where one is missing
     assert notes == ["mmlu was not scored: mmlu: lm-eval is not installed: pip install 'misa_engine[eval]'"]
     scores, notes = score_tasks(
-        model, load_tokenizer(directory), {"piqa": "adapters:piqa", "boolq": "adapters:boolq"}, toy_folder / "data",
+        model, tokenizer, {"piqa": "adapters:piqa", "boolq": "adapters:boolq"}, toy_folder / "data",
         tmp_path, **amounts,
     )  # fmt: skip
     assert set(scores) == {"piqa", "boolq", "average"} and notes == []

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 
+from in_process import run_here
 from misa_engine.bench import matrix, presets
 from misa_engine.bench.cases import run_case
 from misa_engine.bench.checks import ask_plan, is_judged
@@ -40,20 +39,8 @@ def test_residents_are_an_option_of_a_learner():
             learner_of(text)
 
 
-class Here:
-    """Runs cases in this process."""
-
-    def __init__(self, device: str):
-        pass
-
-    def run(self, case: Any, timeout_s: float) -> Any:
-        found: list[Any] = []
-        run_case(case, lambda row: found.append(json.loads(json.dumps(row))))
-        return found[-1]
-
-
 def test_a_learner_with_residents_learns_and_is_compared_at_the_same_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr("misa_engine.bench.processes.CaseProcesses", Here)
+    run_here(monkeypatch)
     monkeypatch.setitem(presets.RECIPES, "tiny", {**presets.RECIPES["tiny"], "steps": 3, "batch": 2})
     words = ["--preset", "quick", "--base", "tiny", "--steps", "4", "--batch", "2", "--length", "64", "--rows", "4"]
     words += ["--points", "2", "--delta", "0.2", "--lrs", "1e-3", "--output", str(tmp_path / "out")]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ from misa_engine.errors import UserError
 
 #: Options of a recipe that are MisaConfig's and not of ``Settings``.
 MISA = ("preset", "eta", "always_train")
+#: Those of them that another preset does not take over.
+OF_THE_PRESET = ("preset", "eta")
 #: Seconds that a run may take, by scale.
 TIMEOUT_S = {"paper": 14 * 86400.0, "tiny": 600.0}
 
@@ -44,7 +45,6 @@ def settings_of(run: Run, scale: str, variant: str) -> dict[str, Any]:
     """Everything that a run trains with: the recipe, the entry's changes, and what the scale makes of them."""
     experiment = EXPERIMENTS[run.experiment]
     recipe, entry = recipe_of(experiment.recipe, variant), run.entry
-    misa = {name: recipe[name] for name in MISA if name in recipe}
     found: dict[str, Any] = {
         "lr": recipe["learning_rate"], "delta": recipe["delta"], "inner_steps": recipe["inner_steps"],
         "max_grad_norm": recipe.get("max_grad_norm", 1.0) or None, "batch": recipe["per_device_train_batch_size"],
@@ -54,15 +54,11 @@ def settings_of(run: Run, scale: str, variant: str) -> dict[str, Any]:
         "checkpointing": recipe.get("gradient_checkpointing", True), "seed": run.seed,
     }  # fmt: skip
     found |= entry.settings
-    engine = entry.misa.get("preset") == "engine"
-    own = entry.method.startswith("misa")
-    found["misa"] = {**(misa if own and not engine else _outer(misa) if own else {}), **entry.misa}
+    names: tuple[str, ...] = MISA if entry.method.startswith("misa") else ()
+    if entry.misa.get("preset") == "engine":
+        names = tuple(name for name in names if name not in OF_THE_PRESET)
+    found["misa"] = {name: recipe[name] for name in names if name in recipe} | dict(entry.misa)
     return found if scale == "paper" else _tiny(found, experiment)
-
-
-def _outer(misa: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the recipe's options what does not belong to its preset."""
-    return {name: value for name, value in misa.items() if name == "always_train"}
 
 
 def _tiny(found: dict[str, Any], experiment: Experiment) -> dict[str, Any]:

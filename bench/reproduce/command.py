@@ -86,19 +86,19 @@ def _reproduce(options: argparse.Namespace, every: list[Run], chosen: list[Run])
 
 def finish(name: str, fixed: dict[str, str], output: Path, every: Sequence[Run]) -> list[dict[str, Any]]:
     """Write results.json and the page from what has been run so far; returns the runs' rows."""
+    from misa_engine.bench.matrix import read_rows
     from misa_engine.bench.reproduce.page import page_of
-    from misa_engine.bench.reproduce.results import document_of, read_rows
+    from misa_engine.bench.reproduce.results import document_of
     from misa_engine.bench.runner import write
+    from misa_engine.evaluation.store import write_whole
 
-    rows = read_rows(output / "runs")
+    rows = read_rows(output)
     if not rows:
         return []
     document = document_of(name, fixed["scale"], fixed["recipe"], fixed["device"], every, rows)
     write(document, output / "results.json")
     page = output / f"{name}.html"
-    part = page.with_suffix(".part")
-    part.write_text(page_of(document), encoding="utf-8")
-    part.replace(page)
+    write_whole(page, page_of(document))
     print(f"page     {page}")
     return rows
 

@@ -24,7 +24,6 @@ ASSUMED_FLOPS = 80e12
 FULL = ("adamw", "galore")
 #: Methods that are this engine with whole layers -> layers, and whether embeddings and head train, too.
 LAYERS = {"lisa": (2, True), "lisa-layers": (2, False), "badam": (1, False), "badam-like": (1, False)}
-MOST_STEPS = 10_000_000
 
 
 @dataclass(frozen=True)

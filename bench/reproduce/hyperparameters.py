@@ -28,22 +28,6 @@ class Row:
 
 
 _METHOD = (Row("delta", 0.03, PAPER), Row("inner_steps", 50, CODE), Row("eta", 1.0, CODE))
-_PRETRAINING = (
-    Row("from_scratch", True, PAPER),
-    Row("delta", 0.25, f"{CODE} (BCD_RATIO)"),
-    Row("inner_steps", 50, f"{CODE} (BCD_INTERVAL)"),
-    Row("eta", 500.0, f"{CODE} (MISA_ETA)"),
-    Row("always_train", ["embed_tokens", "lm_head"], f"{CODE} (include_embedding_and_lm_head)"),
-    Row("learning_rate", 1e-3, CODE),
-    Row("lr_scheduler_type", "cosine", OURS),
-    Row("warmup_steps", 0.1, f"{CODE} (5,500 of 55,000)"),
-    Row("max_grad_norm", 0.0, f"{CODE} (grad_clipping)"),
-    Row("max_length", 256, PAPER),
-    Row("packing", True, OURS),
-    Row("packing_strategy", "wrapped", OURS),
-    Row("gradient_checkpointing", False, OURS),
-    Row("max_eval_samples", 2000, OURS),
-)
 
 
 def _sizes(hidden: int, intermediate: int, layers: int, heads: int) -> Row:
@@ -52,6 +36,30 @@ def _sizes(hidden: int, intermediate: int, layers: int, heads: int) -> Row:
         "num_attention_heads": heads, "num_key_value_heads": heads, "max_position_embeddings": 1024,
     }  # fmt: skip
     return Row("config_overrides", {**sizes, **heads_and_length}, f"{PAPER} (sizes), GaLore's configurations (heads)")
+
+
+def _pretraining(sizes: Row) -> tuple[Row, ...]:
+    return (
+        Row("model_name_or_path", "huggyllama/llama-7b", f"{OURS}: vocabulary of 32,000 as in the paper"),
+        sizes,
+        Row("dataset", "allenai/c4", PAPER),
+        Row("dataset_config", "en", OURS),
+        Row("dataset_streaming", True, OURS),
+        Row("from_scratch", True, PAPER),
+        Row("delta", 0.25, f"{CODE} (BCD_RATIO)"),
+        Row("inner_steps", 50, f"{CODE} (BCD_INTERVAL)"),
+        Row("eta", 500.0, f"{CODE} (MISA_ETA)"),
+        Row("always_train", ["embed_tokens", "lm_head"], f"{CODE} (include_embedding_and_lm_head)"),
+        Row("learning_rate", 1e-3, CODE),
+        Row("lr_scheduler_type", "cosine", OURS),
+        Row("warmup_steps", 0.1, f"{CODE} (5,500 of 55,000)"),
+        Row("max_grad_norm", 0.0, f"{CODE} (grad_clipping)"),
+        Row("max_length", 256, PAPER),
+        Row("packing", True, OURS),
+        Row("packing_strategy", "wrapped", OURS),
+        Row("gradient_checkpointing", False, OURS),
+        Row("max_eval_samples", 2000, OURS),
+    )
 
 
 def _task(batch: int, accumulation: int, length: int, held_out: float) -> tuple[Row, ...]:
@@ -97,12 +105,7 @@ HYPERPARAMETERS: dict[str, tuple[Row, ...]] = {
         *_task(4, 4, 512, 0.01),
     ),
     "llama-130m-c4": (
-        Row("model_name_or_path", "huggyllama/llama-7b", f"{OURS}: vocabulary of 32,000 as in the paper"),
-        _sizes(768, 2048, 12, 12),
-        Row("dataset", "allenai/c4", PAPER),
-        Row("dataset_config", "en", OURS),
-        Row("dataset_streaming", True, OURS),
-        *_PRETRAINING,
+        *_pretraining(_sizes(768, 2048, 12, 12)),
         Row("per_device_train_batch_size", 128, f"{OURS}; 256 sequences a step are the paper's"),
         Row("gradient_accumulation_steps", 2, f"{OURS}; 256 sequences a step are the paper's"),
         Row("max_steps", 20000, f"{OURS}: GaLore's at this size"),
@@ -111,12 +114,7 @@ HYPERPARAMETERS: dict[str, tuple[Row, ...]] = {
         Row("save_steps", 1000, OURS),
     ),
     "llama-350m-c4": (
-        Row("model_name_or_path", "huggyllama/llama-7b", f"{OURS}: vocabulary of 32,000 as in the paper"),
-        _sizes(1024, 2736, 24, 16),
-        Row("dataset", "allenai/c4", PAPER),
-        Row("dataset_config", "en", OURS),
-        Row("dataset_streaming", True, OURS),
-        *_PRETRAINING,
+        *_pretraining(_sizes(1024, 2736, 24, 16)),
         Row("per_device_train_batch_size", 32, CODE),
         Row("gradient_accumulation_steps", 8, f"{CODE} (total batch 256)"),
         Row("max_steps", 55000, CODE),

@@ -9,8 +9,10 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
+from misa_engine.bench.presets import GIB
+
 Row = dict[str, Any]
-GIB = 1 << 30
+HELD = {None: "not judged", True: '<span class="yes">holds</span>', False: '<span class="no">does not</span>'}
 STYLE = """
 :root { color-scheme: light dark; --line: #d0d0d0; --soft: #f4f4f4; --dim: #5c5c5c; --good: #00694b; --bad: #a33f00; }
 @media (prefers-color-scheme: dark) {
@@ -97,10 +99,10 @@ def number(metric: str, value: float | None) -> str:
 def _results(document: Row) -> str:
     headings = ["model", "method", "seeds"]
     sources: list[str] = []
+    told_of = {name for line in document["table"] for name, cell in line["cells"].items() if "paper" in cell}
     for metric in document["metrics"]:
-        headings.append(metric.replace("_", " "))
-        if any("paper" in line["cells"][metric] for line in document["table"]):
-            headings.append(f"{metric.replace('_', ' ')}, paper")
+        shown = metric.replace("_", " ")
+        headings += [shown, f"{shown}, paper"] if metric in told_of else [shown]
     rows = []
     for line in document["table"]:
         cells = [escape(line["model"]), escape(line["label"]), f"{line['seeds']} of {line['of']}"]
@@ -114,29 +116,29 @@ def _results(document: Row) -> str:
             if place == 0 and line["status"]:
                 shown += f'<br><span class="dim">{escape(line["status"])}</span>'
             cells.append(shown)
-            if f"{metric.replace('_', ' ')}, paper" in headings:
-                told = cell.get("paper")
-                if told is not None and cell["source"] not in sources:
-                    sources.append(cell["source"])
-                mark = f"<sup>{sources.index(cell['source']) + 1}</sup>" if told is not None else ""
-                cells.append(f"{told:.1f}{mark}" if told is not None else "–")
+            if metric in told_of:
+                cells.append(_told(cell, sources))
         rows.append(cells)
     notes = "".join(f"<br><sup>{place}</sup> {escape(source)}" for place, source in enumerate(sources, start=1))
     said = "Medians over the seeds, least and most below. – is not measured, or not known of the paper."
     return f'{_table("results", headings, rows)}\n<p class="dim">{said}{notes}</p>'
 
 
+def _told(cell: Row, sources: list[str]) -> str:
+    """The paper's number with the place of its source, which ``sources`` gets."""
+    if "paper" not in cell:
+        return "–"
+    if cell["source"] not in sources:
+        sources.append(cell["source"])
+    return f"{cell['paper']:.1f}<sup>{sources.index(cell['source']) + 1}</sup>"
+
+
 def _claims(claims: Sequence[Row]) -> str:
     rows = []
     for claim in claims:
         for one in claim["found"]:
-            held = {
-                None: "not judged",
-                True: '<span class="yes">holds</span>',
-                False: '<span class="no">does not</span>',
-            }
             numbers = [f"{one[side]:.4g}" if one[side] is not None else "–" for side in ("better", "worse")]
-            rows.append((escape(claim["said"]), escape(one["model"]), *numbers, held[one["holds"]],
+            rows.append((escape(claim["said"]), escape(one["model"]), *numbers, HELD[one["holds"]],
                 escape(claim["source"])))  # fmt: skip
     return _section("What the paper claims, and what is here", "claims",
         ("claim", "model", "first", "second", "here", "source"), rows)  # fmt: skip

@@ -8,11 +8,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from misa_engine.bench.pictures import BLUE, CURVES, DASHES, SKY, new_figure
-from misa_engine.bench.pictures import ORANGE as OTHER
+from misa_engine.bench.pictures import BLUE, CURVES, DASHES, ORANGE, SKY, new_figure
+from misa_engine.bench.presets import CARD_GIB, GIB
 
 Row = dict[str, Any]
-GIB = 1 << 30
 
 
 def curves_figure(model: str, runs: Sequence[Row]) -> Figure:
@@ -46,7 +45,7 @@ def bytes_figure(model: str, lines: Sequence[Row]) -> Figure:
     for metric, colour, shift in (("planned_bytes", SKY, -0.2), ("peak_bytes", BLUE, 0.2)):
         sizes = [(line["cells"].get(metric, {}).get("median") or 0) / GIB for line in lines]
         axes.barh([place + shift for place in places], sizes, height=0.38, color=colour, label=metric.split("_")[0])
-    axes.axvline(24564 / 1024, color=OTHER, linewidth=1, linestyle="--", label="RTX 4090")
+    axes.axvline(CARD_GIB, color=ORANGE, linewidth=1, linestyle="--", label="RTX 4090")
     axes.set_yticks(places, [line["label"] for line in lines], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel("GiB")

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -155,8 +153,3 @@ def packages() -> dict[str, Row]:
         record = distribution.read_text("RECORD") or ""
         found[name] = {"version": distribution.version, "sha256": hashlib.sha256(record.encode()).hexdigest()[:16]}
     return found
-
-
-def read_rows(folder: Path) -> list[Row]:
-    """All runs that have a file, by name."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]

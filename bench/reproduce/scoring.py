@@ -10,14 +10,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from misa_engine.bench.bases import digest_of
 from misa_engine.bench.matrix import file_name
 from misa_engine.bench.reproduce.sources import MT_BENCH, PlainWords, files_of, prompt_of
 from misa_engine.errors import UserError
-from misa_engine.evaluation.adapters import PREFIX
+from misa_engine.evaluation.adapters import PLAIN, PREFIX
+from misa_engine.evaluation.generation import generate
+from misa_engine.evaluation.store import write_whole
 
 
 def score_tasks(
@@ -98,7 +97,6 @@ def check_tasks(tasks: Iterable[str], data: Path) -> None:
         task.check([], Settings(data=data))
 
 
-@torch.no_grad()
 def answer_judged(model: Any, words: PlainWords, data: Path, path: Path, name: str, *, new_tokens: int) -> int:
     """Answer MT-Bench's questions, both turns, greedily, into ``path`` as FastChat's judge reads them.
 
@@ -117,6 +115,7 @@ def answer_judged(model: Any, words: PlainWords, data: Path, path: Path, name: s
         UserError: the questions are not there or are something else.
     """
     (asked,) = files_of(MT_BENCH, data, "MT-Bench")
+    device = next(model.parameters()).device
     lines = []
     for line in asked.read_text(encoding="utf-8").splitlines():
         try:
@@ -128,24 +127,15 @@ def answer_judged(model: Any, words: PlainWords, data: Path, path: Path, name: s
         prompt = ""
         for turn in turns:
             if said:
-                prompt = f"{prompt}{said[-1]}\n\n### Instruction:\n{turn}\n\n### Response:\n"
+                prompt = f"{prompt}{said[-1]}\n\n{PLAIN.format(turn)}"
             else:
                 prompt = prompt_of({"instruction": turn})
-            said.append(_generate(model, words, prompt, new_tokens))
+            (made,) = generate(
+                model, [words.prompt(prompt)], end=words.end, pad=words.end, new_tokens=new_tokens, device=device
+            )
+            said.append(words.decode(made).strip())
         answer = {"question_id": number, "answer_id": hashlib.sha256(f"{name}{number}".encode()).hexdigest()[:22]}
         answer |= {"model_id": name, "choices": [{"index": 0, "turns": said}], "tstamp": round(time.time(), 1)}
         lines.append(json.dumps(answer))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    part.replace(path)
+    write_whole(path, "".join(line + "\n" for line in lines))
     return len(lines)
-
-
-def _generate(model: Any, words: PlainWords, prompt: str, new_tokens: int) -> str:
-    ids: Tensor = torch.tensor([words.prompt(prompt)], device=next(model.parameters()).device)
-    made = model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, use_cache=True,
-        pad_token_id=words.end, eos_token_id=words.end,
-    )  # fmt: skip
-    return words.decode(made[0, ids.shape[1] :].tolist()).strip()

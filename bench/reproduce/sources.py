@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from misa_engine.bench.tasks import answers
+from misa_engine.bench.tasks import answers, rows_digest
+from misa_engine.bench.words import Tokenized
+from misa_engine.bench.workload import batches
 from misa_engine.errors import UserError
 
 
@@ -70,7 +72,7 @@ def files_of(source: Source, data: Path, what: str) -> list[Path]:
     return sorted(data.glob(source.pattern))
 
 
-class PlainWords:
+class PlainWords(Tokenized):
     """A tokenizer with LLM-Adapters' plain prompt, for bases that know no chat.
 
     Args:
@@ -78,18 +80,9 @@ class PlainWords:
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-        self.end = int(tokenizer.eos_token_id)
+        super().__init__(tokenizer)
         first = tokenizer.bos_token_id
         self.begin: list[int] = [] if first is None else [int(first)]
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids without special ones."""
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Special tokens are left out."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def prompt(self, question: str) -> list[int]:
         """The ids of a whole prompt; ``prompt_of`` has written it."""
@@ -159,7 +152,7 @@ def load_rows(name: str, data: Path, words: PlainWords, *, batch: int, length: i
     paths = files_of(source, data, name)
     if source.held_out:
         test = first_rows(stream(sorted(data.glob(source.held_out)), words, length), held_out)
-        return Rows(stacked(stream(paths, words, length), batch), test, 0, digest_of(test))
+        return Rows(stacked(stream(paths, words, length), batch), test, 0, rows_digest(test))
     records = sorted(records_of(paths), key=lambda record: hashlib.sha256(repr(record).encode()).digest())
     pairs = [(prompt_of(record), str(record["output"])) for record in records]
     fitting = answers(pairs, words, length)
@@ -169,15 +162,7 @@ def load_rows(name: str, data: Path, words: PlainWords, *, batch: int, length: i
             f"{name}: {len(fitting)} records fit {length} tokens, and {held_out} are held out: none is left."
         )
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
-    return Rows(endless(rows[order], batch), test, len(rows), digest_of(test))
-
-
-def endless(rows: Tensor, batch: int) -> Iterator[Tensor]:
-    """Micro-batches in the rows' order, from the start again after the last."""
-    place = 0
-    while True:
-        yield rows[torch.arange(place, place + batch) % len(rows)]
-        place += batch
+    return Rows(batches(rows[order], batch, torch.device("cpu")), test, len(rows), rows_digest(test))
 
 
 def stream(paths: Iterable[Path], words: PlainWords, length: int) -> Iterator[Tensor]:
@@ -214,8 +199,3 @@ def stacked(rows: Iterator[Tensor], batch: int) -> Iterator[Tensor]:
 def first_rows(rows: Iterator[Tensor], most: int) -> Tensor:
     """Up to ``most`` rows of a stream, (n, 2, length)."""
     return torch.stack([row for _, row in zip(range(most), rows, strict=False)])
-
-
-def digest_of(rows: Tensor) -> str:
-    """Twelve hexadecimal digits: two results compare only where they are the same."""
-    return hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:12]

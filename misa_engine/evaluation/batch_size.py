@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 
 from misa_engine.planner.activations import SLACK_BYTES, DecoderShape, MicroBatch, peak
 
+T = TypeVar("T")
+R = TypeVar("R")
 #: Larger batches bring nothing: on a GPU the matrices are busy, a CPU is busy with a few.
 MOST_ON_GPU, MOST_ON_CPU = 64, 8
 #: Where there are no formulas; memory that ends halves it.
@@ -71,6 +74,32 @@ def free_bytes(device: torch.device) -> float:
     import psutil
 
     return CPU_SHARE * psutil.virtual_memory().available
+
+
+def in_batches(items: Sequence[T], batch: int, run: Callable[[Sequence[T]], R]) -> Iterator[tuple[int, Sequence[T], R]]:
+    """Run over items in batches, which are halved whenever memory does not suffice.
+
+    Args:
+        items: in the order of the batches; the largest first, so that it is known at once.
+        batch: items of a batch, to begin with.
+        run: takes the items of a batch.
+
+    Yields:
+        Size of batches now, the items of one, what ``run`` made of them.
+
+    Raises:
+        BaseException: what ``run`` raised, where it is not memory or the batch is one item.
+    """
+    start = 0
+    while start < len(items):
+        part = items[start : start + batch]
+        try:
+            made = run(part)
+        except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+            batch = smaller(batch, error)
+            continue
+        start += len(part)
+        yield batch, part, made
 
 
 def smaller(batch: int, error: BaseException) -> int:

@@ -53,23 +53,20 @@ class ForgettingTask(Task):
         _, texts = rows(settings)
         left = [place for place in range(len(texts)) if str(place) not in progress.done]
         if not left:
-            return Outcome(progress.batch_size)
+            return Outcome(batch_size=0)
         length = min(LENGTH, getattr(subject.model.config.get_text_config(), "max_position_embeddings", None) or LENGTH)
         encoded = {place: list(subject.tokenizer(texts[place])["input_ids"])[:length] for place in left}
         progress.total = len(texts)
         order = sorted((place for place in left if len(encoded[place]) > 1), key=lambda place: -len(encoded[place]))
         if not order:
-            return Outcome(progress.batch_size)
+            return Outcome(batch_size=0)
         batch = settings.batch_size or sizes.batch_that_fits(subject.model, length=len(encoded[order[0]]))
-        start = 0
-        while start < len(order):
-            part = order[start : start + batch]
-            try:
-                losses = row_losses(subject.model, [encoded[place] for place in part])
-            except (RuntimeError, MemoryError) as error:
-                batch = sizes.smaller(batch, error)
-                continue
-            start += len(part)
+
+        def measured(part: Sequence[int]) -> list[float]:
+            return row_losses(subject.model, [encoded[place] for place in part])
+
+        for size, part, losses in sizes.in_batches(order, batch, measured):
+            batch = size
             for place, loss in zip(part, losses, strict=True):
                 tokens = len(encoded[place]) - 1
                 progress.add(Record(str(place), {"loss": loss}, float(tokens), {"text": texts[place][:80]}))
@@ -102,11 +99,11 @@ def rows(settings: Settings) -> tuple[str, list[str]]:
     Raises:
         UserError: local data for it cannot be read.
     """
-    for name in PLACES if settings.data is not None else ():
-        assert settings.data is not None
-        place = settings.data / name
-        if place.exists():
-            return name, limited(_local(place)[:ROWS], settings)
+    if settings.data is not None:
+        for name in PLACES:
+            place = settings.data / name
+            if place.exists():
+                return name, limited(_local(place)[:ROWS], settings)
     import pydoc_data.topics
 
     topics = pydoc_data.topics.topics

@@ -68,19 +68,16 @@ class Answers:
         self.batch_size = self.wanted or sizes.batch_that_fits(
             model, length=longest + self.new_tokens, beams=self.beams, generates=True
         )
-        start = 0
-        while start < len(order):
-            part = order[start : start + self.batch_size]
-            try:
-                # an empty prompt has nothing to attend to: the end of a text before it begins one
-                asked = [list(self.prompts[place]) or [ends[0]] for place in part]
-                made = generate(
-                    model, asked, end=ends, pad=pad, new_tokens=self.new_tokens, beams=self.beams, device=model.device
-                )
-            except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
-                self.batch_size = sizes.smaller(self.batch_size, error)
-                continue
-            start += len(part)
+
+        def answered(part: Sequence[int]) -> list[list[int]]:
+            # an empty prompt has nothing to attend to: the end of a text before it begins one
+            asked = [list(self.prompts[place]) or [ends[0]] for place in part]
+            return generate(
+                model, asked, end=ends, pad=pad, new_tokens=self.new_tokens, beams=self.beams, device=model.device
+            )
+
+        for size, part, made in sizes.in_batches(order, self.batch_size, answered):
+            self.batch_size = size
             for place, row in zip(part, made, strict=True):
                 yield place, tokenizer.decode(row, skip_special_tokens=True)
 

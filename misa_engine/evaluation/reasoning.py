@@ -13,8 +13,7 @@ from typing import Any, ClassVar
 
 from misa_engine.errors import UserError
 from misa_engine.evaluation.settings import Settings
-from misa_engine.evaluation.subjects import Subject
-from misa_engine.evaluation.task import GenerationTask, Item, chat_prompt, limited
+from misa_engine.evaluation.task import GenerationTask, Item, chat_prompt
 
 PREFIX = "reasoning:"
 #: All of FAMILIES in turn, as misa bench learning asks them.
@@ -135,7 +134,7 @@ class ReasoningTask(GenerationTask):
         found = [Item(str(place), *pair) for place, pair in enumerate(islice(made, count))]
         if not found:
             raise UserError(f"{self.name} made no problems")
-        return limited(found, settings)
+        return found
 
     def prompt(self, item: Item, tokenizer: Any, settings: Settings) -> str:
         """The question as the user's turn, or as plain text."""
@@ -150,10 +149,6 @@ class ReasoningTask(GenerationTask):
             return said, said is not None and said == final_number(item.target)
         words = final_answer(text)
         return words or None, words.lower() == final_answer(item.target).lower()
-
-    def check(self, subjects: Sequence[Subject], settings: Settings) -> None:
-        """reasoning-gym is there, and models have chat templates."""
-        super().check(subjects, settings)
 
 
 def training_records(names: Sequence[str], count: int) -> list[dict[str, Any]]:

@@ -124,8 +124,7 @@ def _one(
     finally:
         progress.close()
     records = progress.finish()
-    means = summarised(records)
-    metrics = outcome.metrics or means
+    metrics = outcome.metrics or summarised(records)
     result = Result(
         task=task.name, protocol=task.protocol, model=subject.label, path=subject.path,
         model_digest=subject.identity(), metrics=metrics, settings={**facts, **outcome.settings}, versions=versions,

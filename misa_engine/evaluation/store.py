@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -42,8 +42,6 @@ class Progress:
         self.key = key
         self.done: dict[str, Record] = {}
         """By id."""
-        self.batch_size = 0
-        """Of an interrupted run; 0 where nothing was interrupted."""
         self.total = 0
         """How many there will be, where the task knows."""
         self._file: IO[str] | None = None
@@ -121,8 +119,12 @@ def what_changed(before: Result, facts: dict[str, Any], digest: str, versions: d
     """Why a stored result does not answer the present question."""
     if before.model_digest != digest:
         return "the model's files have changed"
-    for name, now in (facts | {f"version of {one}": it for one, it in versions.items()}).items():
-        then = {**before.settings, **{f"version of {one}": it for one, it in before.versions.items()}}.get(name)
-        if then != now:
-            return f"{name} was {then!r} and is {now!r}"
+    then, now = _named(before.settings, before.versions), _named(facts, versions)
+    for name, value in now.items():
+        if then.get(name) != value:
+            return f"{name} was {then.get(name)!r} and is {value!r}"
     return "settings have changed"
+
+
+def _named(settings: Mapping[str, Any], versions: Mapping[str, str]) -> dict[str, Any]:
+    return {**settings, **{f"version of {name}": version for name, version in versions.items()}}

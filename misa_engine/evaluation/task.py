@@ -23,6 +23,7 @@ class Outcome:
     """What a run of a task gives beside its records."""
 
     batch_size: int
+    """0 where nothing was left to do."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Found while it ran, beside ``Task.facts``."""
     metrics: Mapping[str, Any] | None = None
@@ -102,7 +103,7 @@ class GenerationTask(Task):
         items = self.items(settings)
         left = [item for item in items if item.id not in progress.done]
         if not left:
-            return Outcome(progress.batch_size)
+            return Outcome(batch_size=0)
         progress.total = len(items)
         room, new_tokens = room_for(subject.model.config, self.new_tokens)
         prompts, cut = {}, set()
