@@ -90,7 +90,7 @@ def finish(name: str, fixed: dict[str, str], output: Path, every: Sequence[Run])
     from misa_engine.bench.reproduce.page import page_of
     from misa_engine.bench.reproduce.results import document_of
     from misa_engine.bench.runner import write
-    from misa_engine.evaluation.store import write_whole
+    from misa_engine.files import write_whole
 
     rows = read_rows(output)
     if not rows:

@@ -16,7 +16,7 @@ from misa_engine.bench.reproduce.sources import MT_BENCH, PlainWords, files_of, 
 from misa_engine.errors import UserError
 from misa_engine.evaluation.adapters import PLAIN, PREFIX
 from misa_engine.evaluation.generation import generate
-from misa_engine.evaluation.store import write_whole
+from misa_engine.files import write_whole
 
 
 def score_tasks(
