@@ -27,6 +27,7 @@ from misa_engine.sweep.evaluating import evaluate, value_of
 from misa_engine.sweep.objective import Objective, check_evaluable, parse_objective
 from misa_engine.sweep.settings import Settings
 from misa_engine.sweep.space import PAPER, Dimension, parse_space
+from pages import Page
 
 pytest_plugins = ["cli_place"]
 
@@ -94,10 +95,11 @@ def test_the_page_needs_no_other_file_and_shows_every_trial(tmp_path: Path) -> N
     about = settings(base={"seed": 3, "dataset": ["<data>&.jsonl"]})
     sweep(settings(), tmp_path / "a", 6, launch=LAUNCH, typed="misa sweep --output 'a b'")
     page = (tmp_path / "a" / "index.html").read_text()
-    assert page.count("data:image/png;base64,") == 4 and page.count("<tr class=") >= 6
-    for outside in ("http:", "https:", "<script", "<link", 'src="/', "url("):
-        assert outside not in page
+    read = Page(page)
+    assert read.open == [] and [load.partition(",")[0] for load in read.loads] == 4 * ["data:image/svg+xml;base64"]
     document = results(tmp_path / "a")
+    assert len(read.tables["trials"]) == 1 + 6 and page.count('<tr class="best">') == 1
+    assert {"best", "importance", "trials", "searched", "environment"} == set(read.tables)
     assert f"{document['best']['value']:.4f}" in page and "misa sweep --output &#x27;a b&#x27;" in page
     for name in ("torch", "optuna"):
         assert document["environment"][name] in page
