@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,9 @@ def command(words: list[str]) -> int:
     if not options.models or options.output is None:
         raise UserError("misa eval needs a model and --output DIR. See misa eval --help.")
     output = Path(options.output).expanduser()
-    check_place(output)
-    everyone = subjects_of([*([options.base] if options.base else []), *options.models], dtype=options.dtype)
+    check_place(output, "--output")
+    named = {options.base: "--base"} if options.base else {}
+    everyone = subjects_of([*named, *options.models], dtype=options.dtype, options=named)
     base, subjects = (everyone[0], everyone[1:]) if options.base else (None, everyone)
     settings = Settings(
         data=Path(options.data).expanduser() if options.data else None, limit=options.limit,
@@ -47,31 +48,34 @@ def command(words: list[str]) -> int:
     return DONE
 
 
-def subjects_of(paths: Sequence[str], *, dtype: str | None = None) -> list[Subject]:
+def subjects_of(
+    paths: Sequence[str], *, dtype: str | None = None, options: Mapping[str, str] | None = None
+) -> list[Subject]:
     """Models as the evaluators take them, looked at but not loaded; tokenizers are loaded to see that they are there.
 
     Args:
         paths: directories, or ids on the Hub.
         dtype: bfloat16, float32, or None: bfloat16 on a GPU, the checkpoint's own on a CPU.
+        options: path -> option that it was given with, for errors; the others were given as they are (MODEL).
 
     Raises:
         UserError: one of them is no model, or its configuration or tokenizer cannot be read.
     """
     made = []
     for path, label in zip(paths, labels(paths), strict=True):
-        made.append(_subject(path, label, dtype))
+        made.append(_subject(path, label, dtype, (options or {}).get(path, "MODEL")))
     return made
 
 
-def _subject(path: str, label: str, dtype: str | None) -> Subject:
+def _subject(path: str, label: str, dtype: str | None, option: str) -> Subject:
     import torch
 
     from misa_engine.cli.loading import load_config, load_model, load_tokenizer, resolve_dtype
 
     arguments = ModelArguments(model_name_or_path=path, dtype=dtype)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = load_config(arguments, trust_remote_code=False)
-    check_reachable(path, "tokenizer_config.json", "MODEL")
+    config = load_config(arguments, trust_remote_code=False, option=option)
+    check_reachable(path, "tokenizer_config.json", option)
     subject = Subject(
         label, path, lambda: load_model(arguments, device), lambda: load_tokenizer(arguments),
         dtype=str(resolve_dtype(dtype, config, device)).removeprefix("torch."),
@@ -123,7 +127,7 @@ def write_training_problems(options: argparse.Namespace) -> int:
     path = Path(options.training_problems).expanduser()
     if path.exists():
         raise UserError(f"--training_problems {path} exists: name another file, or delete it.")
-    check_place(path.parent)
+    check_place(path.parent, "--training_problems")
     with bad_input():
         records = reasoning.training_records(options.tasks, options.limit or 3000)
     path.parent.mkdir(parents=True, exist_ok=True)
