@@ -37,7 +37,7 @@ def command(words: list[str]) -> int:
     settings = Settings(
         data=Path(options.data).expanduser() if options.data else None, limit=options.limit,
         batch_size=options.batch_size, prompt=options.prompt, num_beams=options.num_beams,
-        num_fewshot=options.num_fewshot,
+        new_tokens=options.new_tokens, num_fewshot=options.num_fewshot,
     )  # fmt: skip
     evaluation = evaluate(subjects, options.tasks, output, base=base, settings=settings, say=_say)
     into_cards(evaluation, subjects)
@@ -160,6 +160,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--prompt", choices=PROMPTS, default="task", help="task: each task's own; chat: the model's chat template "
         "everywhere; plain: nowhere (default: task)")  # fmt: skip
     add("--num_beams", type=positive, help="beams of the adapters: tasks (default: 4, as published)")
+    add("--new_tokens", type=positive, metavar="N", help="of an answer to the adapters: tasks, at most (default: 32 a "
+        "choice, 256 a number, as published; the code of the MISA paper takes 64 and 512)")  # fmt: skip
     add("--num_fewshot", type=int, help="examples in the prompt of lm-eval's tasks (default: the task's own)")
     add("--dtype", help="bfloat16 or float32 (default: bfloat16 on a GPU, the checkpoint's own on a CPU)")
     add("--json", action="store_true", help="print results.json instead of tables")
