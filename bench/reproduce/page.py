@@ -63,7 +63,9 @@ def number(metric: str, value: float | None) -> str:
 def _results(document: Row) -> str:
     headings = ["model", "method", "seeds"]
     sources: list[str] = []
-    told_of = {name for line in document["table"] for name, cell in line["cells"].items() if "paper" in cell}
+    told_of = {
+        name for line in document["table"] for name, cell in line["cells"].items() if {"paper", "lacking"} & set(cell)
+    }
     for metric in document["metrics"]:
         shown = metric.replace("_", " ")
         headings += [shown, f"{shown}, paper"] if metric in told_of else [shown]
@@ -84,14 +86,15 @@ def _results(document: Row) -> str:
                 cells.append(_told(cell, sources))
         rows.append(cells)
     notes = "".join(f"<br><sup>{place}</sup> {escape(source)}" for place, source in enumerate(sources, start=1))
-    said = "Medians over the seeds, least and most below. – is not measured, or not known of the paper."
+    said = "Medians over the seeds, least and most below. – is not measured. Not transcribed: the "
+    said += "paper has the number, and it could not be checked here."
     return f'{html.table("results", headings, rows)}\n<p class="dim">{said}{notes}</p>'
 
 
 def _told(cell: Row, sources: list[str]) -> str:
-    """The paper's number with the place of its source, which ``sources`` gets."""
+    """The paper's number with the place of its source, which ``sources`` gets, or why there is none."""
     if "paper" not in cell:
-        return "–"
+        return f'<span class="dim">{cell.get("lacking", "–")}</span>'
     if cell["source"] not in sources:
         sources.append(cell["source"])
     return f"{cell['paper']:.1f}<sup>{sources.index(cell['source']) + 1}</sup>"
