@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import io
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 import test_replicas
 from misa_engine import MISA
-from misa_engine.engine.arena import padded
 from ranks import run_ranks
-from test_replica_failures import attempt, step
-from test_replicas import CASES, COMMON, _arguments, micro_batches
-from training import loss_of
+from test_replicas import CASES, _arguments
 
 #: 64 x 64 is 4 tiles; 64 x 80 is 5, of which two processes have 3 and 2, four 2, 2, 1 and none.
 WIDE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 80}
