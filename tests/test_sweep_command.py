@@ -11,7 +11,7 @@ pytest.importorskip("optuna", reason="misa sweep needs optuna: pip install 'misa
 from misa_engine.cli.main import main
 from sweep_studies import results
 
-pytest_plugins = ["cli_place", "sweep_studies"]
+pytest_plugins = ["cli_place", "sweep_place"]
 pytestmark = pytest.mark.usefixtures("quick")
 
 

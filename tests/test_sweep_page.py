@@ -11,8 +11,6 @@ pytest.importorskip("optuna", reason="misa sweep needs optuna: pip install 'misa
 from misa_engine.sweep.command import sweep
 from sweep_studies import LAUNCH, results, settings
 
-pytest_plugins = ["sweep_studies"]
-
 
 def test_the_page_needs_no_other_file_and_shows_every_trial(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
