@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -39,7 +40,8 @@ def command(words: list[str]) -> int:
         batch_size=options.batch_size, prompt=options.prompt, num_beams=options.num_beams,
         new_tokens=options.new_tokens, num_fewshot=options.num_fewshot,
     )  # fmt: skip
-    evaluation = evaluate(subjects, options.tasks, output, base=base, settings=settings, say=_say)
+    evaluation = evaluate(subjects, options.tasks, output, base=base, settings=settings,
+        command=shlex.join(["misa", "eval", *words]), say=_say)  # fmt: skip
     into_cards(evaluation, subjects)
     if options.json:
         print(json.dumps(evaluation.to_dict(), indent=2))
@@ -107,13 +109,14 @@ def show(evaluation: Evaluation) -> None:
     """The tables, and where everything is; wide enough where no terminal sets the width."""
     from rich.console import Console
 
+    from misa_engine.evaluation.page import PAGE
     from misa_engine.evaluation.run import RESULTS
     from misa_engine.evaluation.tables import tables
 
     console = Console(width=None if sys.stdout.isatty() else 120)
     for table in tables(evaluation):
         console.print(table)
-    print(f"results: {evaluation.output / RESULTS}")
+    print(f"page: {evaluation.output / PAGE}\nresults: {evaluation.output / RESULTS}")
 
 
 def write_training_problems(options: argparse.Namespace) -> int:
