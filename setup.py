@@ -37,7 +37,7 @@ BENCH = [
 ]
 
 # misa eval: lm-eval's tasks, which bring scikit-learn, scipy and nltk (about 330 MB), and problems that are made.
-EVAL = ["lm_eval[hf]>=0.4.13", "reasoning-gym>=0.1.20"]
+EVAL = ["lm_eval[hf,ifeval]>=0.4.13", "reasoning-gym>=0.1.20"]
 
 setup(
     name="misa_engine",

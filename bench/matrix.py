@@ -156,6 +156,7 @@ def run_pending(
     shown: Callable[[dict[str, Any]], str] = lambda row: "",
     unkept: tuple[str, ...] = ("base",),
     private: tuple[str, ...] = ("base", "work"),
+    preload: tuple[str, ...] = (),
 ) -> None:
     """Run the cases that have no file in ``folder`` yet, each in a process of its own, and write theirs.
 
@@ -168,6 +169,7 @@ def run_pending(
         shown: what a line says of a row beside its status.
         unkept: kinds of cases that prepare what the others need: run every time, no file, and they must succeed.
         private: settings that name folders of this machine; files hold their last part alone.
+        preload: modules to import once for all cases.
 
     Raises:
         KeyboardInterrupt: also at SIGTERM; what is done is kept, and the same call goes on.
@@ -177,7 +179,7 @@ def run_pending(
     from misa_engine.bench.runner import terminated_as_interrupt, write
 
     folder.mkdir(parents=True, exist_ok=True)
-    started, processes = time.monotonic(), CaseProcesses(device)
+    started, processes = time.monotonic(), CaseProcesses(device, preload)
     with terminated_as_interrupt():
         for number, case in enumerate(cases, start=1):
             path = file_of(case, folder)

@@ -36,16 +36,17 @@ class CaseProcesses:
 
     Args:
         device: that the cases use.
+        preload: modules to import once, beside PRELOAD, for all cases together.
     """
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, preload: tuple[str, ...] = ()) -> None:
         os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # is_available() at an import must not initialise the driver
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         self._context: Any = multiprocessing.get_context("spawn")
         if "forkserver" in multiprocessing.get_all_start_methods():
             spawn, self._context = self._context, multiprocessing.get_context("forkserver")
-            self._context.set_forkserver_preload(list(PRELOAD))
+            self._context.set_forkserver_preload([*PRELOAD, *preload])
             probe = self._context.Process(target=_touch, args=(device,))  # imports must not count for the first case
             probe.start()
             probe.join()

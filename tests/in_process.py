@@ -20,7 +20,7 @@ class Here:
     most: float = math.inf
     ran: list[str] = []
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, preload: tuple[str, ...] = ()) -> None:
         pass
 
     def run(self, case: Any, timeout_s: float) -> Any:

@@ -7,9 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
-import yaml
-
 from misa_engine.sweep.objective import Objective
 from misa_engine.sweep.settings import Settings
 from misa_engine.sweep.space import Dimension
@@ -17,15 +14,6 @@ from misa_engine.sweep.space import Dimension
 LAUNCH = [sys.executable, "-S", "-E", str(Path(__file__).with_name("sweep_trainer.py"))]
 RATE = Dimension("learning_rate", 1e-6, 1e-3, log=True)
 ETA = Dimension("eta", choices=(0.1, 0.5, 1.0))
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stand-ins end in a moment, so they are looked at more often, and no pictures are drawn."""
-    from misa_engine.sweep import page, trial
-
-    monkeypatch.setattr(trial, "EVERY", 0.02)
-    monkeypatch.setattr(page, "_pictures", lambda document: {})
 
 
 def settings(*space: Dimension, **options: Any) -> Settings:
@@ -43,20 +31,3 @@ def results(directory: Path) -> dict[str, Any]:
 def states(directory: Path) -> list[str]:
     """How the trials ended."""
     return [row["state"] for row in results(directory)["trials"]]
-
-
-@pytest.fixture
-def config(workplace: Path, tmp_path: Path) -> Path:
-    values = {
-        "model": str(workplace / "model"),
-        "dataset": str(workplace / "data.jsonl"),
-        "eval_fraction": 0.25,
-        "delta": 0.2,
-        "inner_steps": 2,
-        "max_steps": 2,
-        "per_device_train_batch_size": 2,
-        "gradient_checkpointing": False,
-        "eval_steps": 1,
-    }
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
-    return tmp_path / "run.yaml"

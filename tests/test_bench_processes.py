@@ -56,6 +56,13 @@ def test_a_case_returns_its_row_from_a_process_of_its_own(runner):
     assert row["status"] == "ok" and row["settings"]["length"] == 16 and row["tokens_per_s"] > 0
 
 
+def test_what_a_command_preloads_is_imported_by_the_process_that_forks(runner, monkeypatch):
+    given = []
+    monkeypatch.setattr(runner._context, "set_forkserver_preload", given.extend)  # one object for all; it has forked
+    processes.CaseProcesses("cpu", preload=("a.module",))
+    assert given == [*processes.PRELOAD, "a.module"]
+
+
 def test_a_case_that_hangs_is_ended_with_its_children_and_the_next_one_runs(runner):
     row = runner.run(OddCase(name="odd", deed="hangs"), timeout_s=2)
     assert row["status"] == "timed out after 2 s"

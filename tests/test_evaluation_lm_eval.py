@@ -126,6 +126,16 @@ def test_values_and_errors_are_lm_evals_own():
     }
 
 
+def test_a_task_whose_package_is_missing_says_what_to_install(monkeypatch, data):
+    class Manager:
+        def load(self, names):
+            raise ModuleNotFoundError("No module named 'langdetect'", name="langdetect")
+
+    monkeypatch.setattr(harness, "manager", Manager)
+    with pytest.raises(UserError, match="ifeval needs the package langdetect, .* pip install langdetect"):
+        harness.HarnessTask("ifeval").facts(Settings(data=data))
+
+
 def test_without_lm_eval_an_unknown_task_says_what_to_install(monkeypatch):
     monkeypatch.setattr(harness, "installed", lambda: False)
     with pytest.raises(UserError, match=r"unknown task 'gsm8k'.*pip install 'misa_engine\[eval\]'"):

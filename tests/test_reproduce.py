@@ -195,6 +195,13 @@ def test_a_folder_of_another_experiment_is_refused(tmp_path, capsys):
     assert "experiment math: choose another --output" in capsys.readouterr().err
 
 
+def test_the_index_of_lm_eval_is_read_once_for_all_runs_and_only_where_it_is_asked():
+    from misa_engine.bench.reproduce.command import preload_of
+
+    assert preload_of(EXPERIMENTS["alpaca"].tasks.values()) == ("misa_engine.evaluation.harness_index",)
+    assert preload_of(EXPERIMENTS["math"].tasks.values()) == preload_of(()) == ()
+
+
 # ---- toys ----
 
 

@@ -15,7 +15,7 @@ from misa_engine.sweep.command import sweep
 from misa_engine.sweep.space import Dimension
 from sweep_studies import LAUNCH, results, settings, states
 
-pytest_plugins = ["sweep_studies"]
+pytest_plugins = ["sweep_place"]
 pytestmark = pytest.mark.usefixtures("quick")
 
 

@@ -11,7 +11,7 @@ pytest.importorskip("optuna", reason="misa sweep needs optuna: pip install 'misa
 from misa_engine.cli.main import main
 from sweep_studies import results
 
-pytest_plugins = ["cli_place", "sweep_studies"]
+pytest_plugins = ["cli_place", "sweep_place"]
 pytestmark = pytest.mark.usefixtures("quick")
 
 
@@ -67,6 +67,9 @@ BAD: dict[str, tuple[str, list[str]]] = {
     "a run to go on with": ("--resume_from_checkpoint is about one run", ["--resume_from_checkpoint", "true"]),
     "no held-out data": ("no evaluation data: add --eval_fraction", ["--config", "{bare}"]),
     "no such recipe": ("neither a file nor a recipe", ["--config", "llama-9-nothing"]),
+    "no such data": ("data file gone.jsonl does not exist", ["--dataset", "gone.jsonl"]),
+    "no such model": ("model directory ./gone does not exist", ["--model", "./gone"]),
+    "the output is a file": ("--output {bare}: {bare} is a file", ["--output", "{bare}"]),
     "not a study": ("holds something that is no study", ["--output", "{place}"]),
 }
 
@@ -86,7 +89,7 @@ def test_bad_input_of_sweep_is_one_line_and_nothing_is_written(
     before = sorted(path.name for path in tmp_path.iterdir())
     assert main(["sweep", *(word for pair in words.items() for word in pair), *more]) == 2
     shown = capsys.readouterr().err
-    assert expected in shown and len(shown.strip().splitlines()) == 1
+    assert expected.replace("{bare}", str(bare)) in shown and len(shown.strip().splitlines()) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 

@@ -12,8 +12,6 @@ from misa_engine.sweep.command import sweep
 from pages import Page
 from sweep_studies import LAUNCH, results, settings
 
-pytest_plugins = ["sweep_studies"]
-
 
 def test_the_page_needs_no_other_file_and_shows_every_trial(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")

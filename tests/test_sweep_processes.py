@@ -20,7 +20,7 @@ from misa_engine.sweep import study as studies
 from misa_engine.sweep import trial as trials
 from sweep_studies import LAUNCH, results, settings
 
-pytest_plugins = ["sweep_studies"]
+pytest_plugins = ["sweep_place"]
 pytestmark = pytest.mark.usefixtures("quick")
 
 WORKER = """

@@ -11,8 +11,6 @@ pytest.importorskip("optuna", reason="misa sweep needs optuna: pip install 'misa
 from misa_engine.sweep.space import PAPER, Dimension, parse_space
 from sweep_studies import settings
 
-pytest_plugins = ["sweep_studies"]
-
 
 def test_the_papers_ranges_are_its_search_ranges_and_settings() -> None:
     """Learning rate and η are its search ranges; the others are ours and hold its δ, its T and the code's batch."""

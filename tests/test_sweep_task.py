@@ -19,7 +19,7 @@ from misa_engine.sweep.evaluating import evaluate, value_of
 from misa_engine.sweep.objective import Objective, check_evaluable, parse_objective
 from sweep_studies import LAUNCH, results, settings
 
-pytest_plugins = ["cli_place", "sweep_studies"]
+pytest_plugins = ["cli_place", "sweep_place"]
 pytestmark = pytest.mark.usefixtures("quick")
 
 

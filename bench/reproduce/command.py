@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,12 +76,20 @@ def _reproduce(options: argparse.Namespace, every: list[Run], chosen: list[Run])
     try:
         run_pending(
             cases, output / "runs", device=device, deadline_s=options.deadline_s, unkept=("toys",),
-            private=("directory", "data", "judged", "evaluated", "folder"), say=lambda line: print(line, flush=True),
+            private=("directory", "data", "judged", "evaluated", "folder"),
+            preload=preload_of(EXPERIMENTS[options.name].tasks.values()), say=lambda line: print(line, flush=True),
         )  # fmt: skip
     finally:
         rows = finish(options.name, fixed, output, every)
     names = {one.name for one in chosen}
     return DONE if any(row["status"] == "ok" for row in rows if row["case"] in names) else FAILED
+
+
+def preload_of(tasks: Iterable[str]) -> tuple[str, ...]:
+    """Modules that a run of these tasks spends seconds on: lm-eval's index of its tasks is read once for all runs."""
+    from misa_engine.evaluation.adapters import PREFIX
+
+    return () if all(task.startswith(PREFIX) for task in tasks) else ("misa_engine.evaluation.harness_index",)
 
 
 def finish(name: str, fixed: dict[str, str], output: Path, every: Sequence[Run]) -> list[dict[str, Any]]:

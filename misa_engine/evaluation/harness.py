@@ -65,6 +65,11 @@ class HarnessTask(Task):
                     self._tasks = dict(manager().load([self.name])["tasks"])
             except UserError:
                 raise
+            except ModuleNotFoundError as error:  # some tasks need packages that lm-eval has as extras
+                raise UserError(
+                    f"{self.name} needs the package {error.name}, which is not installed: pip install {error.name} "
+                    "(lm-eval's extras name all that a task needs: pip install 'lm_eval[ifeval,math]')"
+                ) from error
             except Exception as error:  # a task's own code reads the records, and raises whatever they make it raise
                 reason = " ".join(str(error).split()) or type(error).__name__
                 raise UserError(

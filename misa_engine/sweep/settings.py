@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from misa_engine.cli.arguments import TrainArguments, build_parser, parse_tokens, parse_train, read_config
+from misa_engine.cli.early_checks import check_early
 from misa_engine.cli.evaluation_data import EVAL_DATA
+from misa_engine.cli.loading import check_model_directory
 from misa_engine.cli.parsing import plain
 from misa_engine.errors import UserError, did_you_mean
 from misa_engine.files import write_whole
@@ -78,7 +80,7 @@ class Settings:
             seed: of the search.
 
         Raises:
-            UserError: naming what misa train would not take, or what a search cannot do with it.
+            UserError: naming what misa train would not take, what is not there, or what a search cannot do with it.
         """
         if pruner not in PRUNERS:
             raise UserError(f"--pruner {pruner}: known are {', '.join(PRUNERS)}.{did_you_mean(pruner, PRUNERS)}")
@@ -101,6 +103,8 @@ class Settings:
                 raise UserError(f"--space: {BATCH} is made with {place.name}; search one of them.")
             for value in place.ends:
                 _parse(base, settings_of({place.name: value}, micro_batch), place.name)
+        check_early(parsed)
+        check_model_directory(str(parsed.model.model_name_or_path), weights=not parsed.model.from_scratch)
         now = {place.name: _value(parsed, place.name) for place in space}
         start = {place.name: now[place.name] for place in space if place.contains(now[place.name])}
         return cls(base, space, objective, micro_batch, start, pruner, seed)
