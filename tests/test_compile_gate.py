@@ -262,6 +262,7 @@ def executed(sass: str) -> list[str]:
             body.append(line)
         target = lines.index(f"{jump.group(1)}:") if jump else at
         at = target if any("CALL" in skipped for skipped in lines[at:target]) else at + 1
+    assert not any("CALL" in line for line in body)
     return body
 
 

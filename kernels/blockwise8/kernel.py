@@ -52,7 +52,7 @@ def decode_second(codes, scale, BLOCK: tl.constexpr):
 def decode_decayed(codes, scale, decay, decoded, BLOCK: tl.constexpr):
     """Decode and decay m = f(c) * (a * decay), where ``decoded`` holds f(c) = c / (254 - |c|) by the code's byte.
 
-    From shared memory; a division here takes the slow path for each c = 0, and with it its whole warp.
+    From shared memory: a division takes ten instructions more.
     """
     return tl.gather(decoded, codes.to(tl.uint8, bitcast=True).to(tl.int32), axis=0) * _spread(scale * decay, BLOCK)
 
