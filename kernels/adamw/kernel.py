@@ -38,9 +38,12 @@ REGISTERS = {} if torch.version.hip else {torch.float32: {"maxnreg": 64}, torch.
 
 @functools.lru_cache
 def decoded_codes(device: torch.device) -> Tensor:
-    """First moments of scale 1 by the byte of their code, c/(254 - |c|): (256,) float32. One for each device."""
-    code = torch.arange(256, dtype=torch.uint8).view(torch.int8).float()
-    return (code / (254.0 - code.abs())).to(device)
+    """First moments of scale 1 by the byte of their code, c/(254 - |c|): (256,) float32. One for each device.
+
+    Made there: a copy from the host would be waited for.
+    """
+    code = torch.arange(256, dtype=torch.uint8, device=device).view(torch.int8).float()
+    return code / (254.0 - code.abs())
 
 
 @triton.jit(do_not_specialize=["first_tile", "grad_tile"])
