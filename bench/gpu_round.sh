@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, in one call: GPU tests, memory limits, kernel and switch benchmarks, speed beside the
-# peers, a profile; on real 7-8B shapes under a 24 GB card's limit. Without a CUDA device tiny shapes take the same way.
+# Everything that wants a GPU, most valuable first: the engine's and the kernels' tests, kernel and switch benchmarks,
+# memory limits, residents, peers, speed beside them, a profile; on real 7-14B shapes under a card's limit. Two calls of
+# LIMIT_S take it all. Without a CUDA device tiny shapes take the same way.
 #
 #   bash bench/gpu_round.sh [FOLDER [ARCHIVE.tar.gz]]      (default bench/results/gpu; no archive)
 #   WHEELS="DIR ..."   folders of wheels to install first, for a machine without a network: give them in parts
-#   SUITE=residents    only what rests in 8 bits: 8B in 12 GiB and 14B in 24, random weights (about 4 minutes)
+#   SUITE=residents    only what rests in 8 bits: 8B in 12 GiB and 14B in 24, random weights (about 4 minutes); another
+#                      FOLDER than the round's
 #   LIMIT_S=560        seconds of the whole call; what the deadline cuts off is a row "not run", and a second call with
 #                      the same FOLDER goes on there
 #

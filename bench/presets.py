@@ -18,7 +18,7 @@ SUITES = {
     "profile": "trace, memory snapshot, time and bytes by phase of a few steps; also: misa profile",
     "learning": "methods x learning rates x seeds from a pretrained base: misa bench learning --help",
     "residents": "8B in 12 GiB and 14B in 24, what is not drawn at rest in 8 bits (on a CPU tiny shapes)",
-    "round": "everything that wants a GPU: tests, kernels, memory limits, speed, a profile (bench/gpu_round.sh)",
+    "round": "everything that wants a GPU: tests, kernels, memory limits, residents, speed (bench/gpu_round.sh)",
 }
 
 

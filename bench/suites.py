@@ -59,8 +59,9 @@ SPEED_1B = ("misa", "misa-int8", "adamw8bit", "lora", "badam", "lisa", "unfused-
 
 
 def round_cases(bench: Bench, output: Path) -> list[Case]:
-    """The round, most important cases first: what a deadline cuts off is what is only nice to have.
+    """The round, most important cases first: what a deadline cuts off, a second call adds.
 
+    The engine's and the kernels' tests, the kernels' speed, the memory promises, then peers and speed beside them.
     Without a CUDA device tiny shapes take the same way.
     """
     on_gpu = bench.device != "cpu"
@@ -71,8 +72,9 @@ def round_cases(bench: Bench, output: Path) -> list[Case]:
     speed = replace(bench, batch=2, accumulation=1, inner_steps=10 if on_gpu else 4, timeout_s=60, data="random")
     cases = [
         tests,
-        *memory_cases(bench, first),
         kernels,
+        *memory_cases(bench, first),
+        *resident_cases(bench),
         *peers[:3],
         *step_cases(replace(speed, model=first, steps=20 if on_gpu else 8), SPEED_8B, "speed "),
         *profile_cases(profiled, output, "profile "),
@@ -139,7 +141,8 @@ def resident_cases(bench: Bench) -> list[Case]:
 def command_cases(bench: Bench, output: Path) -> list[CommandCase]:
     """The GPU's tests (files that need neither TRL nor datasets) and kernel benchmarks."""
     out, on_gpu = output.resolve(), bench.device != "cpu"
-    tests = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/test_*gpu.py"))
+    # the engine's before the kernels': one says whether training is right, the others where it is not
+    tests = sorted((str(path.relative_to(ROOT)) for path in ROOT.glob("tests/test_*gpu.py")), reverse=True)
     sizes = [*(["--sizes", bench.sizes] if bench.sizes else []), *([] if on_gpu else ["--rounds", "2"])]
 
     def pytest(name: str, *words: str) -> CommandCase:

@@ -38,6 +38,13 @@ ALIGNMENT = 16
 #: |m| < 1.9e19.
 HUGE = 1e36
 
+#: Least divisor in the factors 254/a and 255/s of a group, so that they are finite. The root of the smallest v is
+#: larger; where all m of a group are smaller, which nothing moves by beside ε, they are stored smaller still.
+TINY = 2.0**-80
+
+#: 1.5·2^23: added to |x| < 2^22, rounds x to the nearest even integer and leaves it in the lowest byte.
+ROUNDING = 12582912.0
+
 #: Rows of the bias table at most (8 MB a group); reached by no beta below 0.99998.
 MAX_BIAS_ROWS = 1 << 20
 

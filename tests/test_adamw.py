@@ -278,6 +278,20 @@ def test_one_slot_can_be_updated_alone():
     assert complain(arena.state(), whole.state()) == "" and not whole.tile_sumsq.any()
 
 
+@pytest.mark.parametrize("bad", [math.inf, math.nan, 1e30])
+def test_an_element_of_8_bits_whose_v_is_not_finite_starts_again_and_its_neighbours_notice_nothing(bad):
+    """Only where skipping is off, as it is nowhere in the engine: as if its gradient had been zero from the start."""
+    states = []
+    for value in (bad, 0.0):
+        arena = make_arena(random_weights(EVEN_SIZES, BF16), int8=True, grad_dtype=F32)
+        for step in range(2):
+            arena.set_gradients(random_gradients(EVEN_SIZES, step))
+            arena.grad[70] = value
+            arena.update(skip_nonfinite=False, normed=False)
+        states.append(arena.state())
+    assert complain(*states) == "" and states[0]["m 0"][70] == states[0]["v 0"][70] == 0
+
+
 @pytest.mark.parametrize("bias_correction", [True, False])
 def test_closing_step_is_line_16_of_algorithm_1(bias_correction):
     lr, eps = 1e-3, 1e-8

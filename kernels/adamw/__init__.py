@@ -11,7 +11,15 @@ Decay and step are added to each other first: lr·wd is often below half an ulp 
 would round to nothing or to twice its size.
 
 With 8-bit moments (blockwise8) m and v are decoded, updated in float32 and quantised again in the same pass; the
-weight steps along the fresh float32 values.
+weight steps along the fresh float32 values. Arithmetic is what takes the time there, so that one division serves the
+step and the code of m, and the factors of a group are multiplied before its codes:
+
+    m ← f(c)·(a·β1) + (1-β1)·g             f(c) = c/(254-|c|), from a table
+    v ← c²·((s/255)²·β2) + (1-β2)·g²
+    x = m·(254/a),  q = 254/((254+|x|)·(√v + c₁·ε))
+    w ← w + (-lr·wd·w + (m·(-lr·c₀/254))·((254+|x|)·q)),  code of m = round(x·((√v + c₁·ε)·q))
+
+An element whose v is not finite is stored as zero and does not step.
 
 There is no ``triton.autotune``: each trial would apply the update once more.
 """

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..backend import on_device
-from ..blockwise8.kernel import decode_first, decode_second, encode
+from ..blockwise8.kernel import decode_decayed, decode_decayed_second, decode_first, decode_second, encode_and_step
 from ..columns import (
     COEF_BETA1,
     COEF_BETA2,
@@ -22,13 +24,26 @@ from ..columns import (
 )
 from ..tiles import BLOCK, TileTable
 from ..tiles import GROUP as _GROUP
+from ..tiles import HUGE as _HUGE
 
 GROUP = tl.constexpr(_GROUP)
+HUGE = tl.constexpr(_HUGE)
 
-#: Registers of a thread, by the dtype of the moments. With 64, 8 programs of 128 threads fit the 65,536 registers of a
-#: multiprocessor; the weights that are held while 8-bit moments are encoded would spill there, but not with 80 (6
-#: programs). AMD has no such option.
-REGISTERS = {} if torch.version.hip else {torch.float32: {"maxnreg": 64}, torch.int8: {"maxnreg": 80}}
+#: Warps of a program and registers of a thread, by the dtype of the moments. Float32: 8 elements a thread, and 64
+#: registers let 8 programs share the 65,536 of a multiprocessor. 8 bits: 16 elements a thread, since its addresses and
+#: coefficients take 120 instructions however many there are; 7 programs of 64 threads. AMD has no such option.
+WARPS = {torch.float32: 4, torch.int8: 2}
+REGISTERS = {} if torch.version.hip else {torch.float32: {"maxnreg": 64}, torch.int8: {"maxnreg": 144}}
+
+
+@functools.lru_cache
+def decoded_codes(device: torch.device) -> Tensor:
+    """First moments of scale 1 by the byte of their code, c/(254 - |c|): (256,) float32. One for each device.
+
+    Made there: a copy from the host would be waited for.
+    """
+    code = torch.arange(256, dtype=torch.uint8, device=device).view(torch.int8).float()
+    return code / (254.0 - code.abs())
 
 
 @triton.jit(do_not_specialize=["first_tile", "grad_tile"])
@@ -38,6 +53,7 @@ def adamw_kernel(
     v,  # (capacity,) f32 | u8, in place
     m_scale,  # (capacity/64,) f32, in place; None = m and v are f32
     v_scale,  # (capacity/64,) f32, in place
+    decoded,  # (256,) f32, first moments of scale 1 by the byte of their code; None if CLOSING or m and v are f32
     lo,  # (capacity,) i16, in place; None = no master weight
     tile_sumsq,  # (max_tiles,) f32, in place; None = not measured
     measured,  # (max_tiles,) f32; None = sum over grad
@@ -100,42 +116,47 @@ def adamw_kernel(
         group = tile.to(tl.int64) * (BLOCK // GROUP) + tl.arange(0, BLOCK // GROUP)
         a = tl.load(m_scale + group)
         s = tl.load(v_scale + group)
+        if not CLOSING:
+            first_by_code = tl.load(decoded + tl.arange(0, 256))
     if not CLOSING:
         if tile_sumsq is not None:
             total = tl.load(tile_sumsq + tile)
             if measured is not None:
                 total += tl.load(measured + tile)
 
-    if INT8:
-        m_new = decode_first(m_held, a, BLOCK)
-        v_new = decode_second(v_held, s, BLOCK)
+    if CLOSING:
+        m_new = decode_first(m_held, a, BLOCK) if INT8 else m_held
+        v_new = decode_second(v_held, s, BLOCK) if INT8 else v_held
     else:
-        m_new = m_held
-        v_new = v_held
-    if not CLOSING:
+        # m <- beta1 * m + gain1 * g;  v <- beta2 * v + gain2 * g^2
         g = g.to(tl.float32)
         square = g * g
-        # m <- beta1 * m + gain1 * g;  v <- beta2 * v + gain2 * g^2
-        m_new = beta1 * m_new + gain1 * g
-        v_new = beta2 * v_new + gain2 * square
+        if INT8:
+            m_new = decode_decayed(m_held, a, beta1, first_by_code, BLOCK) + gain1 * g
+            v_new = decode_decayed_second(v_held, s, beta2, BLOCK) + gain2 * square
+        else:
+            m_new = beta1 * m_held + gain1 * g
+            v_new = beta2 * v_held + gain2 * square
         if tile_sumsq is not None:
             if measured is None:
                 total += tl.sum(square, axis=0)
             tl.store(tile_sumsq + tile, total)
-    root = tl.sqrt_rn(v_new)
-    if not CLOSING:
-        if INT8:
-            m8, v8, a, s = encode(m_new, v_new, root, inside, BLOCK)
-            tl.store(m + at, m8)
-            tl.store(v + at, v8)
-            tl.store(m_scale + group, a)
-            tl.store(v_scale + group, s)
-        else:
-            tl.store(m + at, m_new)
-            tl.store(v + at, v_new)
 
     # step = minus_step * m / (sqrt(v) + eps), from the moments before they are quantised
-    step = tl.div_rn(minus_step * m_new, root + eps)
+    if INT8 and not CLOSING:
+        kept = inside & (v_new < HUGE)
+        m_new = tl.where(kept, m_new, 0.0)
+        root = tl.sqrt_rn(tl.where(kept, v_new, 0.0))
+        m8, v8, a, s, step = encode_and_step(m_new, root, minus_step, eps, BLOCK)
+        tl.store(m + at, m8)
+        tl.store(v + at, v8)
+        tl.store(m_scale + group, a)
+        tl.store(v_scale + group, s)
+    else:
+        if not CLOSING:
+            tl.store(m + at, m_new)
+            tl.store(v + at, v_new)
+        step = tl.div_rn(minus_step * m_new, tl.sqrt_rn(v_new) + eps)
 
     if not BF16:
         w = w_held
@@ -186,6 +207,7 @@ def launch(
                 v,
                 m_scale,
                 v_scale,
+                decoded_codes(m.device) if m_scale is not None and not closing else None,
                 lo if bf16 else None,
                 tile_sumsq,
                 measured,
@@ -200,7 +222,7 @@ def launch(
                 ALIGNED=table.aligned,
                 CLOSING=closing,
                 BLOCK=BLOCK,
-                num_warps=4,
+                num_warps=WARPS[m.dtype],
                 enable_fp_fusion=False,
                 **REGISTERS.get(m.dtype, {}),
             )

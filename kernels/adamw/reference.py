@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..arithmetic import square_root, tile_sums_into
-from ..blockwise8.reference import compress_reference, expand_reference
+from ..blockwise8.reference import expand_decayed, expand_reference, step_and_quantise
 from ..split_float.reference import join_into, split_into
 from ..tiles import BLOCK, GROUP, Coefficients, Slot, TileTable, chunk_size, chunks
 
@@ -37,27 +37,34 @@ def adamw_reference(
         decays = bool(coef.minus_decay)
         for first, n in chunks(slot.numel):
             here = slice(slot.start + first, slot.start + first + n)
-            (m_, v_), a, b = _load_moments(m, v, m_scale, v_scale, here), x[:n], y[:n]
+            a, b = x[:n], y[:n]
             g = grad[here.start - grad_start : here.stop - grad_start]
             g = g if grad.dtype == torch.float32 else b.copy_(g)
 
+            # β1·m, β2·v
+            if m_scale is None or v_scale is None:
+                m_, v_ = m[here].mul_(coef.beta1), v[here].mul_(coef.beta2)
+            else:
+                codes = m[here], v[here], *_scales(m_scale, v_scale, here)
+                m_, v_ = expand_decayed(*codes, coef.beta1, coef.beta2)
             # m ← β1·m + (1-β1)·g
-            m_.mul_(coef.beta1).add_(torch.mul(g, coef.gain1, out=a))
+            m_.add_(torch.mul(g, coef.gain1, out=a))
             # v ← β2·v + (1-β2)·g²
             torch.mul(g, g, out=a)
             if tile_sumsq is not None and measured is None:
                 tile_sums_into(a, sums[first // BLOCK :])
-            v_.mul_(coef.beta2).add_(a.mul_(coef.gain2))
+            v_.add_(a.mul_(coef.gain2))
             # b = (-lr·c₀)·m / (√v + c₁·ε)
-            square_root(v_, out=a).add_(coef.eps)
-            torch.mul(m_, coef.minus_step, out=b).div_(a)
+            if m_scale is None:
+                square_root(v_, out=a).add_(coef.eps)
+                torch.mul(m_, coef.minus_step, out=b).div_(a)
+            else:
+                b = step_and_quantise(m_, v_, coef.minus_step, coef.eps, *codes)
 
             w = _load_weight(slot, first, n, lo, z)
             if decays:
                 b.add_(torch.mul(w, coef.minus_decay, out=a))
             _store_weight(w.add_(b), slot, first, n, lo)
-            if m_scale is not None and v_scale is not None:
-                compress_reference(m_, v_, m[here], v[here], *_scales(m_scale, v_scale, here))
         if tile_sumsq is not None:
             own = slice(slot.first_tile, slot.first_tile + slot.n_tiles)
             tile_sumsq[own] += sums[: slot.n_tiles] if measured is None else measured[own]

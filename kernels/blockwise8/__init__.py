@@ -14,6 +14,8 @@ is what the update divides by.
   1e-3 and ε = 1e-8 a step of 1e4 learning rates. Raised to s/255, a small √v only makes its step smaller.
 * A group of zeros has scale 0 and decodes to exactly 0. Scales divide, they are not inverted: 1/a overflows for
   a < 2.9e-39. (255/s does not: the root of the smallest float32 is 3.7e-23.)
+* ``adamw`` encodes by the same formulas in another order (``step_and_quantise``): the codes are the same except in ties
+  and a few cases next to one.
 * An element whose moments are not finite is stored as zero: it starts again, and its 63 neighbours keep their scale.
   Steps that are skipped never come this far.
 """

@@ -16,6 +16,10 @@ from ..tiles import BLOCK
 
 GROUP = tl.constexpr(tiles.GROUP)
 HUGE = tl.constexpr(tiles.HUGE)
+TINY = tl.constexpr(tiles.TINY)
+#: Added to |x| < 2^22, it rounds x to the nearest even integer, which the lowest byte then holds: one instruction for
+#: what rounding and conversion take three for, one of them on a unit of a quarter of the speed.
+ROUNDING = tl.constexpr(tiles.ROUNDING)
 
 
 @triton.jit
@@ -42,6 +46,51 @@ def decode_second(codes, scale, BLOCK: tl.constexpr):
     """Decode v = (s * c/255)^2."""
     root = codes.to(tl.float32) * (1 / 255) * _spread(scale, BLOCK)
     return root * root
+
+
+@triton.jit
+def decode_decayed(codes, scale, decay, decoded, BLOCK: tl.constexpr):
+    """Decode and decay m = f(c) * (a * decay), where ``decoded`` holds f(c) = c / (254 - |c|) by the code's byte.
+
+    From shared memory: a division takes ten instructions more.
+    """
+    return tl.gather(decoded, codes.to(tl.uint8, bitcast=True).to(tl.int32), axis=0) * _spread(scale * decay, BLOCK)
+
+
+@triton.jit
+def decode_decayed_second(codes, scale, decay, BLOCK: tl.constexpr):
+    """Decode and decay v = c^2 * ((s/255)^2 * decay); c^2 is exact."""
+    c = codes.to(tl.int32).to(tl.float32)
+    step = scale * (1 / 255)
+    return c * c * _spread(step * step * decay, BLOCK)
+
+
+@triton.jit
+def encode_and_step(m, root, minus_step, eps, BLOCK: tl.constexpr):
+    """Codes and scales of both moments, and the step minus_step * m / (root + eps), with one division an element.
+
+    1 / ((254 + |x|) * (root + eps)) serves the code of x = 254 m/a, 254 x / (254 + |x|), and the step.
+    """
+    a = _largest(tl.abs(m), BLOCK)
+    x = m * _spread(tl.div_rn(254.0, tl.maximum(a, TINY)), BLOCK)
+    damped = 254.0 + tl.abs(x)
+    root_eps = root + eps
+    both = tl.div_rn(254.0, damped * root_eps)
+    m8 = _rounded(x * (root_eps * both)).to(tl.int8)
+    step = m * (minus_step * (1 / 254)) * (damped * both)
+
+    s = _largest(root, BLOCK)
+    y = _rounded(root * _spread(tl.div_rn(255.0, tl.maximum(s, TINY)), BLOCK), True, root > 0.0)
+    return m8, y.to(tl.uint8), a, s, step
+
+
+@triton.jit
+def _rounded(x, RAISED: tl.constexpr = False, raised=None):
+    """Integer in the lowest byte."""
+    x += ROUNDING
+    if RAISED:
+        x = tl.where(raised, tl.maximum(x, ROUNDING + 1.0), x)
+    return x.to(tl.int32, bitcast=True)
 
 
 @triton.jit
