@@ -46,7 +46,9 @@ def test_models_with_fused_experts_train_them_in_full_beside_residents():
 
 
 def test_moving_and_converting_is_refused_and_changes_nothing():
-    model = resting()
+    model = tiny()
+    assert rest(model, "int8", "cpu:0").device == torch.device("cpu")  # as torchrun's processes name it
+    model.to("cpu:0")
     before = snapshot(model)
     for convert in (model.half, lambda: model.to(torch.bfloat16), lambda: model.to("meta"), model.double):
         with pytest.raises(ValueError, match="the model has residents"):

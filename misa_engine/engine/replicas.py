@@ -343,10 +343,20 @@ def checksums(tensors: Iterable[Tensor]) -> list[int]:
     Waits for the device, once. Of a matrix that rests in 8 bits this is the exact one on the host.
     """
     parts = (local(tensor).detach() for tensor in tensors)
-    sums = [part.view(_INTEGERS[part.element_size()]).sum(dtype=torch.int64) for part in parts]
+    sums = [_integers(part).sum(dtype=torch.int64) for part in parts]
     devices = {each.device for each in sums}
     found = {device: iter(torch.stack([s for s in sums if s.device == device]).tolist()) for device in devices}
     return [next(found[each.device]) for each in sums]
+
+
+def _integers(part: Tensor) -> Tensor:
+    """The bits as integers; a host adds long ones at 17 GB/s, short ones, which it widens first, at 0.4."""
+    aligned = part.is_contiguous() and part.nbytes % 8 == 0 and part.storage_offset() * part.element_size() % 8 == 0
+    return (
+        part.view(-1).view(torch.int64)
+        if part.device.type == "cpu" and aligned
+        else part.view(_INTEGERS[part.element_size()])
+    )
 
 
 def digest(values: Iterable[Any]) -> int:

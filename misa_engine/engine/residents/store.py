@@ -342,11 +342,8 @@ def _reasons(staying: Mapping[str, str]) -> str:
 
 
 def _indexed(device: torch.device | str) -> torch.device:
-    """The device as tensors name it: with its number."""
-    device = torch.device(device)
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
+    """The device as tensors name it: a GPU with its number, the CPU without the one that launchers give it."""
+    return torch.empty(0, device=device).device
 
 
 def resting_names(model: nn.Module) -> Collection[str]:
