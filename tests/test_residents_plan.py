@@ -72,6 +72,11 @@ def test_without_residents_nothing_changes():
     assert not set(WEIGHTS[1:]) & set(plain.bytes)
 
 
+def test_a_divided_state_beside_residents_is_refused():
+    with pytest.raises(UserError, match="residents with shard_state"):
+        plan(published_config("tinyllama"), residents="int8", shard_state=True)
+
+
 def test_a_tied_or_trained_embedding_stays_on_the_card():
     tied = plan(published_config("llama-3.2-1b"), residents="int8")
     assert tied.residents.on_host is None and "embedding" not in tied.residents.host_bytes

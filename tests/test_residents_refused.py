@@ -99,7 +99,9 @@ def test_the_preset_rest_rule_is_switched_off_with_a_warning_and_a_named_one_ref
     reason = "rest='sign' with residents in 8 bits: the rule moves weights in place on the card, by steps far smaller"
     with pytest.raises(ValueError, match=reason):
         MISA(model, **{**OPTIONS, "rest": "sign"})
-    optimizer_for(model)  # nothing was changed by the refusal
+    with pytest.raises(ValueError, match="shard_state=True with residents in 8 bits"):
+        MISA(model, **{**OPTIONS, "shard_state": True})
+    optimizer_for(model)  # nothing was changed by the refusals
 
 
 def test_weights_that_are_not_finite_are_refused_where_they_rest():

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from misa_engine.engine.arena import arena_bytes, capacity_for, padded
+from misa_engine.engine.arena import arena_bytes, capacity_for, capacity_of_rows, padded
 from misa_engine.method.config import MisaConfig
 from misa_engine.method.partition import Partition, check_budget
 from misa_engine.planner import activations
@@ -222,7 +222,12 @@ def _with_room(result: Plan, meta: MetaModel, worst: WorstCase, room: int) -> Pl
 
 
 def optimizer_bytes(
-    parts: Partition, misa: MisaConfig, dtype: torch.dtype, *, residents: bool = False
+    parts: Partition,
+    misa: MisaConfig,
+    dtype: torch.dtype,
+    *,
+    residents: bool = False,
+    rows: Mapping[str, int] | None = None,
 ) -> dict[str, int]:
     """Bytes that the optimizer will hold on the device, by category, without allocating anything.
 
@@ -231,13 +236,19 @@ def optimizer_bytes(
         misa: budget and precisions.
         dtype: of the weights.
         residents: the drawn ones' weights lie in the arena, too.
+        rows: elements of each parameter that a process holds, where weights are sharded.
 
     Raises:
         ValueError: δ is smaller than the largest unit.
     """
     sampled = [parts.numels[name] for unit in parts.units for name in unit.params]
     always = [parts.numels[name] for name in parts.always]
-    capacity, slots = capacity_for(check_budget(parts, misa.delta), sampled, always)
+    budget = check_budget(parts, misa.delta)
+    capacity, slots = capacity_for(budget, sampled, always)
+    if rows is not None:
+        units = [name for unit in parts.units for name in unit.params]
+        pairs = [[(parts.numels[name], rows[name]) for name in names] for names in (units, parts.always)]
+        capacity, slots = capacity_of_rows(budget, *pairs)
     return bytes_of_arena(capacity, slots, misa, dtype, weights_from=sum(map(padded, always)) if residents else None)
 
 

@@ -143,8 +143,10 @@ def without_rest(misa: MisaConfig) -> MisaConfig:
     """The options for a model with residents: the preset's rest rule, which moves weights in place, is off.
 
     Raises:
-        UserError: a rest rule was asked for.
+        UserError: a rest rule was asked for, or the state is divided over processes.
     """
+    if misa.shard_state:
+        raise UserError("residents with shard_state: drawn weights lie in the arena whole; leave out one of the two.")
     found = misa.without_own_rest()
     if found.rest != "none":
         raise UserError(

@@ -14,10 +14,15 @@ def for_residents(config: MisaConfig, residents: Residents | None) -> MisaConfig
     """The config that a model with residents trains with: a preset's own rest rule is off, and that is said.
 
     Raises:
-        ValueError: the caller named a rest rule.
+        ValueError: the caller named a rest rule, or divides the state over processes.
     """
     if residents is None:
         return config
+    if config.shard_state:
+        raise ValueError(
+            "shard_state=True with residents in 8 bits: what is drawn trains in the arena's own memory, of which each "
+            "process would have a part. Leave out one of the two."
+        )
     shared = config.without_own_rest()
     if shared.rest != "none":
         raise ValueError(
