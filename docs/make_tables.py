@@ -24,11 +24,11 @@ from misa_engine.planner.replicas import LINKS, replica_traffic, scaling
 from misa_engine.planner.resting import resting_elements
 from misa_engine.planner.sharded import (
     FLOP_PER_WEIGHT_AND_TOKEN,
-    PEAK_FLOPS,
     UTILISATION,
     enough_tokens,
     sharded_plan,
 )
+from misa_engine.planner.speeds import peak_flops
 from misa_engine.planner.worst_case import MetaModel
 from misa_engine.sweep.space import PAPER
 
@@ -153,7 +153,7 @@ def scaling_on_paper(model: str = "llama-3-8b", tokens: int = 4096) -> str:
     }
     rows = []
     for card, link in PAIRS:
-        compute = FLOP_PER_WEIGHT_AND_TOKEN * single.parameters * tokens / (PEAK_FLOPS[card] * UTILISATION)
+        compute = FLOP_PER_WEIGHT_AND_TOKEN * single.parameters * tokens / (peak_flops(card) * UTILISATION)
         for mode, traffics in by_mode.items():
             cells = []
             for traffic in traffics:
@@ -166,10 +166,10 @@ def scaling_on_paper(model: str = "llama-3-8b", tokens: int = 4096) -> str:
 def where_it_pays(delta: float = 0.03, gpus: int = 8) -> str:
     """Computed, not measured: tokens from which on arithmetic takes as long as the exchange, by card and link."""
     rows = []
-    for card, flops in PEAK_FLOPS.items():
+    for card in ("rtx3090", "rtx4090", "rtx5090", "a100-80", "h100"):
         cells = []
         for speed in LINKS.values():
-            counts = (enough_tokens(share, flops * UTILISATION, speed, gpus) for share in (delta, None))
+            counts = (enough_tokens(share, peak_flops(card) * UTILISATION, speed, gpus) for share in (delta, None))
             cells.append(" / ".join(f"{count:,.0f}" for count in counts))
         rows.append([card, *cells])
     return table(["card", *LINKS], rows)

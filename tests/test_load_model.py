@@ -17,12 +17,15 @@ from transformers import AutoModelForCausalLM
 
 import host_growth
 import misa_engine
-from misa_engine import MISA
+from misa_engine import MISA, plan
 from misa_engine.engine.residents import residents_of
 from misa_engine.errors import UserError
 from misa_engine.kernels.resident8 import FORMATS
 from misa_engine.planner import host_memory
+from misa_engine.planner.cards import published_config
+from misa_engine.planner.worst_case import MetaModel
 from misa_engine.trainer import loading
+from misa_engine.trainer.loading import host_bytes
 from models import TINY
 from training import batches, loss_of, train
 
@@ -167,6 +170,51 @@ def test_too_little_host_memory_is_said_before_anything_is_loaded(monkeypatch, s
     monkeypatch.setattr(loading, "weight_files", lambda folder: pytest.fail("files were read"))
     with pytest.raises(UserError, match=r"keeps its exact weights in host memory: 0.00 GiB.*1.50 GiB are available"):
         misa_engine.load_model(saved, residents="int8")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_a_load_takes_of_the_host_is_counted_to_the_byte(monkeypatch, tmp_path, tied):
+    """With everything that lies on the CPU, which is the card here: one byte less than that is refused."""
+    TINY["llama"](tie_word_embeddings=tied).bfloat16().save_pretrained(tmp_path)
+    model = misa_engine.load_model(tmp_path, residents="int8", masters="pinned")
+    residents, sizes = residents_of(model), residents_of(model).bytes()
+    others = sum(p.nbytes for name, p in model.named_parameters() if name not in residents.on_host)
+    total = sum(sizes.values()) + others
+    assert ("host_embedding" in sizes) == (not tied) and others > 0
+    monkeypatch.setattr(host_memory, "MARGIN_BYTES", 0)
+    monkeypatch.setattr(host_memory, "available_bytes", lambda: total - 1)
+    with pytest.raises(UserError, match="masters 0.00 GiB, .*other weights 0.00 GiB, 8 bits 0.00 GiB, workspace"):
+        misa_engine.load_model(tmp_path, residents="int8", masters="pinned")
+    monkeypatch.setattr(host_memory, "available_bytes", lambda: total)
+    assert same(state(misa_engine.load_model(tmp_path, residents="int8", masters="pinned")), state(model))
+    # the embedding in pages of its file needs no memory of its own
+    monkeypatch.setattr(host_memory, "available_bytes", lambda: total - sizes.get("host_embedding", 0))
+    misa_engine.load_model(tmp_path, residents="int8", masters="mapped")
+    if not tied:
+        with pytest.raises(UserError, match="embedding"):  # not in another dtype than the file's
+            misa_engine.load_model(tmp_path, residents="int8", masters="mapped", dtype=torch.float32)
+
+
+def test_the_embedding_of_8b_counts_beside_its_masters_and_all_of_it_where_it_is_loaded_whole():
+    """What the plan says of the host; a gigabyte each for embedding and head."""
+    config, card = published_config("llama-3-8b"), torch.device("cuda")
+    model = MetaModel(config).model
+    planned = plan(config, residents="int8").residents.host_bytes
+    assert host_bytes(model, "int8", card) == planned == {"masters": 13_958_643_712, "embedding": 1_050_673_152}
+    assert host_bytes(model, "int8", card, mapped=True) == {"masters": planned["masters"]}
+    whole = host_bytes(model, "int8", card, whole=True)
+    assert sum(whole.values()) == sum(parameter.nbytes for parameter in model.parameters())
+    assert whole["other_weights"] == 1_050_673_152 + 65 * 2 * 4096  # head and norms
+
+
+def test_files_that_transformers_loads_need_room_for_all_of_the_model(monkeypatch, tmp_path, saved):
+    shutil.copy(saved / "config.json", tmp_path)
+    torch.save(load_file(saved / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    monkeypatch.setattr(loading, "host_bytes", lambda *args, whole=False, **how: {"masters": 2 if whole else 1})
+    monkeypatch.setattr(host_memory, "MARGIN_BYTES", 0)
+    monkeypatch.setattr(host_memory, "available_bytes", lambda: 1)
+    with pytest.raises(UserError, match="keeps its exact weights in host memory"):
+        misa_engine.load_model(tmp_path, residents="int8")
 
 
 def test_a_container_s_limit_counts(monkeypatch, tmp_path):

@@ -29,8 +29,7 @@ def test_what_is_chosen_for_several_cards_fits_with_the_exchanged_gradient(capsy
     ("words", "said"),
     [
         (["--gpus", "1"], "at least 2; for one leave it out"),
-        (["--gpus", "2", "--residents", "int8"], "--residents int8 with --gpus 2: residents train in one process"),
-        (["--gpus", "2", "--sharded", "--residents", "fp8"], "--residents fp8 with --gpus 2"),
+        (["--gpus", "2", "--sharded", "--residents", "fp8"], "--residents fp8 with --sharded: masters on the host"),
     ],
     ids=str,
 )

@@ -1,14 +1,16 @@
 """Where exact weights lie on the host: pinned pieces, pages of the model's own files, and what is saved from there."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from misa_engine import load_model
-from misa_engine.engine.residents import Residents, open_mapped, rest
+from misa_engine.engine.residents import Residents, open_mapped, rest, store
 from misa_engine.engine.residents.masters import Masters, alone
+from misa_engine.engine.residents.matrix import Resting
 from resident_models import of, optimizer_for, resting, snapshot
 from training import batches, loss_of, tiny, train
 
@@ -132,6 +134,25 @@ def test_saving_over_the_files_that_masters_are_mapped_from_loses_nothing(saved)
     assert all(torch.equal(written[name], before[name]) for name in written)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     train(model, optimizer, batches(), 3)
+
+
+def test_a_switch_waits_for_the_masters_and_not_for_what_comes(monkeypatch):
+    """On a GPU all of it is queued: what leaves is written back, an event marks that, and only that is waited for."""
+    model, order = resting(), []
+    optimizer = optimizer_for(model)
+    for name in ("enter", "leave"):
+        real = getattr(Resting, name)
+        monkeypatch.setattr(Resting, name, lambda self, *args, n=name, f=real: (f(self, *args), order.append(n))[0])
+    event = SimpleNamespace(synchronize=lambda: order.append("wait"))
+    monkeypatch.setattr(store, "_event", lambda device: (order.append("mark"), event)[1])
+    left = [name for name in optimizer.active if name in of(model)._matrices]
+    optimizer.end_round()
+    came = len([name for name in optimizer.active if name not in left])
+    assert order[: (gone := order.count("leave"))] == ["leave"] * gone and gone > 0 and came > 0
+    assert order[gone] == "mark" and order[-1] == "wait" and order.count("mark") == order.count("wait") == 1
+    assert set(order[gone + 1 : -1]) == {"enter"}
+    of(model).finish()  # nothing is under way
+    assert order.count("wait") == 1
 
 
 def test_masters_in_a_pool_are_copies_with_storages_of_their_own(monkeypatch):

@@ -14,6 +14,7 @@ from misa_engine.errors import UserError
 from misa_engine.planner.activations import MicroBatch
 from misa_engine.planner.cards import CARDS, Card, published_config
 from misa_engine.planner.plan import WEIGHTS
+from misa_engine.planner.replicas import LINKS
 from misa_engine.planner.solve import Wishes, solve
 from misa_engine.planner.speeds import FORMATS, SPEEDS
 from misa_engine.planner.worst_case import MetaModel
@@ -71,6 +72,11 @@ def test_without_residents_nothing_changes():
     assert not set(WEIGHTS[1:]) & set(plain.bytes)
 
 
+def test_a_divided_state_beside_residents_is_refused():
+    with pytest.raises(UserError, match="residents with shard_state"):
+        plan(published_config("tinyllama"), residents="int8", shard_state=True)
+
+
 def test_a_tied_or_trained_embedding_stays_on_the_card():
     tied = plan(published_config("llama-3.2-1b"), residents="int8")
     assert tied.residents.on_host is None and "embedding" not in tied.residents.host_bytes
@@ -87,7 +93,36 @@ def test_what_is_kept_of_inactive_matrices_is_on_the_host():
     assert kept["residual_bits"] == 2 * layers and kept["moments"] == round(2.125 * layers)
 
 
-# ---- the time of dequantising ----
+def test_each_of_several_processes_holds_its_own_masters(capsys):
+    words = ("--model", "llama-3-8b", "--residents", "int8", "--length", "64")
+    alone, two = planned(capsys, *words), planned(capsys, *words, "--gpus", "2")
+    assert two["bytes"] == alone["bytes"] and two["replicas"]["gpus"] == two["residents"]["processes"] == 2
+    assert two["residents"]["host_bytes"] == alone["residents"]["host_bytes"]
+    assert two["residents"]["host_total_bytes"] == 2 * alone["residents"]["host_total_bytes"] > 27 * GIB
+    assert main(["plan", *words, "--gpus", "2"]) == 0
+    assert "27.96 GiB" in (shown := capsys.readouterr().out) and "in each of 2 processes" in shown
+
+
+# ---- the time of dequantising, and of a switch ----
+
+
+@pytest.mark.parametrize(
+    ("model", "card", "how", "kept", "share"),
+    [
+        ("llama-3-8b", "rtx3060-12", {}, 0.0, 0.0004),
+        ("qwen2.5-14b", "rtx4090", {}, 0.0, 0.002),
+        ("qwen2.5-14b", "rtx4090", {"rest": "none", "leave_rounding": "keep", "revisit": "keep"}, 10.0, 0.012),
+    ],
+)
+def test_what_a_switch_copies_is_less_than_a_fiftieth_of_a_round(model, card, how, kept, share):
+    """Why the next draw is not known early (docs: residents)."""
+    found = plan(published_config(model), residents="int8", card=card, state_dtype="int8", **how)
+    switch = found.residents.switch
+    assert switch.bytes == round(2 * found.delta_parameters * (2 + kept)) and switch.inner_steps == 50
+    assert switch.seconds == switch.bytes / LINKS["PCIe 4 x16"]
+    assert switch.round_seconds == pytest.approx(50 * found.residents.dequantisation.gemm_seconds)
+    assert 0.5 * share < switch.seconds / switch.round_seconds < share < 0.02
+    assert "computed, not measured" in switch.describe() and found.residents.to_dict()["switch"]["bytes"] > 0
 
 
 def test_dequantising_is_five_bytes_a_weight_and_pass():

@@ -144,7 +144,7 @@ def test_from_scratch_and_checkpointing(place, tmp_path):
     ("options", "said"),
     [
         ({"residents": "int4"}, "--residents must be one of int8, fp8, int8_row or none"),
-        ({"rest": "sign"}, "--residents int8 with --rest sign"),
+        ({"rest": "sign"}, "--residents int8 with --rest sign: the rule moves weights in place on the card"),
         ({"optimizer": "adamw"}, "AdamW trains all weights at once"),
         ({"resize_embeddings": "true"}, "--residents with --resize_embeddings"),
         ({"fsdp": "full_shard"}, "--residents with --fsdp"),

@@ -57,10 +57,10 @@ def _run(options: argparse.Namespace) -> int:
         raise UserError("--sharded needs --gpus, the number of cards, and looks at one --gpu, not at --max_vram_gb.")
     if options.gpus == 1:
         raise UserError("--gpus is the number of cards that train together, at least 2; for one leave it out.")
-    if options.gpus is not None and options.residents not in (None, "none"):
+    if options.sharded and options.residents not in (None, "none"):
         raise UserError(
-            f"--residents {options.residents} with --gpus {options.gpus}: residents train in one process: replicas "
-            "do not compare exact weights on the host. Leave out one of the two."
+            f"--residents {options.residents} with --sharded: masters on the host are not sharded. Leave out one of "
+            "the two; --gpus alone plans replicas, each with its own residents."
         )
     if options.sharded:
         misa = misa.without_own_rest()

@@ -18,18 +18,13 @@ def for_residents(arguments: TrainArguments) -> TrainArguments:
     """The arguments of a run with residents: the preset's rest rule is off, and that is said.
 
     Raises:
-        UserError: a rest rule from elsewhere (a resumed run's), or several processes.
+        UserError: a rest rule from elsewhere (a resumed run's).
     """
     from misa_engine.planner.residents import without_rest
 
-    model, sft = arguments.model, arguments.sft
+    model = arguments.model
     if model.residents in (None, "none"):
         return replace(arguments, model=replace(model, residents=None))
-    if sft.world_size > 1:
-        raise UserError(
-            f"--residents in {sft.world_size} processes: the exact weights lie on the host, where replicas do not "
-            "compare them. Use one process, or leave out --residents."
-        )
     misa = without_rest(arguments.misa)
     if misa != arguments.misa:
         print(
@@ -62,10 +57,11 @@ def load_resting(
             from transformers import AutoModelForCausalLM
 
             from misa_engine.engine.residents import rest
-            from misa_engine.planner.host_memory import check_host_memory
+            from misa_engine.planner.host_memory import check_host_memory, memory_of_all
 
             with torch.device("meta"):
-                check_host_memory(name, host_bytes(AutoModelForCausalLM.from_config(config, dtype=dtype)))
+                empty = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            check_host_memory(name, host_bytes(empty, str(options.residents), device, whole=True), *memory_of_all())
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust, **attention)
             rest(model, str(options.residents), device)
             return model

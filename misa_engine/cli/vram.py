@@ -201,7 +201,7 @@ def describe(chosen: Plan, before: MisaConfig) -> str:
         f"{str(micro_batch.checkpointing).lower()}, state_dtype {misa.state_dtype}, delta {misa.delta:g}"
     ]
     if chosen.residents is not None:
-        host = sum(chosen.residents.host_bytes.values())
+        host = chosen.residents.host_total_bytes
         lines.append(f"residents {chosen.residents.format}: {host / 2**30:.2f} GiB of exact weights in host memory")
     if misa.delta < before.delta:
         lines.append(f"note: delta is {misa.delta:g} instead of {before.delta:g}, which does not fit")

@@ -31,5 +31,10 @@ def arrangement(
     """
     mesh = shard_mesh(model)
     if mesh is None:
-        return for_residents(config, residents, 1 if replicas is None else replicas.size), None, replicas
+        return for_residents(config, residents), None, replicas
+    if residents is not None:
+        raise ValueError(
+            "the model has residents and its weights were sharded (fully_shard) afterwards: masters on the host are "
+            "whole. Load it anew, without one of the two."
+        )
     return for_shards(config), mesh, None if replicas is None else ShardedProcesses.beside(replicas, mesh)

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from misa_engine.engine.arena import Arena
+from misa_engine.engine.residents import Residents, residents_of
 from misa_engine.engine.shards import is_sharded, local
 from misa_engine.method.config import MisaConfig
 
@@ -158,7 +159,11 @@ class Replicas:
                 f"the processes differ, so they would not train the same model: {'; '.join(differences[:5])}{more}. "
                 "Start all of them with the same model, options and versions."
             )
-        self._broadcast([*model.parameters(), *model.buffers()])
+        residents = residents_of(model)
+        resting = () if residents is None else residents.on_host
+        self._broadcast([*(p for name, p in model.named_parameters() if name not in resting), *model.buffers()])
+        if residents is not None:  # which lie where the backend may not reach
+            residents.become(lambda tensor: self._broadcast([tensor]))
 
     def refuse(self, error: Exception) -> None:
         """At construction: let the others know that this process cannot build its optimizer."""
@@ -256,12 +261,14 @@ def built_together(init: Callable[..., None]) -> Callable[..., None]:
 
 def _describe(model: nn.Module, config: MisaConfig) -> dict[str, dict[str, str]]:
     """What has to be the same everywhere: section -> name -> value."""
-    tensors = dict(model.named_parameters())
+    tensors, residents = dict(model.named_parameters()), residents_of(model)
     return {
         "version of": {"torch": torch.__version__, "misa_engine": metadata.version("misa_engine")},
         "option": {name: repr(value) for name, value in config.to_dict().items()},
         "model": {"class": type(model).__name__, "device": next(iter(tensors.values())).device.type},
-        "parameter": {name: f"{list(p.shape)} {p.dtype}{_placed(p)}" for name, p in tensors.items()},
+        "parameter": {
+            name: f"{list(p.shape)} {p.dtype}{_placed(p)}{_at_rest(name, residents)}" for name, p in tensors.items()
+        },
         "buffer": {name: f"{list(b.shape)} {b.dtype}" for name, b in model.named_buffers()},
     }
 
@@ -271,6 +278,10 @@ def _placed(parameter: Tensor) -> str:
         return ""
     mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
     return f" {' x '.join(map(repr, placements))} on {' x '.join(map(str, mesh.shape))} processes"
+
+
+def _at_rest(name: str, residents: Residents | None) -> str:
+    return f" at rest as {residents.format.name}" if residents is not None and name in residents else ""
 
 
 def _differences(told: Sequence[Mapping[str, Mapping[str, Any]]]) -> list[str]:
@@ -330,10 +341,23 @@ def _patience(world: dist.ProcessGroup) -> timedelta:
 def checksums(tensors: Iterable[Tensor]) -> list[int]:
     """Of each tensor, or of the rows of it that are here, the sum of its bits as integers: exact, whatever the order.
 
-    Waits for the device, once.
+    Waits for the device, once. Of a matrix that rests in 8 bits this is the exact one on the host.
     """
     parts = (local(tensor).detach() for tensor in tensors)
-    return torch.stack([part.view(_INTEGERS[part.element_size()]).sum(dtype=torch.int64) for part in parts]).tolist()
+    sums = [_integers(part).sum(dtype=torch.int64) for part in parts]
+    devices = {each.device for each in sums}
+    found = {device: iter(torch.stack([s for s in sums if s.device == device]).tolist()) for device in devices}
+    return [next(found[each.device]) for each in sums]
+
+
+def _integers(part: Tensor) -> Tensor:
+    """The bits as integers; a host adds long ones at 17 GB/s, short ones, which it widens first, at 0.4."""
+    aligned = part.is_contiguous() and part.nbytes % 8 == 0 and part.storage_offset() * part.element_size() % 8 == 0
+    return (
+        part.view(-1).view(torch.int64)
+        if part.device.type == "cpu" and aligned
+        else part.view(_INTEGERS[part.element_size()])
+    )
 
 
 def digest(values: Iterable[Any]) -> int:

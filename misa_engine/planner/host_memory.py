@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
 
+from misa_engine.engine.replicas import Replicas, digest
 from misa_engine.errors import UserError
 
 #: For Python, libraries, the data and one tensor in passing.
@@ -36,26 +38,50 @@ def available_bytes() -> int:
     return free
 
 
-def check_host_memory(name: str, needed: Mapping[str, int], available: int | None = None) -> None:
+def memory_of_all() -> tuple[int, int]:
+    """What the processes of a host can still get together, and how many they are: of the host where each gets least.
+
+    Where torch's process group is up all processes have to call this, before any of them loads anything.
+
+    Returns:
+        Bytes, and processes of this run on that host; (``available_bytes()``, 1) without a group.
+
+    Raises:
+        ReplicaError: another process has ended or does not come.
+    """
+    replicas = Replicas.join()
+    if replicas is None:
+        return available_bytes(), 1
+    rows = replicas.tell([digest([socket.gethostname()]), available_bytes()])
+    hosts: dict[int, list[int]] = {}
+    for host, free in rows:
+        hosts.setdefault(host, []).append(free)
+    found = min(hosts.values(), key=lambda free: min(free) / len(free))  # the same everywhere: then all refuse, or none
+    return min(found), len(found)
+
+
+def check_host_memory(name: str, needed: Mapping[str, int], available: int | None = None, processes: int = 1) -> None:
     """Refuse a model whose masters the host cannot hold.
 
     Args:
         name: of the model, for the message.
-        needed: bytes by category, as ``planner.residents`` counts them.
-        available: bytes; None asks the machine.
+        needed: bytes of each process by category, as ``planner.residents`` counts them.
+        available: bytes of the host; None asks the machine.
+        processes: of this host, each of which holds its own.
 
     Raises:
         UserError: with the bytes of both.
     """
     available = available_bytes() if available is None else available
     total = sum(needed.values())
-    if total + MARGIN_BYTES <= available:
+    if processes * (total + MARGIN_BYTES) <= available:
         return
     parts = ", ".join(f"{what.replace('_', ' ')} {_gib(size)}" for what, size in needed.items() if size)
+    each = f" in each of {processes} processes of this host" if processes > 1 else ""
     raise UserError(
         f"{name} with residents keeps its exact weights in host memory: {_gib(total)} ({parts}) and "
-        f"{_gib(MARGIN_BYTES)} for everything else, but {_gib(available)} are available. Close other programs, take a "
-        "machine with more memory, or a smaller model."
+        f"{_gib(MARGIN_BYTES)} for everything else{each}, but {_gib(available)} are available. Close other programs, "
+        f"take {'fewer processes, ' if processes > 1 else ''}a machine with more memory, or a smaller model."
     )
 
 

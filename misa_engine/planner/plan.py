@@ -164,7 +164,7 @@ def plan(
     rested = None
     if residents not in (None, "none"):
         misa = without_rest(misa)
-        rested = resident_plan(meta, misa, str(residents), micro_batch, card)
+        rested = resident_plan(meta, misa, str(residents), micro_batch, card, gpus)
     parts = meta.partition(misa)
     budget = check_budget(parts, misa.delta)
     worst = WorstCase(meta, misa, micro_batch)

@@ -6,6 +6,7 @@ card   resident_codes, resident_steps   every matrix that can rest, drawn ones i
 host   masters                          what rests, exactly
        embedding                        the frozen one, whose rows are looked up there
        residual_bits, moments           as in any run with leave_rounding="keep", revisit="keep" or "offload"
+       each process of a run on several cards holds its own
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from misa_engine.kernels.resident8 import FORMATS
 from misa_engine.method.config import MisaConfig, check_choice
 from misa_engine.method.partition import check_budget
 from misa_engine.planner.activations import MicroBatch
-from misa_engine.planner.speeds import SPEEDS
+from misa_engine.planner.replicas import LINKS
+from misa_engine.planner.speeds import SPEEDS, peak_flops
 
 if TYPE_CHECKING:
     from misa_engine.planner.cards import Card
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
 #: Bytes on the host for each element of an inactive matrix: two float32 moments, or two in 8 bits with their scales.
 HOST_MOMENTS = {"keep": 8.0, "offload": 2.125}
+#: Of ``replicas.LINKS``, over which masters come and go.
+LINK = "PCIe 4 x16"
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,27 @@ class Dequantisation:
 
 
 @dataclass(frozen=True)
+class SwitchCopies:
+    """What a switch copies between host and card; computed, not measured."""
+
+    bytes: int
+    """Exact weights of what leaves and of what comes, and what is kept of both on the host."""
+    seconds: float
+    """Of ``bytes`` over LINK, one after the other."""
+    inner_steps: int
+    round_seconds: float | None = None
+    """Of the round's matrix products at the card's full arithmetic speed, one micro-batch a step; None if unknown."""
+
+    def describe(self) -> str:
+        """One line for people."""
+        text = f"a switch copies {_gib(self.bytes)} between host and card: {1e3 * self.seconds:,.0f} ms over {LINK}"
+        if self.round_seconds is None:
+            return f"{text}, once in {self.inner_steps} steps (computed)"
+        share = self.seconds / self.round_seconds
+        return f"{text}, {share:.2%} of the matrix products of {self.inner_steps} steps (computed, not measured)"
+
+
+@dataclass(frozen=True)
 class ResidentPlan:
     """How the model lies on the card and on the host while its undrawn matrices rest in 8 bits."""
 
@@ -73,8 +98,16 @@ class ResidentPlan:
     card_bytes: Mapping[str, int]
     """By category of ``plan.CATEGORIES``, "weights" among them: what a plan without residents counts as weights."""
     host_bytes: Mapping[str, int]
-    """By category."""
+    """Of one process, by category."""
     dequantisation: Dequantisation
+    switch: SwitchCopies
+    processes: int = 1
+    """Replicas on one host, each of which holds its own."""
+
+    @property
+    def host_total_bytes(self) -> int:
+        """Of all processes."""
+        return self.processes * sum(self.host_bytes.values())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -84,20 +117,25 @@ class ResidentPlan:
             "stays": list(self.stays),
             "on_host": self.on_host,
             "host_bytes": dict(self.host_bytes),
-            "host_total_bytes": sum(self.host_bytes.values()),
+            "host_total_bytes": self.host_total_bytes,
+            "processes": self.processes,
             "dequantisation": {**asdict(self.dequantisation), "basis": "computed, not measured"},
+            "switch": {**asdict(self.switch), "basis": "computed, not measured"},
         }
 
     def describe(self) -> list[str]:
         """Lines for people."""
         packed = self.card_bytes["resident_codes"] + self.card_bytes["resident_steps"]
         host = ", ".join(f"{name.replace('_', ' ')} {_gib(size)}" for name, size in self.host_bytes.items())
+        if self.processes > 1:
+            host += f" in each of {self.processes} processes, if they share a host"
         shown = ", ".join(self.stays[:3]) + (f" and {len(self.stays) - 3} more" if len(self.stays) > 3 else "")
         return [
             f"residents {self.format}: {len(self.matrices)} matrices rest in {_gib(packed)}; as they are: "
             f"{shown or 'none'}",
-            f"host memory: {_gib(sum(self.host_bytes.values()))} ({host})",
+            f"host memory: {_gib(self.host_total_bytes)} ({host})",
             self.dequantisation.describe(),
+            self.switch.describe(),
         ]
 
 
@@ -105,8 +143,10 @@ def without_rest(misa: MisaConfig) -> MisaConfig:
     """The options for a model with residents: the preset's rest rule, which moves weights in place, is off.
 
     Raises:
-        UserError: a rest rule was asked for.
+        UserError: a rest rule was asked for, or the state is divided over processes.
     """
+    if misa.shard_state:
+        raise UserError("residents with shard_state: drawn weights lie in the arena whole; leave out one of the two.")
     found = misa.without_own_rest()
     if found.rest != "none":
         raise UserError(
@@ -117,7 +157,7 @@ def without_rest(misa: MisaConfig) -> MisaConfig:
 
 
 def resident_plan(
-    meta: MetaModel, misa: MisaConfig, kind: str, micro_batch: MicroBatch, card: Card | None
+    meta: MetaModel, misa: MisaConfig, kind: str, micro_batch: MicroBatch, card: Card | None, processes: int = 1
 ) -> ResidentPlan:
     """Bytes and time of a run with residents, without allocating anything.
 
@@ -127,6 +167,7 @@ def resident_plan(
         kind: the format, one of FORMATS.
         micro_batch: how it is run.
         card: for the time.
+        processes: that train replicas on one host.
 
     Raises:
         ValueError: unknown format, or a model none of whose matrices can rest.
@@ -153,6 +194,7 @@ def resident_plan(
         "resident_steps": steps,
         "resident_workspace": size * max(named[name].numel() for name in meta.resident_matrices),
     }
+    kept = 2 * (misa.leave_rounding == "keep" and size == 2) + HOST_MOMENTS.get(misa.revisit, 0.0)
     host_bytes = {
         "masters": size * total,
         "embedding": lookup,
@@ -160,6 +202,11 @@ def resident_plan(
         "moments": round(HOST_MOMENTS.get(misa.revisit, 0.0) * drawable),
     }
     drawn = min(budget, sum(sizes.get(name, 0) for name in sampled))
+    dequantisation = _dequantisation(meta, total, codes + steps, drawn, micro_batch, card)
+    copied = round(2 * drawn * (size + kept))
+    products = dequantisation.gemm_seconds
+    round_seconds = None if products is None else misa.inner_steps * products
+    switch = SwitchCopies(copied, copied / LINKS[LINK], misa.inner_steps, round_seconds)
     return ResidentPlan(
         kind,
         tuple(resting),
@@ -167,7 +214,9 @@ def resident_plan(
         on_host,
         card_bytes,
         {name: count for name, count in host_bytes.items() if count},
-        _dequantisation(meta, total, codes + steps, drawn, micro_batch, card),
+        dequantisation,
+        switch,
+        processes,
     )
 
 
@@ -199,7 +248,7 @@ def _dequantisation(
     speed = SPEEDS.get(card.name) if card is not None else None
     if speed is None or card is None:
         return Dequantisation(passes, round(moved), operations)
-    memory, arithmetic = speed[0] * 1e9, speed[1] * 1e12
+    memory, arithmetic = speed[0] * 1e9, peak_flops(card.name)
     return Dequantisation(passes, round(moved), operations, card.name, moved / memory, operations / arithmetic)
 
 

@@ -22,9 +22,7 @@ from misa_engine.planner.plan import CATEGORIES, OPTIMIZER, Plan, bytes_of_arena
 from misa_engine.planner.replicas import LINKS, MEETING_SECONDS, SHOWN
 from misa_engine.planner.worst_case import MetaModel
 
-#: Card -> dense bfloat16 FLOP/s with float32 accumulation, as the maker states them.
-PEAK_FLOPS = {"rtx3090": 71e12, "rtx4090": 165e12, "rtx5090": 209e12, "a100-80": 312e12, "h100": 989e12}
-#: Share of it that a training step gets; a guess for paper.
+#: Share of a card's published FLOP/s that a training step gets; a guess for paper.
 UTILISATION = 0.5
 #: Arithmetic of a step for each weight and token with checkpointing: forward, again in backward, and the gradients of
 #: activations, 2 each; those of δ of the weights do not count.

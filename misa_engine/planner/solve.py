@@ -70,7 +70,7 @@ def solve(meta: MetaModel, limit: Card, misa: MisaConfig, micro_batch: MicroBatc
 
 
 def _formats(meta: MetaModel, misa: MisaConfig, wishes: Wishes) -> list[str]:
-    """Formats to try, in order; residents are not proposed where they cannot be: many cards, a rest rule, float32."""
+    """Formats to try, in order; residents are not proposed with many cards, a rest rule, or in float32."""
     if wishes.residents is not None:
         return [wishes.residents]
     if wishes.gpus > 1 or misa.without_own_rest().rest != "none" or meta.dtype != torch.bfloat16:

@@ -18,3 +18,8 @@ SPEEDS: dict[str, tuple[float, float]] = {
     "l4": (300, 121), "l40": (864, 181), "l40s": (864, 362), "a100-40": (1555, 312), "a100-80": (2039, 312),
     "h100": (3350, 989), "h200": (4800, 989), "b200": (8000, 2250), "mi300x": (5300, 1307),
 }  # fmt: skip
+
+
+def peak_flops(card: str) -> float:
+    """Dense bfloat16 FLOP a second of a card in SPEEDS."""
+    return 1e12 * SPEEDS[card][1]

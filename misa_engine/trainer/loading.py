@@ -21,11 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from misa_engine.engine.residents import Residents, linear_modules, open_mapped, rest
+from misa_engine.engine.residents.lookup import host_embedding
 from misa_engine.engine.residents.store import owners_of
 from misa_engine.errors import UserError, bad_input
 from misa_engine.kernels.resident8 import FORMATS, Packed, dequantise
 from misa_engine.method.config import check_choice
-from misa_engine.planner.host_memory import available_bytes, check_host_memory
+from misa_engine.planner.host_memory import check_host_memory, memory_of_all
 from misa_engine.trainer.completeness import weight_files
 
 if TYPE_CHECKING:
@@ -62,7 +63,8 @@ def load_model(
         device: the card; None is the GPU, or the CPU where there is none.
         dtype: of the masters and of everything that does not rest: bfloat16 or float32.
         masters: where the exact weights lie: "pinned" in page-locked memory, "mapped" as pages of the model's own files
-            until they change, "auto" pinned where 80% of the available memory suffice.
+            until they change, "auto" pinned where 80% of the available memory suffice. Each process has its own: where
+            torch's process group is up, all processes call this together, and those of a host count together.
         config: instead of that in ``path``.
         **options: more for ``AutoModelForCausalLM``: attn_implementation, trust_remote_code.
 
@@ -77,18 +79,21 @@ def load_model(
 
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model: Any
-    if residents in (None, "none"):
+    if residents is None or residents == "none":
         options |= {"config": config, "dtype": dtype, "device_map": {"": device}}
         model = AutoModelForCausalLM.from_pretrained(str(path), **options)
         return model.train()
-    check_format(str(residents))
+    check_format(residents)
     check_choice("masters", masters, MASTERS)
     config = config or AutoConfig.from_pretrained(path, trust_remote_code=options.get("trust_remote_code", False))
-    stored_in_8_bits = take_fp8(config, str(path), str(residents))
+    stored_in_8_bits = take_fp8(config, str(path), residents)
+    # what is only read stays pages of its file, unless it comes in another dtype
+    as_stored = getattr(config, "dtype", None) in (dtype, str(dtype).removeprefix("torch."))
     empty = _empty_model(config, dtype, options)
-    needed = host_bytes(empty)
-    check_host_memory(str(path), needed)
-    place = _place_of(masters, device, sum(needed.values()))
+    available, processes = memory_of_all()
+    place = _place_of(masters, device, processes * sum(host_bytes(empty, residents, device).values()), available)
+    pages = place == "mapped" and as_stored
+    check_host_memory(str(path), host_bytes(empty, residents, device, mapped=pages), available, processes)
     folder = _folder_of(str(path))
     files = weight_files(folder)
     by_name = bool(files) and _has_all_names(empty, files, stored_in_8_bits)
@@ -96,11 +101,12 @@ def load_model(
         raise UserError(f"{path}: the tensors of this FP8 checkpoint are not those of {type(empty).__name__}.")
     if by_name:
         model = empty
-        _stream(model, files, Residents(model, str(residents), device, masters=place), copied=place == "pinned")
+        _stream(model, files, Residents(model, residents, device, masters=place), copied=place == "pinned")
     else:
         logger.info("%s: names or files are not the model's own; loaded to the host first", path)
+        check_host_memory(str(path), host_bytes(empty, residents, device, whole=True), available, processes)
         model = AutoModelForCausalLM.from_pretrained(str(path), config=config, dtype=dtype, **options)
-        rest(model, str(residents), device, masters=place)
+        rest(model, residents, device, masters=place)
     _take_generation_config(model, folder)
     return model.train()
 
@@ -127,7 +133,7 @@ def random_model(
     """
     check_format(residents)
     model = _empty_model(config, dtype, options)
-    check_host_memory(config.model_type, host_bytes(model))
+    check_host_memory(config.model_type, host_bytes(model, residents, device))
     held = Residents(model, residents, device, masters="pinned")
     width = getattr(config, "initializer_range", None) or 0.02
     owners = owners_of(model)
@@ -179,16 +185,44 @@ def take_fp8(config: Any, name: str, residents: str) -> bool:
     return True
 
 
-def host_bytes(model: nn.Module) -> dict[str, int]:
-    """Host memory that the masters of a model take, which may be on the meta device."""
+def host_bytes(
+    model: nn.Module,
+    residents: str,
+    device: torch.device,
+    *,
+    mapped: bool = False,
+    whole: bool = False,
+) -> dict[str, int]:
+    """Host memory that a model takes while it is loaded, by category; it may be on the meta device.
+
+    Args:
+        model: the model.
+        residents: the format.
+        device: the card; where it is the CPU, what lies on it lies on the host, too.
+        mapped: what is never written stays pages of its file, which the kernel drops when memory is short. Masters
+            count all the same: those of matrices that were drawn become memory of the process.
+        whole: all weights come to the host first, instead of tensor by tensor.
+    """
     can, _ = linear_modules(model)
-    return {"masters": sum(model.get_parameter(name).nbytes for name in can)}
+    shapes = [model.get_parameter(name).shape for name in can]
+    masters = sum(model.get_parameter(name).nbytes for name in can)
+    looked_up = host_embedding(model)
+    embedding = 0 if looked_up is None else looked_up[1].weight.nbytes
+    others = sum(parameter.nbytes for parameter in model.parameters()) - masters - embedding
+    sizes = {"masters": masters, "embedding": 0 if mapped else embedding}
+    if whole or device.type == "cpu":
+        sizes["other_weights"] = others
+    if device.type == "cpu":
+        sizes["8_bits"] = sum(sum(FORMATS[residents].bytes(tuple(shape))) for shape in shapes)
+        sizes["workspace"] = max(model.get_parameter(name).nbytes for name in can)
+    return {name: size for name, size in sizes.items() if size}
 
 
-def _place_of(wanted: str, device: torch.device, needed: int) -> str:
+def _place_of(wanted: str, device: torch.device, needed: int, available: int) -> str:
+    """Where the masters of all processes of this host, ``needed`` bytes, lie."""
     if wanted != "auto":
         return wanted
-    return "pinned" if device.type == "cuda" and needed <= PINNED_SHARE * available_bytes() else "mapped"
+    return "pinned" if device.type == "cuda" and needed <= PINNED_SHARE * available else "mapped"
 
 
 # ---- the model without memory ----

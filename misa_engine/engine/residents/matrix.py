@@ -78,15 +78,26 @@ class Resting:
             module.forward = RestingForward(module, self)
 
     @torch.no_grad()
+    def renew(self) -> None:
+        """Quantise a master anew that somebody wrote to."""
+        if self.parameter._version != self._version:
+            self._quantise_master()
+            self._version = self.parameter._version
+
+    @property
+    def parts(self) -> tuple[Tensor, Tensor]:
+        """Codes and steps, on the card, while it rests."""
+        assert self.packed is not None
+        return self.packed.codes, self.packed.steps
+
+    @torch.no_grad()
     def expand(self, dtype: torch.dtype) -> Tensor:
         """The weight that the 8 bits stand for, (out, in) in the workspace, until the next one is expanded.
 
         A master that somebody wrote to (``load_state_dict``) is quantised anew first.
         """
         assert self.packed is not None
-        if self.parameter._version != self._version:
-            self._quantise_master()
-            self._version = self.parameter._version
+        self.renew()
         if dtype in (torch.float32, torch.bfloat16) and dtype.itemsize <= self.dtype.itemsize:
             out = self._card.workspace.view(dtype)[: self.numel].view(self.shape)
             dequantise(self.packed, out, backend=self._card.backend)

@@ -10,18 +10,18 @@ from misa_engine.method.config import MisaConfig
 logger = logging.getLogger(__name__)
 
 
-def for_residents(config: MisaConfig, residents: Residents | None, processes: int = 1) -> MisaConfig:
+def for_residents(config: MisaConfig, residents: Residents | None) -> MisaConfig:
     """The config that a model with residents trains with: a preset's own rest rule is off, and that is said.
 
     Raises:
-        ValueError: the caller named a rest rule, or several processes train the model.
+        ValueError: the caller named a rest rule, or divides the state over processes.
     """
     if residents is None:
         return config
-    if processes > 1:
+    if config.shard_state:
         raise ValueError(
-            f"the model has residents and {processes} processes train it: they would have to compare and send weights "
-            "that lie on the host, which they do not. Use one process, or a model without residents."
+            "shard_state=True with residents in 8 bits: what is drawn trains in the arena's own memory, of which each "
+            "process would have a part. Leave out one of the two."
         )
     shared = config.without_own_rest()
     if shared.rest != "none":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from misa_engine.engine.residents.lookup import HostLookup, host_embedding
 from misa_engine.engine.residents.masters import Masters
 from misa_engine.engine.residents.matrix import Card, Resting
 from misa_engine.engine.residents.staying import let_go, stay_in_place
-from misa_engine.engine.shards import local
+from misa_engine.engine.shards import is_sharded, local
 from misa_engine.kernels.backend import choose_backend
 from misa_engine.kernels.resident8 import format_named
 from misa_engine.method.partition import partition
@@ -101,7 +101,8 @@ class Residents:
         workspace: (elements of the largest matrix,) in the dtype of the weights.
 
     Raises:
-        ValueError: an unknown format or place, nothing that can rest, dtypes that differ, or a model with residents.
+        ValueError: an unknown format or place, nothing that can rest, dtypes that differ, sharded weights, or a model
+            with residents.
     """
 
     def __init__(
@@ -116,6 +117,11 @@ class Residents:
     ):
         if residents_of(model) is not None:
             raise ValueError("the model has residents already; release() them first, or load it anew.")
+        if any(is_sharded(parameter) for parameter in model.parameters()):
+            raise ValueError(
+                "the model's weights are sharded over processes (fully_shard), and masters on the host are not. "
+                "Leave out one of the two; replicas, a whole model in each process, can have residents."
+            )
         self.format = format_named(format)
         modules, self.staying = linear_modules(model, family)
         parameters = dict(model.named_parameters())
@@ -143,6 +149,7 @@ class Residents:
         stay_in_place(model, self._matrices.values(), self.device, self.dtype)
         found = host_embedding(model)
         self._lookup = None if found is None else HostLookup(model, *found, self.device)
+        self._written: torch.cuda.Event | None = None  # after the latest copies to masters
         _residents[model] = self
 
     @property
@@ -193,12 +200,42 @@ class Residents:
         left = [self._matrices[name] for name in names if name in self and not self._matrices[name].resting]
         for matrix in left:
             matrix.leave()
+        self._written = _event(self.device) if left else self._written
         return sum(matrix.numel * self.dtype.itemsize for matrix in left)
 
     @property
     def on_host(self) -> tuple[str, ...]:
         """Everything that lies on the host: what rests, and the embedding whose rows are looked up there."""
         return self.names if self._lookup is None else (self._lookup.name, *self.names)
+
+    @torch.no_grad()
+    def become(self, send: Callable[[Tensor], None]) -> tuple[str, ...]:
+        """Let everything that lies on the host, and its 8 bits, become what ``send`` makes of it on the card.
+
+        By way of the workspace. Only what differs is written: masters that are pages of a file stay so otherwise.
+
+        Args:
+            send: replaces a tensor on the card by that of another process, bit for bit.
+
+        Returns:
+            Names of what was written.
+        """
+        model = self._model()
+        assert model is not None  # whoever asks holds it
+        staging, written = self.workspace.view(torch.uint8), []
+        for name in self.on_host:
+            whole = model.get_parameter(name).detach().view(-1).view(torch.uint8)  # shares the parameter's version
+            for part in whole.split(staging.numel()):
+                staged = staging[: part.numel()].copy_(part)
+                send(staged)
+                if not torch.equal(sent := staged.cpu(), part):
+                    part.copy_(sent)
+                    written.append(name)
+            if name in self:
+                self._matrices[name].renew()
+                for each in self._matrices[name].parts:  # those of an official FP8 checkpoint are the file's own
+                    send(each.view(torch.uint8))
+        return tuple(dict.fromkeys(written))
 
     def wake(self, names: Iterable[str], trained: Collection[str] = ()) -> None:
         """Make those of ``names`` that rest ordinary parameters on the card for good (``always_train``).
@@ -214,9 +251,10 @@ class Residents:
             self._lookup = None
 
     def finish(self) -> None:
-        """Wait until all masters hold what was written to them."""
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()
+        """Wait until all masters hold what was written to them, and for nothing that was queued after that."""
+        if self._written is not None:
+            self._written.synchronize()
+            self._written = None
 
     def expanded(self, name: str) -> Tensor:
         """A copy (out, in) of what a resting matrix counts as, on the card, in the dtype of the weights."""
@@ -290,16 +328,22 @@ def rest(
     return residents
 
 
+def _event(device: torch.device) -> torch.cuda.Event | None:
+    """One that happens when the device has done what is queued now; None where nothing is queued."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
 def _reasons(staying: Mapping[str, str]) -> str:
     return ", ".join(sorted(set(staying.values()))) or "it has none"
 
 
 def _indexed(device: torch.device | str) -> torch.device:
-    """The device as tensors name it: with its number."""
-    device = torch.device(device)
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
+    """The device as tensors name it: a GPU with its number, the CPU without the one that launchers give it."""
+    return torch.empty(0, device=device).device
 
 
 def resting_names(model: nn.Module) -> Collection[str]:
