@@ -11,7 +11,6 @@ from misa_engine.engine.arena import Arena
 from misa_engine.engine.gradients import GradientIntake
 from misa_engine.engine.host import HostStore
 from misa_engine.engine.residents import Residents
-from misa_engine.engine.shards import first_element, local
 from misa_engine.kernels.split_float import round_stochastic_, seed_of
 
 
@@ -52,8 +51,8 @@ class ActiveSet:
         return tuple(self._arena.names)
 
     def numel(self, name: str) -> int:
-        """Elements of a parameter that this process holds; KeyError for one that can never be bound."""
-        return local(self._parameters[name]).numel()
+        """Elements of a parameter whose state this process keeps; KeyError for one that can never be bound."""
+        return self._arena.part(self._parameters[name]).numel()
 
     def drop_stale_bits(self) -> None:
         """Clear the residual bits of weights that somebody else wrote in place: they extend values that are gone.
@@ -146,9 +145,10 @@ class ActiveSet:
             bits = self._arena.residual[slot.start : slot.start + slot.numel]
             # one stream of random bits for each (seed, round, parameter)
             seed = seed_of(self._rounding_seed, round, name)
-            first = first_element(self._parameters[name])
+            first = self._arena.first(self._parameters[name])
             round_stochastic_(slot.weight, bits, seed, backend=self._backend, first_index=first)
             increment_version([slot.weight])  # for graphs that hold it, as after an update
+            self._arena.spread([index])
         return self._host.leave(name, index, steps)
 
     def _freeze(self, name: str) -> None:

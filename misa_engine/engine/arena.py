@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from misa_engine.engine.shards import local
+from misa_engine.engine.shards import first_element, local
 from misa_engine.kernels.blockwise8 import GROUP
 from misa_engine.kernels.tiles import BLOCK, Slot, TileTable, host_buffer
 
@@ -33,6 +33,15 @@ MOVE_BYTES = 4 << 20
 def padded(numel: int) -> int:
     """Elements that a parameter of ``numel`` elements occupies: the next multiple of BLOCK, at least one BLOCK."""
     return max(1, -(-numel // BLOCK)) * BLOCK
+
+
+def packed_starts(numels: Iterable[int]) -> list[int]:
+    """First elements of slots of these sizes, one after the other."""
+    starts, position = [], 0
+    for numel in numels:
+        starts.append(position)
+        position += padded(numel)
+    return starts
 
 
 def upload(values: Sequence[int] | Sequence[Sequence[float]], buffer: Tensor) -> None:
@@ -145,6 +154,7 @@ class Arena:
         hold_gradients: False where each update runs inside the backward pass: there are no gradient slots then.
         weights_from: first element whose weights lie here, too, because the model's own do not lie on the device while
             they rest; None: they lie in the model.
+        hold_state: False where another arena has the moments and residual bits (``own_state``).
     """
 
     def __init__(
@@ -159,6 +169,7 @@ class Arena:
         grad_dtype: torch.dtype | None = None,
         hold_gradients: bool = True,
         weights_from: int | None = None,
+        hold_state: bool = True,
     ):
         def zeros(numel: int, kind: torch.dtype, wanted: bool = True) -> Tensor | None:
             return torch.zeros(numel, dtype=kind, device=device) if wanted else None
@@ -167,8 +178,9 @@ class Arena:
         eight = state_dtype == "int8"
         self.capacity = capacity
         self.grad = zeros(capacity, grad_dtype or dtype, hold_gradients)
-        self.exp_avg = torch.zeros(capacity, dtype=torch.int8 if eight else torch.float32, device=device)
-        self.exp_avg_sq = torch.zeros(capacity, dtype=torch.uint8 if eight else torch.float32, device=device)
+        self._holds_state, kept = hold_state, capacity if hold_state else 0
+        self.exp_avg = torch.zeros(kept, dtype=torch.int8 if eight else torch.float32, device=device)
+        self.exp_avg_sq = torch.zeros(kept, dtype=torch.uint8 if eight else torch.float32, device=device)
         self.exp_avg_scale = zeros(capacity // GROUP, torch.float32, eight)
         self.exp_avg_sq_scale = zeros(capacity // GROUP, torch.float32, eight)
         self.residual = zeros(capacity, torch.int16, split)
@@ -196,12 +208,30 @@ class Arena:
             "first_moment_scale": self.exp_avg_scale,
             "second_moment_scale": self.exp_avg_sq_scale,
         }
+        if not self._holds_state:
+            return {}
         return {name: buffer for name, buffer in named.items() if buffer is not None}
 
     def buffers(self) -> dict[str, Tensor]:
         """The large buffers by category, for memory accounts and for tests that watch their addresses."""
         outer = {"gradients": self.grad, "residual_bits": self.residual, "active_weights": self.weights}
         return {**self.moments(), **{name: buffer for name, buffer in outer.items() if buffer is not None}}
+
+    def part(self, parameter: Tensor) -> Tensor:
+        """What of a parameter has its state here, a flat view: all of it, as far as this process holds it."""
+        return local(parameter).detach().view(-1)
+
+    def first(self, parameter: Tensor) -> int:
+        """Index, in the flat whole parameter, of the first element of ``part``."""
+        return first_element(parameter)
+
+    def spread(self, indices: Iterable[int]) -> None:
+        """After the weights in these slots were written: nothing, since this process wrote all that it holds."""
+
+    def replicated(self) -> dict[str, Tensor]:
+        """State up to the last slot, which has to be the same in all replicas."""
+        named = {name: buffer for name, buffer in self.buffers().items() if name != "gradients"}
+        return {name: self.stretch(buffer, 0, self.used) for name, buffer in named.items()}
 
     def bytes(self) -> dict[str, int]:
         """Bytes by category, tables and norms included."""
@@ -261,14 +291,14 @@ class Arena:
         position = 0
         for index, name in enumerate(order):
             start = starts[index] if starts is not None else position
-            numel = local(parameters[name]).numel()
+            numel = self.part(parameters[name]).numel()
             position = start + padded(numel)
             assert position <= self.capacity, f"arena of {self.capacity} elements asked to hold {position}"
             if index < len(places):
                 self._move(places[index], start, padded(numel))
             if settle is not None and (place := self._weights_at(start, numel)) is not None:
                 settle(name, place)
-            weight = local(parameters[name]).detach().view(-1)  # after it was settled: it may lie elsewhere now
+            weight = self.part(parameters[name])  # after it was settled: it may lie elsewhere now
             slot = Slot(weight=weight, start=start, numel=numel, group=groups[name])
             if name not in steps:
                 self._clear(slot, residual=index >= len(places))

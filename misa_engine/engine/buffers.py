@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from misa_engine.engine.arena import Arena, capacity_for, padded
 from misa_engine.engine.host import HostStore
+from misa_engine.engine.own_state.arena import OwnArena, own_arena
+from misa_engine.engine.own_state.share import Share
+from misa_engine.engine.own_state.update import OwnUpdate
 from misa_engine.engine.replicas import Replicas
 from misa_engine.engine.residents import Residents
 from misa_engine.engine.sharded.mesh import ShardMesh
@@ -46,22 +50,26 @@ def buffers_for(
     """
     some = parameters[sampled[0]]
     sizes = {name: local(parameter).numel() for name, parameter in parameters.items()}
-    if mesh is not None:
+    common: dict[str, Any] = {
+        "dtype": some.dtype,
+        "device": some.device if residents is None else residents.device,
+        "split": some.dtype == torch.bfloat16 and config.master == "split",
+        "state_dtype": config.state_dtype,
+        "grad_dtype": torch.float32 if config.grad_dtype == "float32" else some.dtype,
+        "hold_gradients": config.update_in == "step",
+    }
+    numels = ([sizes[name] for name in sampled], [sizes[name] for name in always])
+    arena: Arena
+    if config.shard_state and replicas is not None:  # arrangement.py has refused it with sharded weights
+        share = Share(replicas, parameters)
+        arena = own_arena(budget, *numels, share.size, share, **common)
+        sizes = {name: share.held(name) for name in parameters}
+    elif mesh is not None:
         mesh.check_groups(config, [*sampled, *always])
-        capacity, slots = mesh.capacity(budget, sampled, always)
+        arena = Arena(*mesh.capacity(budget, sampled, always), **common)
     else:
-        capacity, slots = capacity_for(budget, [sizes[name] for name in sampled], [sizes[name] for name in always])
-    arena = Arena(
-        capacity,
-        slots,
-        dtype=some.dtype,
-        device=some.device if residents is None else residents.device,
-        split=some.dtype == torch.bfloat16 and config.master == "split",
-        state_dtype=config.state_dtype,
-        grad_dtype=torch.float32 if config.grad_dtype == "float32" else some.dtype,
-        hold_gradients=config.update_in == "step",
-        weights_from=None if residents is None else sum(padded(sizes[name]) for name in always),
-    )
+        weights_from = None if residents is None else sum(padded(sizes[name]) for name in always)
+        arena = Arena(*capacity_for(budget, *numels), **common, weights_from=weights_from)
     host = HostStore(
         arena,
         moments=config.revisit in ("keep", "offload"),
@@ -70,6 +78,8 @@ def buffers_for(
         backend=backend,
         numels=[sizes[name] for name in sampled],
     )
+    if isinstance(arena, OwnArena):
+        return arena, host, OwnUpdate(arena, n_groups, config, backend)
     if mesh is not None:
         return arena, host, ShardedUpdate(arena, n_groups, config, backend, mesh, replicas)
     return arena, host, ArenaUpdate(arena, n_groups, config, backend)

@@ -9,6 +9,7 @@ from torch import nn
 from misa_engine.engine.arena import Arena
 from misa_engine.engine.gradient_slots import GradientSlots
 from misa_engine.engine.gradients import GradientIntake, Groups
+from misa_engine.engine.own_state.arena import OwnArena
 from misa_engine.engine.replicas import Replicas
 from misa_engine.engine.sharded.mesh import ShardMesh
 from misa_engine.engine.sharded.slots import ShardedSlots
@@ -41,7 +42,7 @@ def intake_for(
         clock: gives the number of steps made.
         mesh: over which the weights are sharded, so that FSDP2 averages; None where they are whole.
     """
-    where = (model, parameters, arena, kernels, groups)
+    where = (model, parameters, arena.whole if isinstance(arena, OwnArena) else arena, kernels, groups)
     intake: GradientIntake
     if mesh is not None:
         return ShardedSlots(*where, max_norm=config.max_grad_norm, mesh=mesh, replicas=replicas, clock=clock)

@@ -73,13 +73,16 @@ class Replicas:
         rank: number of this process, from 0.
         size: number of processes.
         exchanged_bytes: gradients that this process has given to be averaged. A ring moves 2·(size-1)/size as much.
+        sent_weight_bytes: weights of which this process has sent its part, with ``shard_state``. A ring moves
+            (size-1)/size as much.
         loaded: a state was loaded since the last step, so that the next one compares everything.
     """
 
     def __init__(self, world: dist.ProcessGroup, control: dist.ProcessGroup):
         self.world, self._control = world, control
         self.rank, self.size = dist.get_rank(world), dist.get_world_size(world)
-        self.exchanged_bytes, self.loaded = 0, False
+        self.exchanged_bytes = self.sent_weight_bytes = 0
+        self.loaded = False
         self._agreed = False
 
     @classmethod
@@ -187,9 +190,7 @@ class Replicas:
             return
         self.loaded = False
         self.compare_clocks(clocks)
-        buffers = {name: arena.stretch(buffer, 0, arena.used) for name, buffer in arena.buffers().items()}
-        buffers.pop("gradients", None)
-        self.compare_weights({**dict(model.named_parameters()), **buffers}, "after a state was loaded")
+        self.compare_weights({**dict(model.named_parameters()), **arena.replicated()}, "after a state was loaded")
 
     def compare_clocks(self, clocks: Sequence[Any]) -> None:
         """Refuse clocks and active matrices, of a state just loaded, that differ.

@@ -24,9 +24,10 @@ from torch import Tensor
 from misa_engine.engine.active_set import ActiveSet
 from misa_engine.engine.arena import Arena, padded
 from misa_engine.engine.host import HostStore
+from misa_engine.engine.own_state.arena import OwnArena
 from misa_engine.engine.rest import RestRule
 from misa_engine.engine.sharded.mesh import ShardMesh
-from misa_engine.engine.sharded.state import own_progress, whole_progress
+from misa_engine.engine.sharded.state import Division, own_progress, whole_progress
 from misa_engine.engine.update import ArenaUpdate
 from misa_engine.kernels.tiles import BLOCK
 from misa_engine.method.config import FREE_ON_LOAD, RETIRED, YOUNGER, MisaConfig
@@ -54,7 +55,12 @@ class Parts:
     active_set: ActiveSet
     rest: RestRule | None
     mesh: ShardMesh | None
-    """Over which the weights are sharded: a state then holds whole matrices, put together from all processes."""
+    """Over which the weights are sharded."""
+
+    @property
+    def division(self) -> Division | None:
+        """Who holds parts of the state: it is then put together from all processes, of whole matrices."""
+        return self.arena.share if isinstance(self.arena, OwnArena) else self.mesh
 
 
 class Clocks(NamedTuple):
@@ -69,8 +75,8 @@ class Clocks(NamedTuple):
 def pack(parts: Parts, clocks: Clocks) -> dict[str, Any]:
     """Collect everything beyond torch's parameter groups; tensors are references."""
     progress = _progress(parts, clocks)
-    if parts.mesh is not None:
-        progress |= whole_progress(progress, parts.mesh, parts.arena, parts.partition, parts.tracker.budget)
+    if (division := parts.division) is not None:
+        progress |= whole_progress(progress, division, parts.partition, parts.tracker.budget)
     return {**_identity(parts), **progress}
 
 
@@ -99,11 +105,11 @@ def _progress(parts: Parts, clocks: Clocks) -> dict[str, Any]:
 
 
 def _for_this_process(parts: Parts, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A state as this process can hold it: its rows, where weights are sharded. ``checked`` sees what is damaged."""
-    if parts.mesh is None:
+    """A state as this process can hold it: its parts, where several hold some. ``checked`` sees what is damaged."""
+    if (division := parts.division) is None:
         return state_dict
     try:
-        return {**state_dict, "misa": own_progress(state_dict["misa"], parts.mesh, parts.arena)}
+        return {**state_dict, "misa": own_progress(state_dict["misa"], division, parts.arena)}
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError):
         return state_dict
 
@@ -117,7 +123,7 @@ def checked(parts: Parts, groups: Sequence[Mapping[str, Any]], state_dict: dict[
         state_dict: what is to be loaded.
 
     Returns:
-        It, with the rows of this process where weights are sharded.
+        It, with the parts of this process where several hold some.
 
     Raises:
         ValueError: with everything that differs, one difference a line.

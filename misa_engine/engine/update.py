@@ -54,6 +54,7 @@ class ArenaUpdate:
     def __init__(self, arena: Arena, n_groups: int, config: MisaConfig, backend: str):
         device = arena.exp_avg.device
         self._arena, self._config, self._backend = arena, config, backend
+        self._state = arena  # where moments and residual bits lie
         self.control = Control.allocate(device)
         self._scores: Tensor | None = arena.tile_sumsq  # what adamw adds the sums of squares to
         self.norm_sums = torch.zeros(arena.table.slot_group.numel(), dtype=torch.float32, device=device)
@@ -112,13 +113,25 @@ class ArenaUpdate:
         self._finalise()
         self._adamw(self._arena.grad, self._arena.step_sumsq if measured is None else measured)
         self._tell_autograd(self._arena.slots, present)
+        self.spread(present)
         if self._config.score == "squared_mean_norm":
             self._add_norms_after_clipping()
+
+    def spread(self, present: Sequence[bool] | None = None) -> None:
+        """After an update: let other processes that keep parts of the state have the weights of slots ``present``."""
+        self._state.spread(i for i in range(len(self._state.slots)) if present is None or present[i])
+
+    def drop_residual(self, index: int) -> None:
+        """Clear the residual bits of a slot whose weights somebody else wrote: they extend values that are gone."""
+        if self._state.residual is not None:
+            slot = self._state.slots[index]
+            self._state.residual[slot.start : slot.start + slot.numel].zero_()
 
     def step_slot(self, index: int, gradient: Tensor) -> None:
         """Update one slot with a gradient from outside the arena.
 
-        A gradient that is not finite skips this slot alone, since others may have been updated before it.
+        A gradient that is not finite skips this slot alone, since others may have been updated before it. To be
+        followed by ``spread`` when all that are to be updated in this step have been.
         """
         arena, slot = self._arena, self._arena.slots[index]
         flat = gradient.detach().reshape(-1)
@@ -182,7 +195,7 @@ class ArenaUpdate:
 
     def closing_step(self, spared: int) -> None:
         """Line 16 of Algorithm 1, for all slots but the first ``spared``, which go on with their moments."""
-        arena, table = self._arena, self._arena.table
+        arena, table = self._state, self._state.table
         kept = table.slot_step[:spared].clone()
         table.slot_step[:spared].zero_()
         closing_step(
@@ -198,6 +211,7 @@ class ArenaUpdate:
         )
         table.slot_step[:spared].copy_(kept)
         self._tell_autograd(arena.slots[spared:])
+        arena.spread(range(spared, len(arena.slots)))
 
     def report(self) -> RoundReport:
         """End the round's accounts. The one synchronisation of a round."""

@@ -41,6 +41,7 @@ class UpdateOnArrival(GradientIntake):
                 "them. Train in bfloat16 without a scaler, or use update_in='step'."
             )
         self._collect()
+        self._kernels.spread(self._present)  # now: the order in which averages ended may be another elsewhere
         self._kernels.global_norm()
         self.forget()
 
@@ -98,9 +99,8 @@ class UpdateOnArrival(GradientIntake):
     @torch.no_grad()
     def _use(self, name: str, index: int, gradient: Tensor) -> None:
         self.places.check(name)
-        if self._arena.residual is not None and self.places.edited([name]):
-            slot = self._arena.slots[index]
-            self._arena.residual[slot.start : slot.start + slot.numel].zero_()
+        if self.places.edited([name]):
+            self._kernels.drop_residual(index)
         self._parameters[name].grad = None
         self._check_first(name, index)
         self._kernels.set_hyperparameters(self._groups(), None)

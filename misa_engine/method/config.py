@@ -143,6 +143,7 @@ FREE_ON_LOAD = (
     "grad_dtype",
     "gemm_gradients",
     "update_in",
+    "shard_state",
     "rest_lr",
     "run_steps",
     "cold_start_share",
@@ -221,6 +222,9 @@ class MisaConfig(Preset):
     """Let the GEMM of an active linear layer write its weight gradient into its slot: no temporary, no copy."""
     update_in: str = "step"
     """When weights are updated: in "step", or in "backward" as each gradient arrives (no slots, no clipping)."""
+    shard_state: bool = False
+    """Several processes with a whole model each: every one keeps moments and master bits of its part of each matrix
+    (ZeRO-1), and they send each other the updated weights. Same results; does nothing in one process."""
     backend: str = "auto"
     """"triton" on a GPU and "reference" (plain PyTorch) elsewhere, or either by force."""
     seed: int = 0

@@ -32,6 +32,9 @@ class ShardMesh:
         peers: ranks, of torch's default group, that hold the same part (HSDP); this one alone otherwise.
     """
 
+    #: The round's accounts lie in ``norm_sums`` alone, by slot.
+    by_slot = True
+
     def __init__(self, model: nn.Module, parameters: Mapping[str, Tensor]):
         some = next(iter(parameters.values()))
         dimension, self.size = shard_dimension(some)
@@ -40,6 +43,22 @@ class ShardMesh:
         self._group: dist.ProcessGroup = mesh.get_group(dimension)
         self._modules = _fsdp_modules(model)
         self.parameters = parameters
+
+    def numel(self, name: str) -> int:
+        """Elements of a whole parameter."""
+        return self.parameters[name].numel()
+
+    def held(self, name: str) -> int:
+        """Elements of its rows here."""
+        return local(self.parameters[name]).numel()
+
+    def first(self, name: str) -> int:
+        """Index, in the flat whole parameter, of the first of these."""
+        return first_element(self.parameters[name])
+
+    def most(self, name: str) -> int:
+        """Elements of the rows of the process that has most."""
+        return most_elements(self.parameters[name])
 
     def settle(self, what: str) -> None:
         """Before weights or ``requires_grad`` change: no pass is under way, and nobody holds gathered weights.
@@ -178,6 +197,10 @@ def for_shards(config: MisaConfig) -> MisaConfig:
         raise ValueError(
             "update_in='backward' with sharded weights: whether a gradient is finite is known when all processes have "
             "their rows of all of them. Use update_in='step'; a process holds only its rows of the gradients."
+        )
+    if config.shard_state:
+        raise ValueError(
+            "shard_state=True with sharded weights: each process holds the state of its rows, so leave it out."
         )
     if config.revisit == "offload":
         raise ValueError(
