@@ -382,6 +382,8 @@ def test_a_plan_for_sharded_weights_divides_them_and_states_what_is_gathered(cap
     assert main(["plan", *words, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     here, whole = told["sharded"], 2 * told["parameters"]
+    assert told["command"].startswith("torchrun --nproc_per_node 8 -m misa_engine train ")
+    assert told["command"].endswith(" --fsdp")
     assert not told["fits"] and here["fits"]
     assert here["bytes"]["weights"] == pytest.approx(whole / 8, rel=1e-3)
     assert here["bytes"]["first_moment"] == pytest.approx(told["bytes"]["first_moment"] / 8, rel=1e-2)

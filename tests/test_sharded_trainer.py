@@ -191,3 +191,52 @@ def test_models_that_differ_or_have_no_layers_are_refused_before_they_are_sharde
         assert "torch.bfloat16" in dtype and "same dtype" in dtype
         assert "found no repeated layers" in layers
         assert "NoSuchLayer" in name
+
+
+def rows_of_rank_0(rank: int) -> dict[str, Any]:
+    """Rank 0 has the weights; the other a model without memory. Both then train, and read another model's files."""
+    from accelerate import init_empty_weights
+
+    from misa_engine import MISA
+    from misa_engine.trainer.sharding import has_rows, load_rows, shard_model, whole_weights
+    from training import loss_of
+
+    found = {}
+    for name, options in {"tied": {"tie_word_embeddings": True}, "apart": {}}.items():
+        torch.manual_seed(rank)
+        if rank == 0:
+            model = tiny(**options)
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(torch.bfloat16)
+        else:
+            with init_empty_weights(include_buffers=False):
+                model = tiny(**options)
+            model.tie_weights()
+        shard_model(model, Sharding(), torch.device("cpu"))
+        assert has_rows(model)
+        found[f"{name} begun"] = whole_weights(model, keep=True)
+        optimizer = MISA(model, delta=0.3, lr=1e-2, inner_steps=1, rest="none")
+        loss_of(model, torch.arange(8).view(1, 8) + rank).backward()
+        optimizer.step()
+        with torch.no_grad():
+            loss_of(model, torch.arange(8).view(1, 8))  # which leaves outer weights gathered
+        found[f"{name} trained"] = whole_weights(model, keep=rank == 0)
+        optimizer.remove()
+        load_rows(model, found[f"{name} begun"].items())
+        found[f"{name} loaded"] = whole_weights(model, keep=True)
+    return found
+
+
+def test_weights_of_rank_0_reach_everybody_and_come_back_whole_also_tied(tmp_path):
+    first, second = run_ranks(rows_of_rank_0, tmp_path)
+    assert not isinstance(first, str), first
+    for name, options in {"tied": {"tie_word_embeddings": True}, "apart": {}}.items():
+        torch.manual_seed(0)
+        wanted = {key: tensor.to(torch.bfloat16) for key, tensor in tiny(**options).state_dict().items()}
+        for found in (first[f"{name} begun"], second[f"{name} begun"], first[f"{name} loaded"]):
+            assert found.keys() == wanted.keys()
+            assert all(torch.equal(found[key], tensor) for key, tensor in wanted.items())
+        trained = first[f"{name} trained"]
+        assert not second[f"{name} trained"]
+        assert any(not torch.equal(trained[key], tensor) for key, tensor in wanted.items())
+        assert torch.equal(trained["lm_head.weight"], trained["model.embed_tokens.weight"]) == (name == "tied")

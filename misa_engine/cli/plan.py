@@ -88,7 +88,7 @@ def _run(options: argparse.Namespace) -> int:
         result = plan(meta, card=limit, misa=misa, micro_batch=micro_batch, residents=options.residents, gpus=gpus)
         if not result.fits and not options.sharded:
             error = impossible(meta, limit, result)
-    command = train_command(options, result) if options.max_vram_gb is not None else None
+    command = train_command(options, result) if options.max_vram_gb is not None or options.sharded else None
     coverage, fits = coverage_of(options, meta, result)
     traffic: Any = None
     if options.sharded:
@@ -229,6 +229,7 @@ def train_command(options: argparse.Namespace, result: Any) -> str:
         given["include_outside"] = "true"
     words = [f"--{name} {str(value).lower() if value is True else value}" for name, value in given.items()]
     words += [f"--always_train {' '.join(map(repr, misa.always_train))}"] if misa.always_train else []
+    words += ["--fsdp"] if options.sharded else []
     launch = "misa" if result.gpus == 1 else f"torchrun --nproc_per_node {result.gpus} -m misa_engine"
     return f"{launch} train {' '.join(words)}"
 

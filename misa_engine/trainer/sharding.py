@@ -67,13 +67,14 @@ class Sharding:
         from torch.distributed.fsdp import CPUOffloadPolicy
 
         # the one reader of both spellings: fields from the arguments, else from the launcher's environment
-        plugin = FullyShardedDataParallelPlugin(**(getattr(args, "fsdp_plugin_args", None) or {}))
-        if plugin.fsdp_version != 2:
+        given = getattr(args, "fsdp_plugin_args", None) or {}
+        if int(given.get("fsdp_version", os.environ.get("FSDP_VERSION", "1"))) != 2:
             raise ValueError(
                 "FSDP1 (FullyShardedDataParallel) flattens matrices, so that MISA cannot tell them apart. Use FSDP2: "
                 "--fsdp alone, fsdp_config={'version': 2}, accelerate launch --fsdp_version 2, or fsdp_version: 2 in "
                 "the file of accelerate config."
             )
+        plugin = FullyShardedDataParallelPlugin(**given)
         for name, found, why in (
             ("cpu_offload", isinstance(plugin.cpu_offload, CPUOffloadPolicy), "MISA updates rows on the card."),
             ("activation_checkpointing", plugin.activation_checkpointing, "Say gradient_checkpointing=True instead."),
@@ -186,14 +187,15 @@ def _materialise(model: nn.Module, replicas: Replicas) -> None:
         ValueError: naming the first parameter that differs.
     """
     parameters = dict(model.named_parameters())
-    mine = {name: [list(p.shape), str(p.dtype), p.is_meta] for name, p in parameters.items()}
+    tensors = {**parameters, **dict(model.named_buffers())}
+    mine = {name: [list(t.shape), str(t.dtype), t.is_meta] for name, t in tensors.items()}
     first, *others = replicas.tell_json(mine)
     for rank, there in enumerate(others, start=1):
         for name in {**first, **there}:
             a, b = first.get(name), there.get(name)
             if a is None or b is None or a[0] != b[0] or (a[1] != b[1] and not b[2]):
                 raise ValueError(
-                    f"parameter {name} is {b and b[:2]} on rank {rank} and {a and a[:2]} on rank 0. Load the same "
+                    f"{name} is {b and b[:2]} on rank {rank} and {a and a[:2]} on rank 0. Load the same "
                     "model in the same dtype everywhere."
                 )
     if hollow := [name for name, facts in first.items() if facts[2]]:
