@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from misa_engine.engine.arena import arena_bytes, capacity_for, padded
+from misa_engine.engine.own_state.arena import own_arena
 from misa_engine.method.config import MisaConfig
 from misa_engine.method.partition import Partition, check_budget
 from misa_engine.planner import activations
@@ -171,7 +172,7 @@ def plan(
     peak, draw = worst.peak(micro_batch)
     reserve = {"cuda_context": activations.CONTEXT_BYTES, "slack": activations.SLACK_BYTES}
     ours = {
-        **optimizer_bytes(parts, misa, meta.dtype, residents=rested is not None),
+        **optimizer_bytes(parts, misa, meta.dtype, residents=rested is not None, gpus=gpus),
         "rest": rest_bytes(meta.model, worst.can_rest, gpus),
     }
     weights = dict(rested.card_bytes) if rested else {"weights": meta.weight_bytes}
@@ -222,7 +223,7 @@ def _with_room(result: Plan, meta: MetaModel, worst: WorstCase, room: int) -> Pl
 
 
 def optimizer_bytes(
-    parts: Partition, misa: MisaConfig, dtype: torch.dtype, *, residents: bool = False
+    parts: Partition, misa: MisaConfig, dtype: torch.dtype, *, residents: bool = False, gpus: int = 1
 ) -> dict[str, int]:
     """Bytes that the optimizer will hold on the device, by category, without allocating anything.
 
@@ -231,30 +232,36 @@ def optimizer_bytes(
         misa: budget and precisions.
         dtype: of the weights.
         residents: the drawn ones' weights lie in the arena, too.
+        gpus: processes that share the state, with ``shard_state``: the bytes are those of the one that holds most.
 
     Raises:
         ValueError: δ is smaller than the largest unit.
     """
     sampled = [parts.numels[name] for unit in parts.units for name in unit.params]
     always = [parts.numels[name] for name in parts.always]
-    capacity, slots = capacity_for(check_budget(parts, misa.delta), sampled, always)
-    return bytes_of_arena(capacity, slots, misa, dtype, weights_from=sum(map(padded, always)) if residents else None)
+    budget = check_budget(parts, misa.delta)
+    if misa.shard_state and gpus > 1:
+        meta = torch.device("meta")
+        return own_arena(budget, sampled, always, gpus, None, device=meta, **_precisions(misa, dtype)).bytes()
+    weights_from = sum(map(padded, always)) if residents else None
+    return bytes_of_arena(*capacity_for(budget, sampled, always), misa, dtype, weights_from=weights_from)
 
 
 def bytes_of_arena(
     capacity: int, slots: int, misa: MisaConfig, dtype: torch.dtype, weights_from: int | None = None
 ) -> dict[str, int]:
     """``arena_bytes`` of the arena that MISA's options ask for, for weights of ``dtype``."""
-    return arena_bytes(
-        capacity,
-        slots,
-        dtype=dtype,
-        split=dtype == torch.bfloat16 and misa.master == "split",
-        state_dtype=misa.state_dtype,
-        grad_dtype=torch.float32 if misa.grad_dtype == "float32" else None,
-        hold_gradients=misa.update_in == "step",
-        weights_from=weights_from,
-    )
+    return arena_bytes(capacity, slots, weights_from=weights_from, **_precisions(misa, dtype))
+
+
+def _precisions(misa: MisaConfig, dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        "dtype": dtype,
+        "split": dtype == torch.bfloat16 and misa.master == "split",
+        "state_dtype": misa.state_dtype,
+        "grad_dtype": torch.float32 if misa.grad_dtype == "float32" else None,
+        "hold_gradients": misa.update_in == "step",
+    }
 
 
 def most_that_fits(worst: WorstCase, micro_batch: MicroBatch, room: int, what: str, most: int) -> int:

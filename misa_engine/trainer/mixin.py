@@ -23,6 +23,7 @@ from transformers.integrations.liger import apply_liger_kernel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from misa_engine.engine.optimizer import MISA
+from misa_engine.engine.replicas import Replicas
 from misa_engine.method.config import MisaConfig, check_choice
 from misa_engine.trainer import checkpoints, resume_options
 from misa_engine.trainer.compat import check_arguments, config_from_arguments, mark_prepared, prepare_unwrapped
@@ -45,6 +46,11 @@ class MisaFactory:
 
     def __call__(self, model: nn.Module, **options: Any) -> MISA:
         """Build the optimizer for ``model``; with several processes, keep accelerate from wrapping the model."""
+        if options.get("shard_state") and Replicas.join() is not None:
+            raise ValueError(
+                "shard_state=True with a plain Trainer, which asks rank 0 alone for the optimizer's state when it "
+                "saves, where all processes have a part of it. Use MisaTrainer or MisaMixin, or leave it out."
+            )
         optimizer = MISA(model, **options)
         if optimizer.replicas is not None:
             mark_prepared(model)

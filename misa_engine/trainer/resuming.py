@@ -180,6 +180,12 @@ class ExactResume(_Base):
         if checkpoint and self._changed_options and not self._is_sharded:
             self._apply_options(fresh)
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        replicas = getattr(getattr(self, "misa", None), "replicas", None)
+        if replicas is not None and replicas.state_in_parts and not self.args.should_save:
+            self.optimizer.state_dict()  # rank 0 writes what all put together
+        super()._save_optimizer_and_scheduler(output_dir)
+
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with _readable(checkpoint):
             super()._load_rng_state(checkpoint)
