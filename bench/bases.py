@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -25,6 +24,7 @@ from misa_engine.bench.presets import RECIPES
 from misa_engine.bench.tasks import documentation_file
 from misa_engine.bench.words import Bytes, Chat, Words
 from misa_engine.bench.workload import batches, rows
+from misa_engine.files import replacing
 
 
 def weights_file(base: str, work: str) -> Path:
@@ -111,7 +111,6 @@ class BaseCase(Case):
             if step % 50 == 0 or step + 1 == recipe["steps"]:
                 row["loss"] = losses = [*losses, round(float(loss), 4)]
                 report(row)
-        part = target.with_suffix(f".{os.getpid()}.part")
-        save_model(model, str(part))
-        part.replace(target)  # whole, also where two runs make it at once
+        with replacing(target) as part:  # two runs may make it at once
+            save_model(model, str(part))
         return losses

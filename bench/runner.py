@@ -27,13 +27,14 @@ from misa_engine.bench.presets import Bench
 from misa_engine.bench.processes import CaseProcesses
 from misa_engine.bench.training import LongestCase
 from misa_engine.errors import UserError
+from misa_engine.files import PART, replacing, write_whole
 
 #: Seconds below which no case is begun.
 SHORTEST_S = 15
 #: Status of a case that was not brought to an end; ``resume`` runs it again.
 UNFINISHED = ("not run", "interrupted", "started")
 #: What an archive leaves out: raw allocator snapshots, half-written files.
-NOT_PACKED = (".pickle", ".part")
+NOT_PACKED = (".pickle", PART)
 
 
 def run_bench(
@@ -151,18 +152,13 @@ def merge(rows: Sequence[Row]) -> list[Row]:
 
 def write(document: dict[str, Any], path: Path) -> None:
     """Write JSON in one go, so that an interrupted run leaves a whole file; pairs of numbers take one line."""
-    part = path.with_suffix(".part")
     text = re.sub(r"\[\s+([^][,{}]+),\s+([^][,{}\s]+)\s+\]", r"[\1, \2]", json.dumps(document, indent=1))
-    part.write_text(text + "\n", encoding="utf-8")
-    part.replace(path)
+    write_whole(path, text + "\n")
 
 
 def pack(folder: Path, archive: Path) -> None:
     """Put the results of a folder into one .tar.gz, also in one go."""
-    archive.parent.mkdir(parents=True, exist_ok=True)
-    part = archive.with_name(archive.name + ".part")
-    with tarfile.open(part, "w:gz") as tar:
+    with replacing(archive) as part, tarfile.open(part, "w:gz") as tar:
         for path in sorted(folder.rglob("*")):
-            if path.is_file() and path.suffix not in NOT_PACKED and path not in (part, archive):
+            if path.is_file() and path.suffix not in NOT_PACKED and path != archive:
                 tar.add(path, path.relative_to(folder.parent))
-    part.replace(archive)

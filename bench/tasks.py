@@ -12,7 +12,6 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
-import os
 import random
 import re
 import sysconfig
@@ -29,6 +28,7 @@ from misa_engine.bench.method import Unavailable
 from misa_engine.bench.words import Words
 from misa_engine.bench.workload import HELD_OUT, documents
 from misa_engine.evaluation.reasoning import TEST_SEED, TRAINING_SEED, final_number, missing, problems
+from misa_engine.files import write_whole
 
 #: Label of a token that counts in no loss.
 IGNORED = -100
@@ -143,9 +143,7 @@ def documentation_file(work: Path) -> list[str]:
     """The documentation's pieces, kept in ``work`` from their first use on."""
     path = work / "documentation.json"
     if not path.exists():
-        part = path.with_suffix(f".{os.getpid()}.part")
-        part.write_text(json.dumps(documentation(), indent=0), encoding="utf-8")
-        part.replace(path)
+        write_whole(path, json.dumps(documentation(), indent=0))
     return list(json.loads(path.read_text(encoding="utf-8")))
 
 

@@ -330,6 +330,33 @@ def test_a_directory_that_holds_no_model_is_refused(workplace, data, tmp_path, c
     assert "needs a model and --output" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["nothere", "--output", "OUT"], "MODEL nothere: there is no such directory"),
+        (["MODEL", "--base", "nothere", "--output", "OUT"], "--base nothere: there is no such directory"),
+        (["MODEL", "--output", "FILE"], "--output FILE: FILE is a file"),
+        (["--training_problems", "FILE/p.jsonl"], "--training_problems FILE: FILE is a file"),
+    ],
+    ids=str,
+)
+def test_errors_name_what_was_typed(words, said, workplace, tmp_path, capsys, monkeypatch):
+    from misa_engine.cli import hub
+
+    monkeypatch.setattr(hub, "why_unreachable", lambda: "no network")
+    (tmp_path / "file").touch()
+    places = {"MODEL": workplace / "model", "OUT": tmp_path / "out", "FILE": tmp_path / "file"}
+
+    def placed(text):
+        for name, place in places.items() if not text.startswith("MODEL nothere") else ():
+            text = text.replace(name, str(place))
+        return text
+
+    assert main(["eval", *map(placed, words), "--tasks", "reasoning:mixed"]) == 2
+    shown = capsys.readouterr().err
+    assert placed(said) in shown and not (tmp_path / "out").exists()
+
+
 def test_slugs_are_file_names():
     assert slug("adapters:arc-e") == "adapters-arc-e" and "/" not in slug("a/../b")
     assert TEMPLATE

@@ -49,6 +49,10 @@ def test_groups_are_the_papers_twelve():
         ("aqua", "The answer is (c).", "C", True),
         ("boolq", "True", "true", True),
         ("boolq", "The answer is false. No, true", "false", False),
+        ("boolq", "true\n\n### Response:\nfalse", "true", True),  # what follows another heading is not read
+        ("boolq", "### Response: true", None, False),
+        ("gsm8k", "72\n\n### Response:\n5", "72", True),
+        ("gsm8k", "72\n\n### Instruction:\nWhat is 5 + 4?", "4", False),  # as published: it should have ended
     ],
 )
 def test_marking(name, text, answer, right, tmp_path):
@@ -64,7 +68,9 @@ def test_generation_is_as_published_and_the_prompt_is_alpacas(tmp_path):
     assert found.of("one", "adapters:boolq").metrics["accuracy"].value == 0.5
     model = scripted("two", str)
     evaluate([model], ["adapters:gsm8k"], tmp_path / "out", settings=settings(data, num_beams=2), say=str)
-    for name, beams, new in (("one", 4, 32), ("two", 2, 256)):
+    model = scripted("three", str)
+    evaluate([model], ["adapters:gsm8k"], tmp_path / "out", settings=settings(data, new_tokens=512), say=str)
+    for name, beams, new in (("one", 4, 32), ("two", 2, 256), ("three", 4, 512)):
         stored = json.loads((tmp_path / "out" / name).glob("*.json").__next__().read_text())["settings"]
         assert (stored["beams"], stored["new_tokens"], stored["prompt"]) == (beams, new, "alpaca")
 

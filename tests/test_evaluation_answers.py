@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from misa_engine.evaluation import answers
@@ -88,3 +90,46 @@ def test_a_number_is_the_last_one_with_its_sign_and_without_its_ornaments(text, 
 )
 def test_a_letter_is_the_declared_one_or_the_last_that_stands_alone(text, said):
     assert answers.letter(text) == said
+
+
+# ---- beside the published rules, stated once more ----
+
+#: Solutions as models write them, whole and malformed.
+SOLUTIONS = (
+    "She has 3 * 24 = 72 nuts.",
+    "One costs $1,200 / 2 = $600. The answer is 600.",
+    "50% of 30 is 15.0",
+    "Rationale: 0.1 * 50 = 5, so it is (C). The answer is (C).",
+    "But all of it is Bob's. The answer is (D).",
+    "x = -3",
+    "72 nuts</s></s>",
+    "I do not know",
+    "1. 2. 3. 4. 5. 5. 5. 5. 5.",
+    "",
+)
+#: Where ours reads something else, and why.
+DIFFERENT = {
+    "3/4": (0.75, 4.0),  # a fraction
+    "10-7": (7.0, -7.0),  # a minus after a digit subtracts
+    "a loss of -$5": (-5.0, 5.0),
+    "answer1": (None, 1.0),  # within a word
+}
+
+
+def published_number(text):
+    """LLM-Adapters' evaluate.py and MISA's callbacks.py: the last one without commas."""
+    found = re.findall(r"-?\d+\.?\d*", text.replace(",", ""))
+    return float(found[-1]) if found else None
+
+
+@pytest.mark.parametrize("text", SOLUTIONS)
+def test_numbers_and_letters_are_those_of_the_published_rules(text):
+    assert answers.number(text) == published_number(text)
+    letters = re.findall("[ABCDE]", text)  # MISA's callbacks.py: the last capital
+    if "(" in text:
+        assert answers.letter(text) == letters[-1]
+
+
+@pytest.mark.parametrize("text", DIFFERENT)
+def test_where_a_number_is_read_otherwise_than_published_is_stated(text):
+    assert (answers.number(text), published_number(text)) == DIFFERENT[text]

@@ -11,7 +11,7 @@ from misa_engine.bench.reproduce import building, experiments, sources, toys
 from misa_engine.bench.reproduce.command import cost_text
 from misa_engine.bench.reproduce.cost import cost_of
 from misa_engine.bench.reproduce.experiments import EXPERIMENTS, TINY, runs_of
-from misa_engine.bench.reproduce.paper import CLAIMS, MISSING, REPORTED
+from misa_engine.bench.reproduce.paper import CLAIMS, MISSING, REPORTED, TABLED
 from misa_engine.cli.main import main
 from misa_engine.errors import UserError
 
@@ -94,7 +94,8 @@ def test_each_run_gets_the_recipes_settings_and_its_own(name):
         assert found["lr"] == given.get("lr", recipe["learning_rate"])
         assert found["delta"] == given.get("delta", recipe["delta"])
         assert found["inner_steps"] == given.get("inner_steps", recipe["inner_steps"])
-        assert found["batch"] * found["accumulation"] == 16 if not name.startswith("c4") else 256
+        sequences = {"math": 8, "c4-130m": 256, "c4-350m": 256}.get(name, 16)
+        assert found["batch"] * found["accumulation"] == sequences
         if run.entry.method == "misa" and "preset" not in run.entry.misa:
             assert found["misa"]["preset"] == "official"
             assert building.settings_of(run, "paper", "paper")["misa"]["preset"] == "paper"
@@ -106,11 +107,14 @@ def test_every_number_and_claim_of_the_paper_has_a_row_and_a_source():
     for one in REPORTED:
         labels = {entry.label for entry in EXPERIMENTS[one.experiment].entries}
         assert one.label in labels and one.model in EXPERIMENTS[one.experiment].models
+        assert one.metric in TABLED[one.experiment]
         assert one.metric in EXPERIMENTS[one.experiment].metrics and one.source.startswith("arXiv 2511.00056")
     for one in CLAIMS:
         labels = {entry.label for entry in EXPERIMENTS[one.experiment].entries}
         assert {one.better, one.worse} <= labels and one.metric in EXPERIMENTS[one.experiment].metrics
     assert set(MISSING) == set(EXPERIMENTS)
+    for name, metrics in TABLED.items():
+        assert set(metrics) <= set(EXPERIMENTS[name].metrics)
 
 
 def test_cost_is_the_planners_and_says_that_it_is_computed():
@@ -268,13 +272,12 @@ def test_answers_for_a_judge_are_written_as_fastchat_reads_them(toy_folder, toy_
 
 def test_a_task_that_fails_leaves_a_note_and_the_others_scores(toy_folder, toy_model, tmp_path, monkeypatch):
     from misa_engine.bench.reproduce.scoring import score_tasks
-    from misa_engine.evaluation import adapters, harness
+    from misa_engine.evaluation import harness
 
     monkeypatch.setattr(harness, "installed", lambda: False)
-    monkeypatch.setitem(adapters.NEW_TOKENS, "choice", 4)
     model, tokenizer = toy_model
     tasks = {"piqa": "adapters:piqa", "mmlu": "mmlu"}
-    amounts = {"name": "one run", "questions": 2, "beams": 1}
+    amounts = {"name": "one run", "questions": 2, "beams": 1, "answer_tokens": 4}
     scores, notes = score_tasks(model, tokenizer, tasks, toy_folder / "data", tmp_path, **amounts)
     assert scores == {"piqa": 0.0}  # no average over two protocols, and none where one is missing
     assert notes == ["mmlu was not scored: mmlu: lm-eval is not installed: pip install 'misa_engine[eval]'"]

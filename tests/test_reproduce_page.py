@@ -5,59 +5,18 @@ import re
 import shutil
 import struct
 import subprocess
-from html.parser import HTMLParser
 
 import pytest
 
 from misa_engine.bench.reproduce import results
 from misa_engine.bench.reproduce.experiments import EXPERIMENTS, runs_of
 from misa_engine.bench.reproduce.page import number, page_of
+from pages import Page
 from reproducing import fake
 
 pytest.importorskip("matplotlib", reason="pictures need matplotlib: pip install 'misa_engine[bench]'")
 pytestmark = pytest.mark.filterwarnings("ignore")
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
-#: Attributes from which a browser loads something.
-LOADED = {"src", "srcset", "data", "poster", "background", "action", "xlink:href", "manifest", "code", "archive"}
-
-
-class Page(HTMLParser):
-    """Tables as lists of rows, what would be loaded, and whether every element is closed."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tables, self.loads, self.open = {}, [], []
-        self.text = ""
-        self._rows = self._cell = None
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        given = dict(attributes)
-        if tag not in ("meta", "br", "img", "link"):
-            self.open.append(tag)
-        self.loads += [value for name, value in attributes if name in LOADED or (name == "href" and tag != "a")]
-        self.loads += re.findall(r"url\(([^)]*)\)", given.get("style") or "")
-        if tag in ("script", "iframe", "object", "embed", "link", "base"):
-            self.loads.append(f"<{tag}>")
-        if tag == "table":
-            self._rows = self.tables[given["id"]] = []
-        elif tag == "tr":
-            self._rows.append([])
-        elif tag in ("td", "th"):
-            self._rows[-1].append("")
-            self._cell = True
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-        if tag in ("td", "th"):
-            self._cell = False
-
-    def handle_data(self, data):
-        self.text += data
-        if self.open and self.open[-1] == "style":
-            self.loads += re.findall(r"url\(([^)]*)\)|@import", data)
-        elif self._cell:
-            self._rows[-1][-1] += data
 
 
 def whole(name, scale="paper", **metrics):
@@ -102,7 +61,9 @@ def test_the_papers_numbers_stand_beside_ours_with_their_source(math_page):
     assert "1 arXiv 2511.00056, Table 4" in page.text  # what the raised 1 of these cells means
     assert cells["heldout loss"] == "3.00002.0000 … 4.0000" and cells["seeds"] == "3 of 3"
     (lora,) = [line for line in lines if line[1].startswith("LoRA")]
-    assert dict(zip(head, lora, strict=True))["gsm8k, paper"] == "–"
+    assert dict(zip(head, lora, strict=True))["gsm8k, paper"] == "not transcribed"
+    (ours,) = [line for line in lines if line[1].startswith("this engine")]
+    assert dict(zip(head, ours, strict=True))["gsm8k, paper"] == "not in the paper"
     assert "could not be checked" in page.text
     assert "failed: <RuntimeError> & more" in page.text  # escaped on its way
 
@@ -139,23 +100,48 @@ def test_numbers_have_the_digits_of_their_kind():
     assert (number("heldout_loss", 1.23456), number("gsm8k", 71.26), number("x", None)) == ("1.2346", "71.26", "–")
 
 
-def test_a_browser_shows_tables_and_pictures(math_page, tmp_path):
+def sweep_page(folder):
+    """The page of a study of eight trials that nobody ran."""
+    optuna = pytest.importorskip("optuna", reason="misa sweep needs optuna: pip install 'misa_engine[sweep]'")
+    from misa_engine.sweep import page
+    from misa_engine.sweep.results import collect
+    from misa_engine.sweep.study import open_study
+    from sweep_studies import settings
+
+    about = settings()
+    study = open_study(folder, about)
+    for place in range(8):
+        values = {"learning_rate": 10 ** -(3 + place / 4), "eta": (0.1, 0.5, 1.0)[place % 3]}
+        spaces = {"learning_rate": optuna.distributions.FloatDistribution(1e-6, 1e-3, log=True),
+                  "eta": optuna.distributions.CategoricalDistribution((0.1, 0.5, 1.0))}  # fmt: skip
+        losses = [[step, 3.0 / step + place / 10] for step in (1, 2, 3)]
+        study.add_trial(optuna.trial.create_trial(params=values, distributions=spaces, value=1.0 + place / 10,
+            user_attrs={"losses": losses, "seconds": 1.0}))  # fmt: skip
+    return page.page(collect(study, about, "study", "misa sweep --config <run>.yaml"))
+
+
+@pytest.mark.parametrize("which", ("reproduce", "sweep"))
+def test_a_browser_shows_tables_and_pictures(which, math_page, tmp_path):
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         pytest.skip(f"no browser: apt-get install chromium-headless-shell (looked for {', '.join(BROWSERS)})")
+    made = math_page if which == "reproduce" else sweep_page(tmp_path)
     # the picture's size is set by what was decoded: a broken one has none
     script = "<script>for (const i of document.images) i.title = i.naturalWidth + 'x' + i.naturalHeight</script>"
     page, shot = tmp_path / "page.html", tmp_path / "page.png"
-    page.write_text(math_page.replace("</body>", f"{script}</body>"), encoding="utf-8")
+    page.write_text(made.replace("</body>", f"{script}</body>"), encoding="utf-8")
     words = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
              f"--user-data-dir={tmp_path / 'profile'}", "--host-resolver-rules=MAP * ~NOTFOUND",
              "--window-size=1200,3000", "--virtual-time-budget=2000"]  # fmt: skip
-    dom = subprocess.run([*words, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120)
-    assert set(re.findall(r'<table id="(\w+)"', dom.stdout)) == set(Page(math_page).tables), dom.stderr[-500:]
+    dom = subprocess.run(
+        [*words, "--dump-dom", f"--screenshot={shot}", page.as_uri()], capture_output=True, text=True, timeout=120
+    )
+    assert set(re.findall(r'<table id="([^"]+)"', dom.stdout)) == set(Page(made).tables), dom.stderr[-500:]
     sizes = re.findall(r'title="(\d+)x(\d+)"', dom.stdout)
-    assert len(sizes) == 1 and all(int(width) > 400 and int(height) > 100 for width, height in sizes)
-    subprocess.run([*words, f"--screenshot={shot}", page.as_uri()], capture_output=True, timeout=120, check=True)
+    assert len(sizes) == made.count("<img ")
+    assert all(int(width) > 400 and int(height) > 100 for width, height in sizes)
     assert struct.unpack(">II", shot.read_bytes()[16:24]) == (1200, 3000)
     from matplotlib.image import imread
 
-    assert len({tuple(pixel) for pixel in imread(shot)[::7, ::7].reshape(-1, imread(shot).shape[2])}) > 20
+    pixels = imread(shot)
+    assert len({tuple(pixel) for pixel in pixels[::7, ::7].reshape(-1, pixels.shape[2])}) > 20

@@ -3,7 +3,7 @@
 import pytest
 
 from misa_engine.bench.reproduce.experiments import EXPERIMENTS, recipe_of
-from misa_engine.bench.reproduce.hyperparameters import CODE, HYPERPARAMETERS, OURS, PAPER, VARIANTS
+from misa_engine.bench.reproduce.hyperparameters import CODE, HYPERPARAMETERS, OURS, PAPER, SCRIPTS, VARIANTS
 from misa_engine.cli.arguments import recipe_names
 
 ROWS = [(recipe, row) for recipe, rows in HYPERPARAMETERS.items() for row in rows]
@@ -17,7 +17,7 @@ NOT_A_SETTING = {"output_dir", "preset"}
 def test_each_row_of_the_table_is_what_the_recipe_says(recipe, row, variant):
     given = recipe_of(recipe, variant)
     assert given[row.option] == row.value and type(given[row.option]) is type(row.value)
-    assert row.source.startswith((CODE, PAPER, OURS))
+    assert row.source.startswith((CODE, SCRIPTS, PAPER, OURS))
 
 
 @EACH_VARIANT
@@ -44,6 +44,9 @@ def test_the_tables_published_numbers_are_those_of_the_method():
     assert (alpaca["learning_rate"], alpaca["lr_scheduler_type"], alpaca["num_train_epochs"]) == (5e-5, "cosine", 3)
     assert (alpaca["per_device_train_batch_size"], alpaca["gradient_accumulation_steps"]) == (2, 8)
     assert alpaca["max_length"] == 512
+    math = recipe_of("llama3-8b-math")
+    assert (math["learning_rate"], math["num_train_epochs"], math["max_length"]) == (5e-5, 3, 512)
+    assert (math["per_device_train_batch_size"], math["gradient_accumulation_steps"]) == (2, 4)
     large = recipe_of("llama-350m-c4")
     assert (large["learning_rate"], large["delta"], large["eta"], large["inner_steps"]) == (1e-3, 0.25, 500, 50)
     assert large["max_steps"] == 55_000 and large["always_train"] == ["embed_tokens", "lm_head"]

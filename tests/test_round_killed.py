@@ -75,7 +75,7 @@ def test_the_round_killed_at_every_stage_keeps_its_results_and_is_finished_by_la
         assert not alive, f"left over after {how.name}: {alive}"
         now = finished(out)
         assert now[: len(kept)] == kept, "a result that was there has changed"
-        assert not list(out.glob("*.part")) or how is signal.SIGKILL
+        assert not list(out.glob("*.tmp")) or how is signal.SIGKILL
         if now:
             with tarfile.open(archive) as packed:
                 inside = json.load(packed.extractfile(f"{out.name}/results.json"))

@@ -13,6 +13,7 @@ from trl import DPOConfig, DPOTrainer, SFTTrainer
 
 from misa_engine import MISA, MisaConfig
 from misa_engine.trainer import checkpoints, log_writer
+from misa_engine.trainer.compat import check_arguments
 from misa_engine.trainer.mixin import MisaFactory, MisaMixin, config_from_arguments
 from misa_engine.trainer.sft import MisaTrainer
 from trainer_cases import COMMON, MISA_OPTIONS, log_of, logged, plain_trainer, sft_arguments, tiny
@@ -162,14 +163,15 @@ def test_bad_input_is_refused_before_anything_is_written(options, word, misa_tra
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_several_gpus_in_one_process_and_sharded_weights_are_refused(misa_trainer, monkeypatch):
+def test_several_gpus_in_one_process_and_deepspeed_are_refused(misa_trainer, monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
         patch.setattr(TrainingArguments, "n_gpu", property(lambda self: 4))
         with pytest.raises(ValueError, match=r"4 GPUs.*torchrun --nproc_per_node 4"):
             misa_trainer()
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match="MISA averages the gradients"):
-        misa_trainer()
+    arguments = sft_arguments(tmp_path / "run")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ValueError, match="MISA averages the gradients.*--fsdp"):
+        check_arguments(arguments, MisaConfig())
 
 
 def test_a_second_optimizer_is_refused(tmp_path, tokenizer, texts):

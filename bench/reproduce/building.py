@@ -93,6 +93,7 @@ def case_of(run: Run, place: Place) -> Case:
         overrides={} if tiny else dict(recipe.get("config_overrides", {})),
         points=TINY["points"] if tiny else 20, tasks=tasks,
         questions=TINY["questions"] if tiny else 0, beams=TINY["beams"] if tiny else 0,
+        answer_tokens=TINY["answer_tokens"] if tiny else 0,
         evaluated=str(place.output / "evaluation"), new_tokens=TINY["new_tokens"] if tiny else 1024,
         judged=str(judged) if experiment.judged else "",
     )  # fmt: skip

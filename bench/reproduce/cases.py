@@ -70,6 +70,8 @@ class ReproduceCase(Case, Settings):
     """Of each task, at most; 0 is all."""
     beams: int = 0
     """Of generated answers; 0 is the protocol's own number."""
+    answer_tokens: int = 0
+    """Of generated answers, at most; 0 is the published code's."""
     evaluated: str = ""
     """The folder that gets the answers to the tasks."""
     new_tokens: int = 1024
@@ -107,7 +109,8 @@ class ReproduceCase(Case, Settings):
             method.model.eval()
         if self.tasks:
             scores, notes = score_tasks(method.model, words.tokenizer, self.tasks, Path(self.data),
-                Path(self.evaluated), name=self.name, questions=self.questions, beams=self.beams)  # fmt: skip
+                Path(self.evaluated), name=self.name, questions=self.questions, beams=self.beams,
+                answer_tokens=self.answer_tokens)  # fmt: skip
             measured |= scores
             ours["notes"] = notes
         if self.judged:

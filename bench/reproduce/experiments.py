@@ -48,6 +48,11 @@ class Entry:
     source: str = ""
     """Of what it changes; empty where the recipe has it."""
 
+    @property
+    def of_the_paper(self) -> bool:
+        """Whether the paper compares such a method: all but this engine's own defaults."""
+        return self.misa.get("preset") != "engine"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
@@ -94,8 +99,10 @@ COMMONSENSE_TASKS = ("boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc-e"
 _KNOWN = "its own publication's setting, not the paper's"
 _LORA = Entry(label="LoRA r 32", method="lora", settings={"lr": 1e-4, "lora_rank": 32},
     source="rank from the paper's search {8, 16, 32}; learning rate ours")  # fmt: skip
-_LISA = Entry(label="LISA", method="lisa")
-_BADAM = Entry(label="BAdam", method="badam", settings={"inner_steps": 100}, source=_KNOWN)
+_LISA = Entry(label="LISA", method="lisa", source="its own publication's rule: two layers, embeddings and head; the "
+    "published code's scripts/alpaca_lisa.sh trains one layer, in ascending order")  # fmt: skip
+_BADAM = Entry(label="BAdam", method="badam", source="T and learning rate of the published code's "
+    "scripts/alpaca_badam.sh; layers in random order, as BAdam itself")  # fmt: skip
 _FINE_TUNING = (
     Entry(label="MISA δ 3%"),
     Entry(label="MISA δ 1%", settings={"delta": 0.01}, source="ours: shows what a third of the budget costs"),
@@ -107,8 +114,19 @@ _FINE_TUNING = (
 _PRETRAINING = (
     Entry(label="MISA"),
     Entry(label="this engine", misa={"preset": "engine", "eta": 1.0}, source="this engine's defaults"),
-    Entry(label="Adam", method="adamw"),
-    Entry(label="GaLore", method="galore", settings={"lr": 1e-2, "galore_rank": 256}, source=_KNOWN),
+    Entry(
+        label="Adam",
+        method="adamw",
+        settings={"max_grad_norm": 1.0},
+        source="clipping of the published code's scripts/c4_adam.sh (350M)",
+    ),
+    Entry(
+        label="GaLore",
+        method="galore",
+        settings={"lr": 1e-3, "galore_rank": 32},
+        source="the published code's scripts/c4_Galore.sh (350M)",
+    ),
+    Entry(label="GaLore r 256", method="galore", settings={"lr": 1e-2, "galore_rank": 256}, source=_KNOWN),
 )
 
 
@@ -205,6 +223,7 @@ EXPERIMENTS: dict[str, Experiment] = {
 #: What ``--scale tiny`` makes of a run: steps are the experiment's own, the rest is this.
 TINY: dict[str, Any] = {
     "batch": 2, "accumulation": 1, "length": 320, "rows": 8, "points": 4, "questions": 2, "beams": 1, "new_tokens": 12,
+    "answer_tokens": 24,
     "lr_factor": 20.0, "lr_most": 3e-3, "delta_factor": 5.0, "delta_most": 0.6, "inner_steps_divisor": 10,
     "seeds": 1, "models": 1,
 }  # fmt: skip

@@ -12,6 +12,8 @@ from misa_engine.bench.reproduce.paper import ARXIV
 
 #: github.com/pkumelon/MISA, its README's commands.
 CODE = "published code, README"
+#: Its scripts, as lovekdl/MISA, which is the same code, has them at 01f9467.
+SCRIPTS = "published code, scripts"
 PAPER = f"{ARXIV}, experiments"
 ALGORITHM_1 = f"{ARXIV}, Algorithm 1"
 OURS = "not published: ours"
@@ -27,6 +29,7 @@ class Row:
     """One of the names above, with a word more where it needs one."""
 
 
+_MATH = f"{SCRIPTS}/train_math_misa.sh (written for Llama-2-7B)"
 _METHOD = (Row("delta", 0.03, PAPER), Row("inner_steps", 50, CODE), Row("eta", 1.0, CODE))
 
 
@@ -62,20 +65,6 @@ def _pretraining(sizes: Row) -> tuple[Row, ...]:
     )
 
 
-def _task(batch: int, accumulation: int, length: int, held_out: float) -> tuple[Row, ...]:
-    return (
-        *_METHOD,
-        Row("learning_rate", 1e-5, f"{OURS}, within the paper's search from 2e-4 to 1e-6"),
-        Row("lr_scheduler_type", "cosine", f"{CODE} (instruction tuning)"),
-        Row("warmup_steps", 0.03, OURS),
-        Row("per_device_train_batch_size", batch, OURS),
-        Row("gradient_accumulation_steps", accumulation, OURS),
-        Row("max_length", length, OURS),
-        Row("num_train_epochs", 3, f"{CODE} (instruction tuning)"),
-        Row("eval_fraction", held_out, OURS),
-    )
-
-
 #: Recipe without its first word -> rows. ``paper-`` and ``official-`` differ in the preset alone.
 HYPERPARAMETERS: dict[str, tuple[Row, ...]] = {
     "llama2-7b-alpaca": (
@@ -97,12 +86,28 @@ HYPERPARAMETERS: dict[str, tuple[Row, ...]] = {
     "llama3-8b-commonsense": (
         Row("model_name_or_path", "meta-llama/Meta-Llama-3-8B", PAPER),
         Row("dataset", "commonsense_170k.json", PAPER),
-        *_task(8, 2, 256, 0.005),
+        *_METHOD,
+        Row("learning_rate", 1e-5, f"{OURS}, within the paper's search from 2e-4 to 1e-6"),
+        Row("lr_scheduler_type", "cosine", f"{CODE} (instruction tuning)"),
+        Row("warmup_steps", 0.03, OURS),
+        Row("per_device_train_batch_size", 8, OURS),
+        Row("gradient_accumulation_steps", 2, OURS),
+        Row("max_length", 256, OURS),
+        Row("num_train_epochs", 3, f"{CODE} (instruction tuning)"),
+        Row("eval_fraction", 0.005, OURS),
     ),
     "llama3-8b-math": (
         Row("model_name_or_path", "meta-llama/Meta-Llama-3-8B", PAPER),
         Row("dataset", "math_10k.json", PAPER),
-        *_task(4, 4, 512, 0.01),
+        *_METHOD,
+        Row("learning_rate", 5e-5, _MATH),
+        Row("lr_scheduler_type", "cosine", _MATH),
+        Row("per_device_train_batch_size", 2, _MATH),
+        Row("gradient_accumulation_steps", 4, _MATH),
+        Row("max_length", 512, _MATH),
+        Row("num_train_epochs", 3, _MATH),
+        Row("seed", 42, _MATH),
+        Row("eval_fraction", 0.01, OURS),
     ),
     "llama-130m-c4": (
         *_pretraining(_sizes(768, 2048, 12, 12)),

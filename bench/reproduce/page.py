@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
 from misa_engine.bench.presets import GIB
+from misa_engine.report import html
 
 Row = dict[str, Any]
 HELD = {None: "not judged", True: '<span class="yes">holds</span>', False: '<span class="no">does not</span>'}
-STYLE = """
-:root { color-scheme: light dark; --line: #d0d0d0; --soft: #f4f4f4; --dim: #5c5c5c; --good: #00694b; --bad: #a33f00; }
-@media (prefers-color-scheme: dark) {
-  :root { --line: #444; --soft: #222; --dim: #aaa; --good: #4cc79c; --bad: #ff9b5c; } }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
-th, td { border-bottom: 1px solid var(--line); padding: .3rem .7rem; text-align: right; vertical-align: top; }
-th { background: var(--soft); text-align: left; } td:first-child, td.word { text-align: left; }
-.wide { overflow-x: auto; } .dim { color: var(--dim); font-size: .85em; } .yes { color: var(--good); }
-.no { color: var(--bad); } code { background: var(--soft); padding: .1rem .3rem; overflow-wrap: anywhere; }
-figure { margin: 1rem 0; background: #fff; padding: .5rem; } figure img { max-width: 100%; height: auto; }
-.notice { border-left: 4px solid var(--bad); padding: .3rem 1rem; background: var(--soft); }
-"""
 
 
 def page_of(document: Row) -> str:
@@ -33,7 +19,6 @@ def page_of(document: Row) -> str:
     where = document["environment"]
     tiny = document["scale"] == "tiny"
     parts = [
-        f"<h1>{escape(document['title'])}</h1>",
         f"<p>{escape(document['summary'])}</p>",
         '<p class="notice">Scale tiny: toy data and a model of 0.2 million random weights. It shows that everything '
         "runs; its numbers rank nothing and do not compare with the paper's.</p>" if tiny else "",
@@ -44,42 +29,21 @@ def page_of(document: Row) -> str:
         _claims(document["claims"]),
         *_pictures(document),
         _costs(document["costs"]),
-        _section("Settings of the recipe", "settings", ("option", "value", "source"), [
+        html.section("Settings of the recipe", "settings", ("option", "value", "source"), [
             (f"<code>{escape(row['option'])}</code>", escape(json.dumps(row["value"])), escape(row["source"]))
             for row in document["hyperparameters"]
         ]),
         _runs(document["runs"]),
-        _section("Environment", "environment", ("what", "is"), [
+        html.section("Environment", "environment", ("what", "is"), [
             (name, f"<code>{escape(str(where[name]))}</code>")
             for name in ("command", "hardware", "python", "driver", "commit", "date") if where.get(name)
         ]),
-        _section("Packages", "packages", ("package", "version", "SHA-256 of RECORD"), [
+        html.section("Packages", "packages", ("package", "version", "SHA-256 of RECORD"), [
             (escape(name), escape(one["version"]), f"<code>{one['sha256']}</code>")
             for name, one in document["packages"].items()
         ]),
     ]  # fmt: skip
-    head = (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{escape(document["title"])}</title>'
-    )
-    head += f'\n<meta name="viewport" content="width=device-width">\n<style>{STYLE}</style>\n</head>\n<body>\n'
-    return head + "\n".join(filter(None, parts)) + "\n</body>\n</html>\n"
-
-
-def _section(title: str, name: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return f"<h2>{title}</h2>\n{_table(name, headings, rows)}" if rows else ""
-
-
-def _table(name: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    head = "".join(f"<th>{heading}</th>" for heading in headings)
-    body = "\n".join(
-        "<tr>" + "".join(f"<td{_kind(cell)}>{cell}</td>" for cell in row) + "</tr>" for row in rows
-    )  # fmt: skip
-    table = f'<table id="{name}">\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table>'
-    return f'<div class="wide">{table}</div>'
-
-
-def _kind(cell: str) -> str:
-    return "" if cell[:1].isdigit() or cell[:1] in "-–" else ' class="word"'
+    return html.page(document["title"], parts)
 
 
 # ---- tables ----
@@ -99,7 +63,9 @@ def number(metric: str, value: float | None) -> str:
 def _results(document: Row) -> str:
     headings = ["model", "method", "seeds"]
     sources: list[str] = []
-    told_of = {name for line in document["table"] for name, cell in line["cells"].items() if "paper" in cell}
+    told_of = {
+        name for line in document["table"] for name, cell in line["cells"].items() if {"paper", "lacking"} & set(cell)
+    }
     for metric in document["metrics"]:
         shown = metric.replace("_", " ")
         headings += [shown, f"{shown}, paper"] if metric in told_of else [shown]
@@ -120,14 +86,15 @@ def _results(document: Row) -> str:
                 cells.append(_told(cell, sources))
         rows.append(cells)
     notes = "".join(f"<br><sup>{place}</sup> {escape(source)}" for place, source in enumerate(sources, start=1))
-    said = "Medians over the seeds, least and most below. – is not measured, or not known of the paper."
-    return f'{_table("results", headings, rows)}\n<p class="dim">{said}{notes}</p>'
+    said = "Medians over the seeds, least and most below. – is not measured. Not transcribed: the "
+    said += "paper has the number, and it could not be checked here."
+    return f'{html.table("results", headings, rows)}\n<p class="dim">{said}{notes}</p>'
 
 
 def _told(cell: Row, sources: list[str]) -> str:
-    """The paper's number with the place of its source, which ``sources`` gets."""
+    """The paper's number with the place of its source, which ``sources`` gets, or why there is none."""
     if "paper" not in cell:
-        return "–"
+        return f'<span class="dim">{cell.get("lacking", "–")}</span>'
     if cell["source"] not in sources:
         sources.append(cell["source"])
     return f"{cell['paper']:.1f}<sup>{sources.index(cell['source']) + 1}</sup>"
@@ -140,7 +107,7 @@ def _claims(claims: Sequence[Row]) -> str:
             numbers = [f"{one[side]:.4g}" if one[side] is not None else "–" for side in ("better", "worse")]
             rows.append((escape(claim["said"]), escape(one["model"]), *numbers, HELD[one["holds"]],
                 escape(claim["source"])))  # fmt: skip
-    return _section("What the paper claims, and what is here", "claims",
+    return html.section("What the paper claims, and what is here", "claims",
         ("claim", "model", "first", "second", "here", "source"), rows)  # fmt: skip
 
 
@@ -150,7 +117,7 @@ def _costs(costs: Sequence[Row]) -> str:
          number("vram_bytes", cost["vram_bytes"]), escape(cost["how"]))
         for cost in costs
     ]  # fmt: skip
-    return _section("Cost, computed and not measured", "costs", ("run", "steps", "GPU-hours", "VRAM", "how"), rows)
+    return html.section("Cost, computed and not measured", "costs", ("run", "steps", "GPU-hours", "VRAM", "how"), rows)
 
 
 def _runs(runs: Sequence[Row]) -> str:
@@ -162,8 +129,8 @@ def _runs(runs: Sequence[Row]) -> str:
             f"{run['steps']:,}" if "steps" in run else "–", trained,
             f"<code>{run['base_digest']}</code>" if "base_digest" in run else "–",
             f"<code>{run['data_digest']}</code>" if "data_digest" in run else "–", escape(notes)))  # fmt: skip
-    return _section("Runs", "runs", ("run", "status", "s in all", "steps", "trained at first", "base", "held-out rows",
-        "notes"), rows)  # fmt: skip
+    headings = ("run", "status", "s in all", "steps", "trained at first", "base", "held-out rows", "notes")
+    return html.section("Runs", "runs", headings, rows)
 
 
 # ---- pictures ----
@@ -185,11 +152,4 @@ def _pictures(document: Row) -> list[str]:
         lines = [line for line in document["table"] if line["model"] == model]
         if any(cell.get("median") for line in lines for name, cell in line["cells"].items() if name.endswith("_bytes")):
             figures[f"{model}: bytes of a step"] = bytes_figure(model, lines)
-    return [_figure(title, figure) for title, figure in figures.items()]
-
-
-def _figure(title: str, figure: Any) -> str:
-    held = io.BytesIO()
-    figure.savefig(held, format="svg", facecolor="white", metadata={"Date": None})
-    data = base64.b64encode(held.getvalue()).decode()
-    return f'<figure><img alt="{escape(title)}" src="data:image/svg+xml;base64,{data}"></figure>'
+    return [html.picture(title, figure) for title, figure in figures.items()]

@@ -1,12 +1,14 @@
 """What the paper reports, as far as it could be checked: each number and each claim with where it stands.
 
-A number that is not here was not available when this was written; pages leave its place empty and say so. Nothing of
+A number that is not here was not available when this was written; pages say "not transcribed" in its place. Nothing of
 ours is in this file.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from misa_engine.bench.reproduce.experiments import COMMONSENSE_TASKS, MATH_TASKS
 
 #: The paper: "MISA: Memory-Efficient LLMs Optimization with Module-wise Importance Sampling", NeurIPS 2025.
 ARXIV = "arXiv 2511.00056"
@@ -75,6 +77,16 @@ CLAIMS: tuple[Claim, ...] = (
         for other in ("LISA", "BAdam")
     ),
 )
+
+#: Metrics of which the paper has a table or figure with a number for each of its methods.
+TABLED: dict[str, tuple[str, ...]] = {
+    "math": ("average", *MATH_TASKS),
+    "commonsense": ("average", *COMMONSENSE_TASKS),
+    "alpaca": ("mmlu", "mmlu_pro"),
+    "c4-130m": ("perplexity",),
+    "c4-350m": ("perplexity",),
+    "memory": ("peak_bytes",),
+}
 
 #: What the paper has and this file lacks, by experiment: said on each page.
 MISSING: dict[str, str] = {

@@ -15,9 +15,11 @@ from misa_engine.bench.measure import PACKAGES, environment
 from misa_engine.bench.reproduce.cost import cost_of
 from misa_engine.bench.reproduce.experiments import COMMONSENSE_TASKS, EXPERIMENTS, MATH_TASKS, Run
 from misa_engine.bench.reproduce.hyperparameters import HYPERPARAMETERS, VARIANTS
-from misa_engine.bench.reproduce.paper import ARXIV, CLAIMS, MISSING, Claim, reported
+from misa_engine.bench.reproduce.paper import ARXIV, CLAIMS, MISSING, TABLED, Claim, reported
 
 Row = dict[str, Any]
+#: In place of a number of the paper's.
+NOT_TRANSCRIBED, NOT_THEIRS = "not transcribed", "not in the paper"
 #: Metrics of which more is better; of all others less is.
 HIGHER = frozenset(("average", *MATH_TASKS, *COMMONSENSE_TASKS, "mmlu", "mmlu_pro", "ifeval"))
 
@@ -66,7 +68,9 @@ def table_of(name: str, runs: Sequence[Run], rows: Mapping[str, Row], planned: M
             if metric == "planned_bytes":
                 values = [float(size) for run in own if (size := planned.get(run.name))]
             told = reported(name, model, label, metric)
-            cell = {"paper": told.value, "source": told.source} if told else {}
+            cell: Row = {"paper": told.value, "source": told.source} if told else {}
+            if told is None and metric in TABLED.get(name, ()):
+                cell["lacking"] = NOT_TRANSCRIBED if own[0].entry.of_the_paper else NOT_THEIRS
             if values:
                 cell |= {"median": statistics.median(values), "least": min(values), "most": max(values)}
             line["cells"][metric] = cell

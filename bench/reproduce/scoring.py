@@ -14,7 +14,7 @@ from misa_engine.bench.bases import digest_of
 from misa_engine.bench.matrix import file_name
 from misa_engine.bench.reproduce.sources import MT_BENCH, PlainWords, files_of, prompt_of
 from misa_engine.errors import UserError
-from misa_engine.evaluation.adapters import PLAIN, PREFIX
+from misa_engine.evaluation.adapters import MISA_TOKENS, PLAIN, PREFIX, ROWS
 from misa_engine.evaluation.generation import generate
 from misa_engine.files import write_whole
 
@@ -29,6 +29,7 @@ def score_tasks(
     name: str,
     questions: int,
     beams: int,
+    answer_tokens: int = 0,
 ) -> tuple[dict[str, float], list[str]]:
     """Percentages by metric as ``misa eval`` finds them, the mean of generated ones as ``average``, and what failed.
 
@@ -43,6 +44,7 @@ def score_tasks(
         name: of the run.
         questions: of each task, at most; 0 is all.
         beams: of generated answers; 0 is the protocol's own number.
+        answer_tokens: of a generated answer, at most; 0 is what the published code of MISA takes.
     """
     from misa_engine.evaluation import Settings, Subject, evaluate
 
@@ -52,12 +54,14 @@ def score_tasks(
         label=label, path=label, load_model=lambda: model, load_tokenizer=lambda: tokenizer, dtype=dtype,
         digest=digest_of(model),
     )  # fmt: skip
-    settings = Settings(data=data, limit=questions or None, num_beams=beams or None)
     scores: dict[str, float] = {}
     notes: list[str] = []
     for metric, task in tasks.items():
         try:
             check_harness([task])
+            row = ROWS.get(task.removeprefix(PREFIX))  # None of lm-eval's, which have their own
+            tokens = answer_tokens or (MISA_TOKENS[row.kind] if row else None)
+            settings = Settings(data=data, limit=questions or None, num_beams=beams or None, new_tokens=tokens)
             found = evaluate([subject], [task], output, settings=settings, say=lambda line: None).of(label, task)
         except Exception as error:  # of whichever task's code; the page says it, and the trained model's loss is kept
             kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +31,17 @@ def command(words: list[str]) -> int:
     if not options.models or options.output is None:
         raise UserError("misa eval needs a model and --output DIR. See misa eval --help.")
     output = Path(options.output).expanduser()
-    check_place(output)
-    everyone = subjects_of([*([options.base] if options.base else []), *options.models], dtype=options.dtype)
+    check_place(output, "--output")
+    named = {options.base: "--base"} if options.base else {}
+    everyone = subjects_of([*named, *options.models], dtype=options.dtype, options=named)
     base, subjects = (everyone[0], everyone[1:]) if options.base else (None, everyone)
     settings = Settings(
         data=Path(options.data).expanduser() if options.data else None, limit=options.limit,
         batch_size=options.batch_size, prompt=options.prompt, num_beams=options.num_beams,
-        num_fewshot=options.num_fewshot,
+        new_tokens=options.new_tokens, num_fewshot=options.num_fewshot,
     )  # fmt: skip
-    evaluation = evaluate(subjects, options.tasks, output, base=base, settings=settings, say=_say)
+    evaluation = evaluate(subjects, options.tasks, output, base=base, settings=settings,
+        command=shlex.join(["misa", "eval", *words]), say=_say)  # fmt: skip
     into_cards(evaluation, subjects)
     if options.json:
         print(json.dumps(evaluation.to_dict(), indent=2))
@@ -47,31 +50,34 @@ def command(words: list[str]) -> int:
     return DONE
 
 
-def subjects_of(paths: Sequence[str], *, dtype: str | None = None) -> list[Subject]:
+def subjects_of(
+    paths: Sequence[str], *, dtype: str | None = None, options: Mapping[str, str] | None = None
+) -> list[Subject]:
     """Models as the evaluators take them, looked at but not loaded; tokenizers are loaded to see that they are there.
 
     Args:
         paths: directories, or ids on the Hub.
         dtype: bfloat16, float32, or None: bfloat16 on a GPU, the checkpoint's own on a CPU.
+        options: path -> option that it was given with, for errors; the others were given as they are (MODEL).
 
     Raises:
         UserError: one of them is no model, or its configuration or tokenizer cannot be read.
     """
     made = []
     for path, label in zip(paths, labels(paths), strict=True):
-        made.append(_subject(path, label, dtype))
+        made.append(_subject(path, label, dtype, (options or {}).get(path, "MODEL")))
     return made
 
 
-def _subject(path: str, label: str, dtype: str | None) -> Subject:
+def _subject(path: str, label: str, dtype: str | None, option: str) -> Subject:
     import torch
 
     from misa_engine.cli.loading import load_config, load_model, load_tokenizer, resolve_dtype
 
     arguments = ModelArguments(model_name_or_path=path, dtype=dtype)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = load_config(arguments, trust_remote_code=False)
-    check_reachable(path, "tokenizer_config.json", "MODEL")
+    config = load_config(arguments, trust_remote_code=False, option=option)
+    check_reachable(path, "tokenizer_config.json", option)
     subject = Subject(
         label, path, lambda: load_model(arguments, device), lambda: load_tokenizer(arguments),
         dtype=str(resolve_dtype(dtype, config, device)).removeprefix("torch."),
@@ -103,13 +109,14 @@ def show(evaluation: Evaluation) -> None:
     """The tables, and where everything is; wide enough where no terminal sets the width."""
     from rich.console import Console
 
+    from misa_engine.evaluation.page import PAGE
     from misa_engine.evaluation.run import RESULTS
     from misa_engine.evaluation.tables import tables
 
     console = Console(width=None if sys.stdout.isatty() else 120)
     for table in tables(evaluation):
         console.print(table)
-    print(f"results: {evaluation.output / RESULTS}")
+    print(f"page: {evaluation.output / PAGE}\nresults: {evaluation.output / RESULTS}")
 
 
 def write_training_problems(options: argparse.Namespace) -> int:
@@ -123,7 +130,7 @@ def write_training_problems(options: argparse.Namespace) -> int:
     path = Path(options.training_problems).expanduser()
     if path.exists():
         raise UserError(f"--training_problems {path} exists: name another file, or delete it.")
-    check_place(path.parent)
+    check_place(path.parent, "--training_problems")
     with bad_input():
         records = reasoning.training_records(options.tasks, options.limit or 3000)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -156,6 +163,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--prompt", choices=PROMPTS, default="task", help="task: each task's own; chat: the model's chat template "
         "everywhere; plain: nowhere (default: task)")  # fmt: skip
     add("--num_beams", type=positive, help="beams of the adapters: tasks (default: 4, as published)")
+    add("--new_tokens", type=positive, metavar="N", help="of an answer to the adapters: tasks, at most (default: 32 a "
+        "choice, 256 a number, as published; the code of the MISA paper takes 64 and 512)")  # fmt: skip
     add("--num_fewshot", type=int, help="examples in the prompt of lm-eval's tasks (default: the task's own)")
     add("--dtype", help="bfloat16 or float32 (default: bfloat16 on a GPU, the checkpoint's own on a CPU)")
     add("--json", action="store_true", help="print results.json instead of tables")

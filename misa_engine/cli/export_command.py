@@ -41,6 +41,9 @@ def export(words: list[str]) -> int:
     )
     parser.add_argument("--rank", type=positive, help="of low_rank (default: 64)")
     parser.add_argument("--density", type=positive_size, help="of sparse: share of the numbers kept (default: 0.1)")
+    parser.add_argument("--check_loss", nargs="?", const="", metavar="TEXT",
+        help="of a lossy form: also say how far the restored model's held-out loss is from the model's,\n"
+        "on TEXT (.txt, or .jsonl with 'text'), else on Python's own reference")  # fmt: skip
     given = parser.parse_args(words)
     if not given.delta or not given.output:
         raise UserError(f"misa export needs --delta BASE and --output DIR. {EXPORT_USAGE}")
@@ -49,6 +52,11 @@ def export(words: list[str]) -> int:
     from misa_engine.export.writing import export_delta
 
     check_form(given.form, given.rank, given.density)
+    text = None
+    if given.check_loss is not None:
+        from misa_engine.cli.export_loss import check_text
+
+        text = check_text(given.check_loss, given.form)
     output = Path(given.output).expanduser()
     check_free(output)
     model, base = _local(given.model), _base(given.delta, "--delta")
@@ -64,6 +72,10 @@ def export(words: list[str]) -> int:
             progress=counter,
         )
     print(describe(document, output))
+    if given.check_loss is not None:
+        from misa_engine.cli.export_loss import state_loss
+
+        print(state_loss(document, model, base, output, text))
     print(f"restore  misa apply {output} --base {given.delta} --output RESTORED")
     return DONE
 

@@ -50,8 +50,8 @@ def check_model_directory(name: str, weights: bool = True) -> None:
         )
 
 
-def load_config(arguments: ModelArguments, trust_remote_code: bool) -> PretrainedConfig:
-    """The model's configuration with --config_overrides applied."""
+def load_config(arguments: ModelArguments, trust_remote_code: bool, *, option: str = "--model") -> PretrainedConfig:
+    """The model's configuration with --config_overrides applied; ``option`` is what the user named the model with."""
     from transformers import AutoConfig
 
     from misa_engine.planner.worst_case import check_decoder
@@ -59,7 +59,7 @@ def load_config(arguments: ModelArguments, trust_remote_code: bool) -> Pretraine
     name = arguments.model_name_or_path
     assert name is not None
     check_model_directory(name, weights=not arguments.from_scratch)
-    check_reachable(name, "config.json", "--model")
+    check_reachable(name, "config.json", option)
     overrides = arguments.config_overrides or {}
     if not isinstance(overrides, dict):
         raise UserError(f"--config_overrides needs an object of configuration fields; got {overrides!r}")

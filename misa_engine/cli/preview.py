@@ -41,6 +41,7 @@ def preview(
     from misa_engine.engine.guards import check_model, check_sparse, common_dtype
     from misa_engine.engine.residents import card_bytes, residents_of, resting_names
     from misa_engine.engine.rest import can_rest
+    from misa_engine.engine.shards import is_sharded, most_elements
     from misa_engine.kernels.backend import choose_backend
     from misa_engine.method.partition import check_budget, partition_for
     from misa_engine.method.sampling import ImportanceTracker, static_weights
@@ -81,7 +82,8 @@ def preview(
     if residents is not None:
         lines.append(residents.describe())
         memory |= residents.bytes()
-    memory |= optimizer_bytes(parts, config, dtype, residents=residents is not None)
+    rows = {name: most_elements(parameter) for name, parameter in named.items() if is_sharded(parameter)}
+    memory |= optimizer_bytes(parts, config, dtype, residents=residents is not None, rows=rows or None)
     memory["rest"] = rest_bytes(model, rests)
     return "\n".join([*lines, "", memory_table(memory)])
 

@@ -25,6 +25,7 @@ from misa_engine.cli.preview import coverage_of, preview, preview_adamw
 from misa_engine.cli.report import show_table, write_pictures
 from misa_engine.cli.residents import for_residents, load_resting
 from misa_engine.cli.resume import adopt, finished_at, resume_point
+from misa_engine.cli.sharded import for_rows, load_rows, sharding_of
 from misa_engine.cli.training_data import load_training_data
 from misa_engine.errors import DONE, UserError, bad_input
 from misa_engine.files import check_place
@@ -102,6 +103,7 @@ def train(arguments: TrainArguments, config: str | None = None) -> int:
 
 def _train_once(arguments: TrainArguments, config: str | None) -> int:
     _check_required(arguments)
+    sharding_of(arguments)
     if arguments.run.dry_run:
         inputs = _load_inputs(arguments)
         print(_describe(inputs, fresh=True), flush=True)
@@ -139,10 +141,12 @@ def _train_once(arguments: TrainArguments, config: str | None) -> int:
 
 
 def _describe(inputs: Inputs, *, fresh: bool) -> str:
+    from misa_engine.trainer.sharding import has_rows
+
+    sft = inputs.arguments.sft
     if inputs.arguments.run.optimizer == "adamw":
         summary = preview_adamw(inputs.model)
     else:
-        sft = inputs.arguments.sft
         summary = preview(
             inputs.model,
             inputs.arguments.misa,
@@ -152,9 +156,10 @@ def _describe(inputs: Inputs, *, fresh: bool) -> str:
         )
     # records are counted when they have been tokenized: misa_engine.cli.data_report
     stream = "" if hasattr(inputs.train_data, "__len__") else "\n\ntraining data: a stream, not counted"
-    device = inputs.arguments.sft.device
+    device = sft.device
     place = "the CPU" if device.type == "cpu" else str(device)
-    return f"{summary}{stream}\n\ntrains on {place}\n"
+    rows = f", one of {sft.world_size} processes that hold rows of the weights" if has_rows(inputs.model) else ""
+    return f"{summary}{stream}\n\ntrains on {place}{rows}\n"
 
 
 def _check_required(arguments: TrainArguments) -> None:
@@ -208,7 +213,7 @@ def _load_inputs(arguments: TrainArguments) -> Inputs:
     model_options, sft = arguments.model, arguments.sft
     trust = sft.trust_remote_code
     model_config = loading.load_config(model_options, trust)
-    arguments = for_residents(arguments)
+    arguments = for_rows(for_residents(arguments))
     dtype = loading.resolve_dtype(model_options.dtype, model_config, sft.device)
     sft.max_length = loading.fitting_length(sft.max_length, "max_length" in arguments.given, model_config)
     _choose_forward(arguments, model_config.model_type)
@@ -230,6 +235,8 @@ def _load_inputs(arguments: TrainArguments) -> Inputs:
         raise UserError(f"--model_init_kwargs: leave out {name!r}; misa train decides it (see --dtype and its like).")
     if model_options.residents:
         model = load_resting(model_options, model_config, dtype, sft.device, trust, kwargs)
+    elif (sharding := sharding_of(arguments)) is not None:
+        model = load_rows(arguments, sharding, model_config, dtype, kwargs)
     else:
         model = loading.load_model(model_options, sft.device, trust_remote_code=trust, **kwargs)
     arguments = resize(arguments, model, tokenizer)

@@ -1,10 +1,15 @@
 """The LLM-Adapters protocol: the paper's commonsense and arithmetic tasks, answered in words and matched.
 
 Written anew from the published scripts' behaviour (Hu et al. 2023, arXiv 2304.01933; github.com/AGI-Edgerunners/
-LLM-Adapters, commonsense_evaluate.py and evaluate.py). What is taken over: Alpaca's prompt, beam search over 4 beams
-without sampling (their temperature is passed without do_sample and has no effect), 32 new tokens for commonsense and
-256 for arithmetic, the first choice word or the last number of the response, numbers equal within 0.001. What is not:
-the blanks that their source's indentation puts before each line of the prompt; ``answers`` says what it reads more.
+LLM-Adapters at 8166572, commonsense_evaluate.py and evaluate.py). What is taken over: Alpaca's prompt, beam search over
+4 beams without sampling (temperature 0.1, top_p 0.75 and top_k 40 are passed without do_sample and have no effect), 32
+new tokens for commonsense and 256 for arithmetic, the response up to another "### Response:", its first choice word or
+last number, numbers equal within 0.001. What is not: the blanks that their source's indentation puts before each line
+of the prompt; the letter of AQuA, for which they take the first capital A to E of any word. MAWPS, which their
+evaluate.py does not take, is marked as their other numbers are. ``answers`` says what is read more.
+
+The published code of MISA (misa/callbacks.py) differs from theirs: 64 and 512 new tokens (``MISA_TOKENS``), no
+indentation, choices whatever their case, the last capital A to E, MAWPS as a number.
 """
 
 from __future__ import annotations
@@ -30,6 +35,10 @@ ALPACA = (
 PLAIN = "### Instruction:\n{}\n\n### Response:\n"
 BEAMS = 4
 NEW_TOKENS = {"choice": 32, "number": 256, "letter": 256}
+#: The published code of MISA's, for comparisons with the paper.
+MISA_TOKENS = {"choice": 64, "number": 512, "letter": 512}
+#: What follows another of these in an answer is not read.
+RESPONSE = "### Response:"
 #: Numbers that differ by no more are equal.
 TOLERANCE = 1e-3
 
@@ -85,12 +94,16 @@ class AdaptersTask(GenerationTask):
         """4 as published, or the user's."""
         return settings.num_beams or BEAMS
 
+    def answer_tokens(self, settings: Settings) -> int:
+        """32 or 256 as published, or the user's."""
+        return settings.new_tokens or self.new_tokens
+
     def facts(self, settings: Settings) -> dict[str, Any]:
         """Prompt, generation and the data file's digest."""
         file = self.file(settings)
         return {
             "prompt": {"task": "alpaca", "plain": "plain headings", "chat": "chat template"}[settings.prompt],
-            "beams": self.beams(settings), "new_tokens": self.new_tokens, "limit": settings.limit,
+            "beams": self.beams(settings), "new_tokens": self.answer_tokens(settings), "limit": settings.limit,
             "data": file.name, "data_sha256": file_digest(file),
         }  # fmt: skip
 
@@ -125,6 +138,7 @@ class AdaptersTask(GenerationTask):
 
     def mark(self, item: Item, text: str) -> tuple[str | None, bool]:
         """The choice, number or letter, and whether it is the target."""
+        text = text.partition(RESPONSE)[0]
         if self.row.kind == "choice":
             said = answers.choice(text, self.row.words)
             return said, said == item.target

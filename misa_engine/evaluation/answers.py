@@ -1,9 +1,14 @@
-"""What a generated text answers: the choice that it names, its last number, its letter. Total: any text has a result.
+r"""What a generated text answers: the choice that it names, its last number, its letter. Total: any text has a result.
 
 The published scripts of LLM-Adapters take the first match of ``true|false``, ``answer1|answer2|…`` and so on in the
-response, and of a solution the last number without commas. So do these, with what malformed generations need beside:
-case does not matter, a word is a whole word (``answer1`` is not in ``answer12``), a minus after a digit subtracts,
-fractions, percentages and currencies are read as numbers, and no answer is None instead of an error.
+response, and of a solution the last ``-?\d+\.?\d*`` without commas. So do these, with what malformed generations
+need beside: case does not matter, a word is a whole word (``answer1`` is not in ``answer12``, and holds no number 1), a
+minus after a digit subtracts, one before a currency counts, fractions are read as numbers, no answer is None.
+
+On the generations that LLM-Adapters' own test files carry (8166572), GSM8K's 1,319 and SVAMP's 1,000 are marked alike
+by their rule and by this one, without an exception; AQuA's 254 get the letter that MISA's published code reads (the
+last capital A to E) but for one, which names none. The first capital A to E, LLM-Adapters' rule, marks 34 of them
+otherwise: it takes the A of "Answer" and the B of "But".
 """
 
 from __future__ import annotations

@@ -28,6 +28,8 @@ ROWS = 100
 LENGTH = 512
 #: Characters of a row at most: more than LENGTH tokens of any tokenizer's prose.
 CHARACTERS = 4000
+#: The metric.
+LOSS = "loss"
 PLACES = ("HuggingFaceFW/finewiki", "finewiki", "forgetting.jsonl", "forgetting.txt")
 
 
@@ -69,7 +71,7 @@ class ForgettingTask(Task):
             batch = size
             for place, loss in zip(part, losses, strict=True):
                 tokens = len(encoded[place]) - 1
-                progress.add(Record(str(place), {"loss": loss}, float(tokens), {"text": texts[place][:80]}))
+                progress.add(Record(str(place), {LOSS: loss}, float(tokens), {"text": texts[place][:80]}))
         return Outcome(batch, {"length_taken": length})
 
 

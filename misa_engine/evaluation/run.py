@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from misa_engine.errors import UserError
+from misa_engine.evaluation.page import PAGE, page_of
 from misa_engine.evaluation.results import Evaluation, Result, compared, summarised
 from misa_engine.evaluation.settings import Settings
 from misa_engine.evaluation.store import Progress, slug, stored, what_changed
@@ -30,6 +31,7 @@ def evaluate(
     *,
     base: Subject | None = None,
     settings: Settings | None = None,
+    command: str = "",
     say: Callable[[str], None] = print,
 ) -> Evaluation:
     """Evaluate models on tasks and compare them item by item.
@@ -43,10 +45,11 @@ def evaluate(
         output: folder of the results; made when the first record is there.
         base: the model before training: what the others are compared with.
         settings: data, limits, prompts.
+        command: the call as the page shows it; empty shows none.
         say: gets a line for each model and task.
 
     Returns:
-        Results and comparisons, also written to ``output/results.json``.
+        Results and comparisons, also written to ``output/results.json`` and, to be looked at, ``output/index.html``.
 
     Raises:
         UserError: bad input, before any model is loaded and anything is written.
@@ -68,6 +71,7 @@ def evaluate(
     for line in unpaired(evaluation):
         say(line)
     write_whole(output / RESULTS, json.dumps(evaluation.to_dict(), indent=2) + "\n")
+    write_whole(output / PAGE, page_of(evaluation, command))
     return evaluation
 
 

@@ -24,6 +24,8 @@ class Settings:
     """task: as each task's protocol says; chat: the model's chat template everywhere; plain: nowhere."""
     num_beams: int | None = None
     """Of the LLM-Adapters tasks; None is 4, as published."""
+    new_tokens: int | None = None
+    """Of an answer to the LLM-Adapters tasks, at most; None is 32 for a choice and 256 for a number, as published."""
     num_fewshot: int | None = None
     """Of lm-eval's tasks; None is each task's own number."""
 
@@ -31,7 +33,8 @@ class Settings:
         if self.prompt not in PROMPTS:
             raise UserError(f"prompt is one of {', '.join(PROMPTS)}; got {self.prompt!r}."
                             f"{did_you_mean(self.prompt, PROMPTS)}")  # fmt: skip
-        for name, least in (("limit", 1), ("batch_size", 1), ("num_beams", 1), ("num_fewshot", 0)):
+        for name, least in (("limit", 1), ("batch_size", 1), ("num_beams", 1), ("new_tokens", 1),
+                            ("num_fewshot", 0)):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"{name} must be at least {least}; got {value}")

@@ -4,6 +4,7 @@ OUTPUT/LABEL/TASK.json         the result, written whole when it is complete
 OUTPUT/LABEL/TASK.jsonl        its records
 OUTPUT/LABEL/TASK.jsonl.part   records of a task that was interrupted, under the key that they were made with
 OUTPUT/results.json            all results of the last call and their comparisons
+OUTPUT/index.html              the same to be looked at
 """
 
 from __future__ import annotations

@@ -86,6 +86,10 @@ class GenerationTask(Task):
         """Width of the beam search; 1 is greedy."""
         return 1
 
+    def answer_tokens(self, settings: Settings) -> int:
+        """Of an answer, at most."""
+        return self.new_tokens
+
     def chat(self, settings: Settings) -> bool:
         """Whether prompts go through the model's chat template."""
         return settings.prompt == "chat"
@@ -105,7 +109,7 @@ class GenerationTask(Task):
         if not left:
             return Outcome(batch_size=0)
         progress.total = len(items)
-        room, new_tokens = room_for(subject.model.config, self.new_tokens)
+        room, new_tokens = room_for(subject.model.config, self.answer_tokens(settings))
         prompts, cut = {}, set()
         for item in left:
             text = self.prompt(item, tokenizer, settings)

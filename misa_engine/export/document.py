@@ -17,6 +17,7 @@ from typing import Any
 
 from misa_engine.errors import UserError, did_you_mean
 from misa_engine.export.stored import ModelFile, StoredTensor, parse_header
+from misa_engine.files import write_whole
 
 DOCUMENT = "misa_delta.json"
 #: Where a delta keeps the model's small files, so that nothing takes the delta itself for a model.
@@ -82,7 +83,7 @@ class Document:
             "total": self.total,
             "versions": self.versions,
         }
-        (folder / DOCUMENT).write_text(json.dumps(shape, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        write_whole(folder / DOCUMENT, json.dumps(shape, indent=1, allow_nan=False) + "\n")
 
     def model_files(self) -> Iterator[ModelFile]:
         """The files to be written, tensors in the order of their bytes."""

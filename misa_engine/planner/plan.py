@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from misa_engine.engine.arena import arena_bytes, capacity_for, padded
+from misa_engine.engine.arena import arena_bytes, capacity_for, capacity_of_rows, padded
 from misa_engine.engine.own_state.arena import own_arena
 from misa_engine.method.config import MisaConfig
 from misa_engine.method.partition import Partition, check_budget
@@ -223,7 +223,13 @@ def _with_room(result: Plan, meta: MetaModel, worst: WorstCase, room: int) -> Pl
 
 
 def optimizer_bytes(
-    parts: Partition, misa: MisaConfig, dtype: torch.dtype, *, residents: bool = False, gpus: int = 1
+    parts: Partition,
+    misa: MisaConfig,
+    dtype: torch.dtype,
+    *,
+    residents: bool = False,
+    rows: Mapping[str, int] | None = None,
+    gpus: int = 1,
 ) -> dict[str, int]:
     """Bytes that the optimizer will hold on the device, by category, without allocating anything.
 
@@ -232,6 +238,7 @@ def optimizer_bytes(
         misa: budget and precisions.
         dtype: of the weights.
         residents: the drawn ones' weights lie in the arena, too.
+        rows: elements of each parameter that a process holds, where weights are sharded.
         gpus: processes that share the state, with ``shard_state``: the bytes are those of the one that holds most.
 
     Raises:
@@ -243,8 +250,12 @@ def optimizer_bytes(
     if misa.shard_state and gpus > 1:
         meta = torch.device("meta")
         return own_arena(budget, sampled, always, gpus, None, device=meta, **_precisions(misa, dtype)).bytes()
-    weights_from = sum(map(padded, always)) if residents else None
-    return bytes_of_arena(*capacity_for(budget, sampled, always), misa, dtype, weights_from=weights_from)
+    capacity, slots = capacity_for(budget, sampled, always)
+    if rows is not None:
+        units = [name for unit in parts.units for name in unit.params]
+        pairs = [[(parts.numels[name], rows[name]) for name in names] for names in (units, parts.always)]
+        capacity, slots = capacity_of_rows(budget, *pairs)
+    return bytes_of_arena(capacity, slots, misa, dtype, weights_from=sum(map(padded, always)) if residents else None)
 
 
 def bytes_of_arena(

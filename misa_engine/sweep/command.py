@@ -95,7 +95,7 @@ def sweep(
     from misa_engine.sweep.settings import SETTINGS, store
     from misa_engine.sweep.study import DATABASE, Sweep, counted, locked
 
-    check_place(directory)
+    check_place(directory, "--output")
     if directory.is_dir() and any(directory.iterdir()) and not (directory / SETTINGS).is_file():
         if (directory / DATABASE).is_file():
             raise UserError(f"--output {directory}: {SETTINGS} is missing beside {DATABASE}: restore it.")

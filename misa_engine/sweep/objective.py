@@ -107,7 +107,8 @@ def check_evaluable(objective: Objective, base: Mapping[str, Any]) -> None:
     from misa_engine.evaluation.settings import Settings
     from misa_engine.evaluation.tasks import tasks_named
 
-    subjects = subjects_of([str(base["model_name_or_path"])]) * (2 if objective.needs_base else 1)
+    model = str(base["model_name_or_path"])
+    subjects = subjects_of([model], options={model: "--model"}) * (2 if objective.needs_base else 1)
     settings = Settings(data=Path(objective.data).expanduser() if objective.data else None, limit=objective.limit)
     for task in tasks_named([objective.task]):
         task.check(subjects, settings)

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import base64
-import html
 import json
+from collections.abc import Iterable, Sequence
+from html import escape
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from misa_engine.files import write_whole
+from misa_engine.report import html
 from misa_engine.sweep.settings import Settings
 from misa_engine.sweep.trial import write_config
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 PAGE, TABLE, DOCUMENT, BEST = "index.html", "results.md", "results.json", "best.yaml"
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1c1c1c; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; margin-bottom: 0.2rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-table { border-collapse: collapse; font-size: 13px; } th, td { padding: 0.25rem 0.7rem; text-align: right; }
-th { border-bottom: 2px solid #444; } td { border-bottom: 1px solid #ddd; } td.words, th.words { text-align: left; }
-tr.best { background: #fff1e5; } tr.pruned, tr.failed { color: #777; } img { max-width: 100%; }
-pre { background: #f5f5f5; padding: 0.7rem; overflow-x: auto; font-size: 13px; } .wide { overflow-x: auto; }
-"""
 
 
 def write_results(document: dict[str, Any], settings: Settings, directory: Path) -> list[Path]:
@@ -47,33 +43,28 @@ def write_results(document: dict[str, Any], settings: Settings, directory: Path)
 
 def page(document: dict[str, Any]) -> str:
     """HTML without a link to anything outside."""
-    parts = [f"<h1>misa sweep: {_escaped(document['objective'])}</h1>", f"<p>{_escaped(_summary(document))}</p>"]
+    title = f"misa sweep: {document['objective']}"
+    parts = [f"<p>{escape(_summary(document))}</p>"]
     best = document["best"]
     if best is not None:
-        parts.append("<h2>Best settings</h2>")
-        parts.append(_table(["option", "value"], [[name, _shown(value)] for name, value in best["values"].items()]))
+        values = [(escape(name), escape(_shown(value))) for name, value in best["values"].items()]
+        parts.append(html.section("Best settings", "best", ("option", "value"), values))
         path = f"{document['directory']}/{BEST}"
-        parts.append(f"<p>Ready to run:</p><pre>misa train --config {_escaped(path)}</pre>")
-    parts.append("<h2>What mattered</h2>")
-    parts.append(f"<p>{_escaped(document['importance_remark'])}</p>")
+        parts.append(f"<p>Ready to run:</p><pre>misa train --config {escape(path)}</pre>")
+    parts.append(f"<h2>What mattered</h2>\n<p>{escape(document['importance_remark'])}</p>")
     if document["importance"]:
-        parts.append(_table(["option", "importance"], _importance_rows(document)))
-    for name, picture in _pictures(document).items():
-        source = base64.b64encode(picture).decode()
-        parts.append(f'<p><img alt="{name}" src="data:image/png;base64,{source}"></p>')
+        parts.append(html.table("importance", ("option", "importance"), _escaped(_importance_rows(document))))
+    parts += [html.picture(name, figure) for name, figure in _pictures(document).items()]
     headings, rows, states = _trial_rows(document)
-    parts.append("<h2>All trials</h2>")
-    parts.append(f'<div class="wide">{_table(headings, rows, states, words=len(headings) - 1)}</div>')
-    parts.append("<h2>What was searched</h2>")
-    searched = [[space["text"], space["source"]] for space in document["space"]]
-    parts.append(_table(["range", "where it comes from"], searched, words=1))
+    parts.append("<h2>All trials</h2>\n" + html.table("trials", _escaped([headings])[0], _escaped(rows), states))
+    searched = _escaped([space["text"], space["source"]] for space in document["space"])
+    parts.append(html.section("What was searched", "searched", ("range", "where it comes from"), searched))
     fixed = "\n".join(f"{name}: {json.dumps(value)}" for name, value in document["base"].items())
-    parts.append(f"<h2>The same in all trials</h2><pre>{_escaped(fixed)}</pre>")
-    parts.append(f"<h2>How it was made</h2><pre>{_escaped(document['command'])}</pre>")
-    parts.append(_table(["", ""], [[name, value] for name, value in document["environment"].items()], words=1))
-    title = f"<title>misa sweep: {_escaped(document['objective'])}</title>"
-    head = f'<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8">{title}<style>{STYLE}</style></head>\n'
-    return head + "<body>\n" + "\n".join(parts) + "\n</body>\n</html>\n"
+    parts.append(f"<h2>The same in all trials</h2><pre>{escape(fixed)}</pre>")
+    parts.append(f"<h2>How it was made</h2><pre>{escape(document['command'])}</pre>")
+    made_with = _escaped([name, str(value)] for name, value in document["environment"].items())
+    parts.append(html.table("environment", ("what", "is"), made_with))
+    return html.page(title, parts)
 
 
 def markdown(document: dict[str, Any]) -> str:
@@ -125,7 +116,7 @@ def _trial_rows(document: dict[str, Any]) -> tuple[list[str], list[list[str]], l
     return ["trial", document["objective"], *names, "seconds", "peak GiB", "ended"], rows, states
 
 
-def _pictures(document: dict[str, Any]) -> dict[str, bytes]:
+def _pictures(document: dict[str, Any]) -> dict[str, Figure]:
     if find_spec("matplotlib") is None:
         return {}
     from misa_engine.sweep import pictures
@@ -138,20 +129,6 @@ def _pictures(document: dict[str, Any]) -> dict[str, bytes]:
     if any(row["losses"] for row in document["trials"]):
         made["losses"] = pictures.curves(document)
     return made
-
-
-def _table(headings: list[str], rows: list[list[str]], classes: list[str] | None = None, words: int = 0) -> str:
-    """HTML; the first column and column ``words`` are set left."""
-
-    def line(kind: str, cells: list[str]) -> str:
-        marked = (' class="words"' if place in (0, words) else "" for place in range(len(cells)))
-        return "".join(f"<{kind}{mark}>{_escaped(cell)}</{kind}>" for cell, mark in zip(cells, marked, strict=True))
-
-    body = "".join(
-        f'<tr class="{_escaped(name)}">{line("td", row)}</tr>\n'
-        for row, name in zip(rows, classes or [""] * len(rows), strict=True)
-    )
-    return f"<table>\n<thead><tr>{line('th', headings)}</tr></thead>\n<tbody>\n{body}</tbody></table>"
 
 
 def _write_best(document: dict[str, Any], settings: Settings, path: Path) -> Path:
@@ -175,5 +152,5 @@ def _shown(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _escaped(text: Any) -> str:
-    return html.escape(str(text))
+def _escaped(rows: Iterable[Sequence[str]]) -> list[list[str]]:
+    return [[escape(cell) for cell in row] for row in rows]

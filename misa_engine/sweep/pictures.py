@@ -1,14 +1,16 @@
-"""Pictures of a study, as PNG bytes for a page that needs no other file."""
+"""Pictures of a study, for its page."""
 
 from __future__ import annotations
 
-import io
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from misa_engine.report.figures import BLUE, DPI, GREEN, GREY, ORANGE, new_figure, whole_numbers
+from misa_engine.report.figures import BLUE, GREEN, GREY, ORANGE, new_figure, whole_numbers
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
-def history(document: dict[str, Any]) -> bytes:
+def history(document: dict[str, Any]) -> Figure:
     """The objective by trial, and the best so far."""
     complete = _complete(document)
     figure, axes = _canvas(8, 3.6, "Trials")
@@ -25,10 +27,10 @@ def history(document: dict[str, Any]) -> bytes:
     axes.set_ylabel(document["objective"])
     whole_numbers(axes.xaxis, 12)
     axes.legend(frameon=False, fontsize=9)
-    return _png(figure)
+    return figure
 
 
-def importance_bars(document: dict[str, Any]) -> bytes:
+def importance_bars(document: dict[str, Any]) -> Figure:
     """The share of each setting, largest on top."""
     shares = sorted(document["importance"].items(), key=lambda pair: pair[1])
     figure, axes = _canvas(8, 1.1 + 0.4 * len(shares), "Importance")
@@ -37,10 +39,10 @@ def importance_bars(document: dict[str, Any]) -> bytes:
         axes.text(share + 0.01, place, f"{share:.0%}", va="center", fontsize=9)
     axes.set_xlim(0, max(0.1, *(share for _, share in shares)) * 1.15)
     axes.set_xticks([])
-    return _png(figure)
+    return figure
 
 
-def slices(document: dict[str, Any]) -> bytes:
+def slices(document: dict[str, Any]) -> Figure:
     """The objective against each setting."""
     spaces, complete = document["space"], _complete(document)
     columns = min(3, len(spaces))
@@ -67,10 +69,10 @@ def slices(document: dict[str, Any]) -> bytes:
         if place % columns == 0:
             axes.set_ylabel(document["objective"], fontsize=9)
     figure.tight_layout()
-    return _png(figure)
+    return figure
 
 
-def curves(document: dict[str, Any]) -> bytes:
+def curves(document: dict[str, Any]) -> Figure:
     """Held-out loss on the way: the best trial, the complete ones, those that were ended."""
     figure, axes = _canvas(8, 3.6, "Held-out loss on the way")
     best = document["best"]["trial"] if document["best"] else None
@@ -87,7 +89,7 @@ def curves(document: dict[str, Any]) -> bytes:
     axes.set_xlabel("step")
     axes.set_ylabel("held-out loss")
     axes.legend(frameon=False, fontsize=9)
-    return _png(figure)
+    return figure
 
 
 def _complete(document: dict[str, Any]) -> list[dict[str, Any]]:
@@ -108,9 +110,3 @@ def _plain(axes: Any) -> None:
         axes.spines[side].set_visible(False)
     axes.tick_params(labelsize=8)
     axes.ticklabel_format(axis="y", useOffset=False, style="plain")
-
-
-def _png(figure: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI, facecolor="white", metadata={"Software": None})
-    return buffer.getvalue()

@@ -1,8 +1,8 @@
 """Every rule about transformers, TRL and Liger in one place: what their options mean to MISA, and what they rename.
 
     options      FROM_ARGUMENTS, config_from_arguments   TrainingArguments <-> MisaConfig
-    refusals     check_arguments                         fp16, reentrant checkpointing, DataParallel, FSDP, clipping
-    replicas     prepare_unwrapped, mark_prepared        accelerate wraps in DistributedDataParallel
+    refusals     check_arguments                         fp16, reentrant checkpointing, DataParallel, ZeRO, clipping
+    processes    prepare_unwrapped, mark_prepared        accelerate wraps in DistributedDataParallel
     names        checkpointing_option, NON_REENTRANT     gradient_checkpointing was renamed in transformers 5.18
     tensors      check_same_model, renamed_tensors       files whose tensor names are not the model's
     versions     fused_head_in_trl, compiled_modules_follow, warn_of_versions     what the installed packages do
@@ -73,8 +73,8 @@ def check_arguments(args: TrainingArguments, config: MisaConfig) -> None:
     """Refuse training arguments under which MISA would train wrongly; nothing has been written by then.
 
     Raises:
-        ValueError: fp16, reentrant checkpointing, several GPUs in one process, sharded weights, or clipping where it
-            cannot be.
+        ValueError: fp16, reentrant checkpointing, several GPUs in one process, DeepSpeed, or clipping where it cannot
+            be. What fsdp asks for is read, and refused, in ``sharding.py``.
     """
     if args.fp16:
         raise ValueError(
@@ -93,13 +93,11 @@ def check_arguments(args: TrainingArguments, config: MisaConfig) -> None:
             "step when the active matrices change. Start one process for each GPU (torchrun --nproc_per_node "
             f"{args.n_gpu}), or make one visible (CUDA_VISIBLE_DEVICES=0)."
         )
-    sharded = [name for name in ("fsdp", "deepspeed") if getattr(args, name, None)]
-    sharded += [name for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED") if os.environ.get(name) == "true"]
-    if sharded:
+    if getattr(args, "deepspeed", None) or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         raise ValueError(
-            f"{sharded[0]} shards the weights, which MISA does not train through the Trainer. Leave it out: every "
-            "process then holds the whole model, and MISA averages the gradients of the active matrices. Where it "
-            "does not fit one card: fully_shard and MISA(model, ...) in a loop of your own."
+            "deepspeed brings an optimizer of its own for all weights. Leave it out: every process then holds the "
+            "whole model, and MISA averages the gradients of the active matrices. Where it does not fit one card: "
+            "--fsdp (fsdp=True), which divides the weights."
         )
     if config.update_in == "backward" and args.max_grad_norm:
         raise ValueError(
@@ -124,6 +122,16 @@ def prepare_unwrapped(accelerator: Accelerator) -> None:
         return prepare(model, device_placement=False, evaluation_mode=True)
 
     vars(accelerator)["prepare_model"] = prepare_model
+
+
+def leave_state_in_place(accelerator: Accelerator) -> None:
+    """Keep ``accelerator.prepare`` from moving an optimizer's state to the card: that of sharded weights is whole."""
+    prepare = accelerator.prepare_optimizer
+
+    def prepare_optimizer(optimizer: Any, *_: Any, **__: Any) -> Any:
+        return prepare(optimizer, device_placement=False)
+
+    vars(accelerator)["prepare_optimizer"] = prepare_optimizer
 
 
 def mark_prepared(model: nn.Module) -> None:
@@ -188,10 +196,13 @@ def check_same_model(checkpoint: Path, stored: Mapping[str, tuple[int, ...]], mo
     """
     if not stored:
         return False
+    from misa_engine.engine.shards import local
+
     state = model.state_dict()
-    memory = {tensor.data_ptr() for name, tensor in state.items() if name in stored}
+    places = {name: local(tensor).data_ptr() or name for name, tensor in state.items()}  # no rows here, no address
+    memory = {places[name] for name in state if name in stored}
     # a tied tensor is stored under one of its names only
-    absent = {tensor.data_ptr(): name for name, tensor in state.items() if tensor.data_ptr() not in memory}
+    absent = {place: name for name, place in places.items() if place not in memory}
     unknown = [name for name in stored if name not in state]
     wrong = [
         f"{name} is {list(stored[name])} there and {list(state[name].shape)} here"
@@ -216,8 +227,13 @@ def load_renamed(checkpoint: Path, model: Any) -> None:
     only warns about what it does not find: training would go on from mixed weights.
     """
     widest = max((p.dtype for p in model.parameters()), key=lambda dtype: dtype.itemsize)
+    from misa_engine.trainer.sharding import has_rows, load_rows
+
     source = type(model).from_pretrained(checkpoint, dtype=widest)  # on the host, once
-    model.load_state_dict(source.state_dict())
+    if has_rows(model):
+        load_rows(model, source.state_dict().items())
+    else:
+        model.load_state_dict(source.state_dict())
 
 
 # ---- versions ----

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from misa_engine.engine.residents import resting_names
 from misa_engine.errors import UserError
 from misa_engine.trainer.compat import fused_head_in_trl
+from misa_engine.trainer.sharding import has_rows, let_go
 
 logger = logging.getLogger(__name__)
 
@@ -334,11 +335,11 @@ def _predicts_next_token(model: nn.Module) -> bool:
 
 
 def _small_matrices(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """The four smallest matrices of the last layer but one, smallest first; none of a model with residents.
+    """The four smallest matrices of the last layer but one, smallest first; none of residents or rows.
 
-    Every kernel of a whole layer lies between them and the loss. What rests in 8 bits has no gradient.
+    Every kernel of a whole layer lies between them and the loss. What rests in 8 bits has no gradient; rows have parts.
     """
-    if resting_names(model):
+    if resting_names(model) or has_rows(model):
         return []
     ends = [get() for get in (model.get_input_embeddings, model.get_output_embeddings)]  # type: ignore[operator]
     skip = {id(module.weight) for module in ends if module is not None}
@@ -361,6 +362,7 @@ def undisturbed(trainer: Any, probes: list[nn.Parameter]) -> Iterator[None]:
     dropout, router noise or checkpointing. A mixture's balancing loss, which is no cross-entropy, is left out.
     """
     model = trainer.model
+    let_go(model)  # flags belong to rows, not to what an earlier pass left gathered
     compiled = any(module._compiled_call_impl is not None for module in model.modules())
     # this short batch would cost a compilation; the import of torch._dynamo alone takes 2 s
     eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
@@ -389,6 +391,7 @@ def undisturbed(trainer: Any, probes: list[nn.Parameter]) -> Iterator[None]:
                 router.output_router_logits = routed
             if auxiliary:
                 trainer.aux_loss_enabled = auxiliary
+            let_go(model)
             for parameter, before in wanted:
                 parameter.requires_grad_(before)
             for module, mode in modes:

@@ -18,7 +18,15 @@ from misa_engine.engine.rest import can_rest
 from misa_engine.method.config import MisaConfig
 from misa_engine.report.log import RunLog
 from misa_engine.trainer.checkpoints import write_error
-from misa_engine.trainer.runstats import StartingWeights, StepClock, peak_memory_bytes, resident_bytes
+from misa_engine.trainer.runstats import (
+    Change,
+    StartingWeights,
+    StepClock,
+    changes_of_rows,
+    peak_memory_bytes,
+    resident_bytes,
+)
+from misa_engine.trainer.sharding import has_rows
 
 if TYPE_CHECKING:
     from misa_engine.trainer.resident_check import ResidentLosses
@@ -57,7 +65,7 @@ class RunLogWriter:
 
     def remember(self, model: nn.Module) -> None:
         """Note the weights before training, or before a checkpoint is loaded; later calls change nothing."""
-        if self._start is None and self._log is not None:
+        if self._start is None and (self._log is not None or has_rows(model)):
             self._start = StartingWeights(model)
 
     def begin(self, step: int, model: nn.Module, misa: MISA | None, description: Mapping[str, Any]) -> None:
@@ -96,10 +104,15 @@ class RunLogWriter:
         if self._switches is not None:
             self._switches.remove()
             self._switches = None
-        if self._log is None or self._start is None or not self._began:  # not begun: it had ended before this process
-            return
         peak = peak_memory_bytes(self._device)  # before the comparison below adds to it
-        changes = self._start.compare(model)
+        start = self._start if self._began else None  # not begun: it had ended before this process
+        changes: dict[str, Change] | None
+        if has_rows(model):
+            changes = changes_of_rows(None if start is None else start.sums(model))
+        else:
+            changes = None if start is None else start.compare(model)
+        if self._log is None or start is None or changes is None:
+            return
         visits = trained_rounds(misa) if misa is not None else {}
         frozen = untrained_parameters(misa, visits, model) if misa is not None else set()
         self._append(
@@ -112,7 +125,7 @@ class RunLogWriter:
             unchanged_frozen=sum(name in frozen and change.identical for name, change in changes.items()),
             peak_memory_bytes=peak,
             rss_before_training_bytes=self._rss_before,
-            snapshot_bytes=self._start.held_bytes,  # on the host, so part of the peak where that is the device
+            snapshot_bytes=start.held_bytes,  # on the host, so part of the peak where that is the device
             step_time_s=self.clock.summary(),
         )
 

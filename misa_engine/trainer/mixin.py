@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,22 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from misa_engine.engine.optimizer import MISA
 from misa_engine.engine.replicas import Replicas
+from misa_engine.engine.sharded.mesh import for_shards
 from misa_engine.method.config import MisaConfig, check_choice
 from misa_engine.trainer import checkpoints, resume_options
-from misa_engine.trainer.compat import check_arguments, config_from_arguments, mark_prepared, prepare_unwrapped
+from misa_engine.trainer.compat import (
+    check_arguments,
+    config_from_arguments,
+    leave_state_in_place,
+    mark_prepared,
+    prepare_unwrapped,
+)
 from misa_engine.trainer.lean import LossCheck
 from misa_engine.trainer.log_writer import RunLogWriter, describe_residents, describe_run, sampler_metrics
 from misa_engine.trainer.model_config import restored_config, training_fields
 from misa_engine.trainer.resident_check import ResidentLosses, resident_losses
 from misa_engine.trainer.resuming import ExactResume
+from misa_engine.trainer.sharding import Sharding, has_rows, shard_model, unaware, whole_weights
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +111,7 @@ class MisaMixin(ExactResume):
         **kwargs: the trainer's own arguments.
 
     Raises:
-        ValueError: fp16, reentrant checkpointing, sharded weights, or an optimizer given by other means.
+        ValueError: fp16, reentrant checkpointing, DeepSpeed, FSDP1, or an optimizer given by other means.
     """
 
     def __init__(
@@ -113,19 +122,38 @@ class MisaMixin(ExactResume):
         **kwargs: Any,
     ):
         check_choice("optimizer", optimizer, ("misa", "adamw"))
-        for argument in (*args, *kwargs.values()):
-            if isinstance(argument, TrainingArguments) and optimizer == "misa":
-                check_arguments(argument, config_from_arguments(argument, misa))  # before the model is touched
+        model, sharding = kwargs.get("model", args[0] if args else None), None
+        given = next((value for value in (*args, *kwargs.values()) if isinstance(value, TrainingArguments)), None)
+        if given is not None and optimizer == "misa":
+            config = config_from_arguments(given, misa)
+            check_arguments(given, config)  # before the model is touched
+            sharding = Sharding.asked_for(given)
         if kwargs.get("optimizer_cls_and_kwargs") is not None or any(kwargs.get("optimizers") or ()):
             raise ValueError(
                 f"{type(self).__name__} makes its own optimizer; leave out optimizers and optimizer_cls_and_kwargs, or "
                 "use a plain Trainer with optimizer_cls_and_kwargs=(MisaFactory, {...})."
             )
-        self._own_config = training_fields(kwargs.get("model", args[0] if args else None))
-        super().__init__(*args, **kwargs)
+        self._own_config = training_fields(model)
+        if sharding is not None and not has_rows(model):
+            if not isinstance(model, nn.Module):
+                raise ValueError(f"fsdp needs the model itself, which is then sharded in place; got {model!r}")
+            for_shards(config)
+            shard_model(model, sharding, given.device, config.family)
+        with unaware(given) if sharding is not None else nullcontext():
+            super().__init__(*args, **kwargs)
+        self.has_rows = has_rows(self.model)
+        if optimizer == "misa" and self.is_fsdp_enabled:
+            raise ValueError(
+                "accelerate was set up with FSDP before this trainer, and would shard in its own way. Make no "
+                "Accelerator before it, and give it args with fsdp=True."
+            )
+        self.misa_config = config_from_arguments(self.args, misa)
         if optimizer == "misa" and self.args.world_size > 1:
             prepare_unwrapped(self.accelerator)
-        self.misa_config = config_from_arguments(self.args, misa)
+            if self.has_rows or self.misa_config.shard_state:
+                leave_state_in_place(self.accelerator)
+        if optimizer == "misa" and self.has_rows:
+            self.misa_config = for_shards(self.misa_config)  # as checkpoints say, so that one process can go on
         self.optimizer_name = optimizer
         self.log_writer = RunLogWriter(self._out, self.args.device, writer=self.is_world_process_zero())
         self._max_norm = self.misa_config.max_grad_norm or self.args.max_grad_norm or math.inf
@@ -241,6 +269,8 @@ class MisaMixin(ExactResume):
     # ---- saving ----
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if self.has_rows:
+            state_dict = whole_weights(self.model, keep=self.args.should_save)
         with checkpoints.sharded_saving(self.model), restored_config(self.model, self._own_config):
             super()._save(output_dir, state_dict)
 

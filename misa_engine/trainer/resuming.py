@@ -22,6 +22,7 @@ from misa_engine.trainer.loading import load_weights
 from misa_engine.trainer.log_writer import RunLogWriter
 from misa_engine.trainer.manifest import MANIFEST, has_manifest, why_damaged
 from misa_engine.trainer.run_lock import lock_run
+from misa_engine.trainer.sharding import load_rows, stored_tensors
 
 if TYPE_CHECKING:
 
@@ -57,6 +58,7 @@ class ExactResume(_Base):
     misa_config: MisaConfig
     optimizer_name: str
     log_writer: RunLogWriter
+    has_rows: bool
     _changed_options: tuple[str, ...]
 
     @property
@@ -165,6 +167,7 @@ class ExactResume(_Base):
 
     @property
     def _is_sharded(self) -> bool:
+        """By accelerate, which then has files of its own; only for the baseline. MISA's rows have ordinary files."""
         return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -176,13 +179,25 @@ class ExactResume(_Base):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         fresh = [dict(group, params=None) for group in self.optimizer.param_groups] if checkpoint else []
         with _readable(checkpoint):
-            super()._load_optimizer_and_scheduler(checkpoint)
+            if checkpoint and (self.has_rows or self._state_in_parts):
+                self._load_whole_state(Path(checkpoint))
+            else:
+                super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint and self._changed_options and not self._is_sharded:
             self._apply_options(fresh)
 
+    def _load_whole_state(self, checkpoint: Path) -> None:
+        """As the Trainer, which would put the whole state on every card before the optimizer takes its part."""
+        state = torch.load(checkpoint / "optimizer.pt", map_location="cpu", mmap=True, weights_only=True)
+        self.optimizer.load_state_dict(state)
+        self.lr_scheduler.load_state_dict(torch.load(checkpoint / "scheduler.pt", weights_only=True))
+
+    @property
+    def _state_in_parts(self) -> bool:
+        return bool(getattr(getattr(getattr(self, "misa", None), "replicas", None), "state_in_parts", False))
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        replicas = getattr(getattr(self, "misa", None), "replicas", None)
-        if replicas is not None and replicas.state_in_parts and not self.args.should_save:
+        if self._state_in_parts and not self.args.should_save:
             self.optimizer.state_dict()  # rank 0 writes what all put together
         super()._save_optimizer_and_scheduler(output_dir)
 
@@ -216,12 +231,15 @@ class ExactResume(_Base):
             super()._load_best_model()
 
     def _load_renamed(self, checkpoint: Path) -> bool:
-        """Load weights whose names in the file are not the model's, or those of a model with residents tensor by
-        tensor; False when the Trainer can do it itself.
+        """Load weights whose names in the file are not the model's, or those of a model with residents or of rows
+        tensor by tensor; False when the Trainer can do it itself.
         """
         if self._is_sharded:
             return False
         if not compat.check_same_model(checkpoint, completeness.stored_shapes(checkpoint), self.model):
+            if self.has_rows:
+                load_rows(self.model, stored_tensors(completeness.weight_files(checkpoint)))
+                return True
             files = completeness.weight_files(checkpoint) if residents_of(self.model) is not None else []
             load_weights(self.model, files)
             return bool(files)

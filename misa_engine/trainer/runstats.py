@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import psutil  # accelerate needs it anyway
 import torch
 from torch import Tensor, nn
 
+from misa_engine.engine.replicas import Replicas
+from misa_engine.engine.shards import first_element, is_sharded, local
 from misa_engine.trainer.completeness import SAFE_INDEX, SAFE_WEIGHTS, read_header, weight_files
 
 #: Up to here the starting weights are kept on the host; larger models are compared with the files they came from.
@@ -32,20 +35,28 @@ class Change:
     identical: bool
     """Bit for bit the same."""
 
+    @classmethod
+    def of(cls, moved: float, before: float, identical: bool) -> Change:
+        """From ‖θ_end − θ_start‖² and ‖θ_start‖²."""
+        if moved == 0:
+            return cls(0.0, identical)
+        return cls((moved / before) ** 0.5 if before > 0 else None, identical)
+
 
 class StartingWeights:
     """The weights as they are now, to be compared with later ones.
 
     Models of up to ``limit`` bytes are copied to the host. Larger ones are not: their safetensors files, found through
     the config's ``_name_or_path``, are read again when comparing; parameters that are not found there stay unknown.
+    Of sharded weights each process has its rows.
     """
 
     def __init__(self, model: nn.Module, limit: int = SNAPSHOT_LIMIT_BYTES):
-        parameters = {name: p for name, p in model.named_parameters() if type(p.data).__name__ != "DTensor"}
+        parameters = dict(model.named_parameters())
         self._copies: dict[str, Tensor] = {}
         self._files: dict[str, Path] = {}
-        if sum(p.numel() * p.element_size() for p in parameters.values()) <= limit:
-            self._copies = {name: p.detach().to("cpu", copy=True) for name, p in parameters.items()}
+        if sum(local(p).nbytes for p in parameters.values()) <= limit:
+            self._copies = {name: local(p).detach().to("cpu", copy=True) for name, p in parameters.items()}
         else:
             for file in _source_files(model):
                 for name, shape in read_header(file).items():
@@ -59,12 +70,16 @@ class StartingWeights:
 
     def compare(self, model: nn.Module) -> dict[str, Change]:
         """The change of every parameter whose start is known."""
-        changes = {}
+        return {name: Change.of(*sums) for name, sums in self.sums(model).items()}
+
+    def sums(self, model: nn.Module) -> dict[str, tuple[float, float, bool]]:
+        """``sums_of_squares`` of every parameter whose start is known, or of this process's rows of it."""
+        found = {}
         for name, parameter in model.named_parameters():
-            start = self._start_of(name, parameter)
-            if start is not None and start.shape == parameter.shape:
-                changes[name] = compare(start, parameter.detach().cpu())
-        return changes
+            start, now = self._start_of(name, parameter), local(parameter)
+            if start is not None and start.shape == now.shape:
+                found[name] = sums_of_squares(start, now.detach().cpu())
+        return found
 
     def _start_of(self, name: str, like: Tensor) -> Tensor | None:
         if name in self._copies:
@@ -74,11 +89,41 @@ class StartingWeights:
         from safetensors import safe_open
 
         with safe_open(self._files[name], framework="pt") as file:
+            if is_sharded(like):
+                first = first_element(like) // max(1, like.numel() // like.shape[0])
+                return file.get_slice(name)[first : first + local(like).shape[0]].to(like.dtype)
             return file.get_tensor(name).to(like.dtype)  # as from_pretrained converted it
 
 
+def changes_of_rows(mine: Mapping[str, tuple[float, float, bool]] | None) -> dict[str, Change] | None:
+    """The changes of whole parameters, from those of everybody's rows. All processes call it.
+
+    Args:
+        mine: ``StartingWeights.sums``; None where this process has none.
+
+    Returns:
+        What all know; None where a process knows nothing.
+    """
+    replicas = Replicas.join()
+    told = [mine] if replicas is None else replicas.tell_json(mine)
+    if any(sums is None for sums in told):
+        return None
+    changes = {}
+    for name in told[0]:
+        rows = [sums[name] for sums in told if name in sums]
+        if len(rows) == len(told):
+            moved, before, identical = zip(*rows, strict=True)
+            changes[name] = Change.of(sum(moved), sum(before), all(identical))
+    return changes
+
+
 def compare(start: Tensor, end: Tensor) -> Change:
-    """Compare two host tensors of the same shape and dtype, in stretches of ``_CHUNK`` elements."""
+    """Compare two host tensors of the same shape and dtype."""
+    return Change.of(*sums_of_squares(start, end))
+
+
+def sums_of_squares(start: Tensor, end: Tensor) -> tuple[float, float, bool]:
+    """‖end − start‖², ‖start‖² and whether all bits are the same, in stretches of ``_CHUNK`` elements."""
     moved = before = 0.0
     identical = True
     for a, b in zip(start.reshape(-1).split(_CHUNK), end.reshape(-1).split(_CHUNK), strict=True):
@@ -88,9 +133,7 @@ def compare(start: Tensor, end: Tensor) -> Change:
         before += float(wide.square().sum(dtype=torch.float64))
         if not same:
             moved += float((b.to(wide.dtype) - wide).square_().sum(dtype=torch.float64))
-    if moved == 0:
-        return Change(0.0, identical)
-    return Change((moved / before) ** 0.5 if before > 0 else None, identical)
+    return moved, before, identical
 
 
 def _bits(tensor: Tensor) -> Tensor:
