@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from misa_engine import MISA, MisaConfig
-from misa_engine.engine import exchange
+from misa_engine.engine import exchange, rest
 from misa_engine.planner.replicas import replica_traffic
 from misa_engine.planner.resting import resting_elements
 from ranks import run_ranks
@@ -267,3 +267,24 @@ def resume(rank: int) -> dict[str, Any]:
 def test_a_state_resumes_exactly_where_what_rests_moves(tmp_path):
     for told in run_ranks(resume, tmp_path):
         assert told == {"same": True, "equal": True}, told
+
+
+def looked(rank: int) -> list[int]:
+    """After how many steps the modules of the model were walked through, for compiled ones."""
+    model, walks = build(), []
+    plain = rest.compiled_modules
+    optimizer = None
+
+    def walk(model: nn.Module) -> Any:
+        walks.append(0 if optimizer is None else optimizer.total_steps)
+        return plain(model)
+
+    rest.compiled_modules = walk
+    optimizer = MISA(model, **{**COMMON, "rest": "row_norm", "inner_steps": 3})
+    for number in range(5):
+        step(model, optimizer, number, slice(0, 2))
+    return walks
+
+
+def test_compiled_modules_are_looked_for_once_a_round(tmp_path):
+    assert run_ranks(looked, tmp_path) == [[0, 3], [0, 3]]

@@ -67,11 +67,11 @@ def _die_writing(folder: str) -> None:
 
 
 def killed_writing(rank: int, place: Path, out: Path) -> dict[str, Any]:
-    return run_command(rank, place, out, writing="checkpoint-4")
+    return run_command(rank, place, out, "--shard_state", "true", writing="checkpoint-4")
 
 
-def resumed(rank: int, place: Path, out: Path) -> dict[str, Any]:
-    return run_command(rank, place, out, "--resume_from_checkpoint", "true")
+def resumed(rank: int, place: Path, out: Path, *more: str) -> dict[str, Any]:
+    return run_command(rank, place, out, "--resume_from_checkpoint", "true", *more)
 
 
 @pytest.fixture(scope="module")
@@ -106,11 +106,11 @@ def test_a_run_whose_rank_is_killed_ends_with_one_line_and_resumes_to_the_same_w
     for name, tensor in load_file(broken / "model.safetensors").items():
         assert torch.equal(tensor, expected[name]), name
 
-    half = tmp_path / "half"
+    half = tmp_path / "half"  # with parts of the state on both, which together write what one has
     first, second = run_ranks(killed_writing, tmp_path / "d", place, half)
     assert first is None and second["code"] == 1
     assert "resume from the last complete checkpoint" in second["complained"], second
-    first, second = run_ranks(resumed, tmp_path / "e", place, half)
+    first, second = run_ranks(resumed, tmp_path / "e", place, half, "--shard_state", "true")
     assert first["code"] == second["code"] == 0, first
     assert "goes on from step 2" in first["said"]
     for name, tensor in load_file(half / "model.safetensors").items():

@@ -135,6 +135,7 @@ def refusals(rank: int) -> dict[str, str]:
         "update_in": refusal(misa(other, update_in="backward")),
         "offload": refusal(misa(other, revisit="offload")),
         "rest": refusal(misa(other, rest="sign")),
+        "state": refusal(misa(other, shard_state=True)),
         "8 bits": refusal(misa(shard(build(**UNEVEN)), state_dtype="int8")),
         "plain": refusal(misa(layers_only)),
         "columns": refusal(misa(columns)),
@@ -152,9 +153,11 @@ def test_what_sharded_weights_do_not_have_is_refused_by_name_before_training(tmp
         assert "update_in='backward' with sharded weights" in found["update_in"] and "'step'" in found["update_in"]
         assert "revisit='offload'" in found["offload"] and "'keep'" in found["offload"]
         assert "rest='sign' with sharded weights" in found["rest"] and "rest='none'" in found["rest"]
+        assert "shard_state=True with sharded weights" in found["state"] and "leave it out" in found["state"]
         assert "inside a group of 64" in found["8 bits"] and "float32" in found["8 bits"]
         assert "plain tensor while others are sharded" in found["plain"] and "fully_shard" in found["plain"]
         assert "Shard(dim=1)" in found["columns"] and "shard_placement_fn" in found["columns"]
+        assert "CPUOffloadPolicy" in found["host"] and "Leave out offload_policy" in found["host"]
         assert "option delta is 0.3" in found["option"] and "0.2 on rank 0" in found["option"]
         assert "on 2 processes on rank 1" in found["one whole"]
         assert found["fine"] == "accepted"

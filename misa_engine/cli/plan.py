@@ -49,12 +49,18 @@ def _run(options: argparse.Namespace) -> int:
         {
             **given,
             "delta": MisaConfig.delta if options.delta is None else options.delta,
+            "shard_state": options.shard_state,
             "always_train": tuple(options.always_train),
             "include_outside": options.include_outside,
         }
     )
     if options.sharded and (options.gpus is None or options.max_vram_gb is not None):
         raise UserError("--sharded needs --gpus, the number of cards, and looks at one --gpu, not at --max_vram_gb.")
+    if options.shard_state and (options.gpus is None or options.sharded):
+        raise UserError(
+            "--shard_state is of --gpus with a whole model on each card, which share moments and residual bits; with "
+            "--sharded they are divided anyway."
+        )
     if options.gpus == 1:
         raise UserError("--gpus is the number of cards that train together, at least 2; for one leave it out.")
     if options.sharded and options.residents not in (None, "none"):
@@ -225,8 +231,7 @@ def train_command(options: argparse.Namespace, result: Any) -> str:
     given |= {"num_train_epochs": f"{options.epochs:g}"} if options.epochs is not None else {}
     if misa.update_in == "backward":
         given["max_grad_norm"] = 0
-    if misa.include_outside:
-        given["include_outside"] = "true"
+    given |= {name: "true" for name in ("include_outside", "shard_state") if getattr(misa, name)}
     words = [f"--{name} {str(value).lower() if value is True else value}" for name, value in given.items()]
     words += [f"--always_train {' '.join(map(repr, misa.always_train))}"] if misa.always_train else []
     words += ["--fsdp"] if options.sharded else []
@@ -323,6 +328,8 @@ def _parser() -> argparse.ArgumentParser:
         help="micro-batches of a step (default: 1)")  # fmt: skip
     add("--gpus", type=positive, help="cards that train together, a whole model on each: what they exchange")
     add("--sharded", action="store_true", help="of --gpus: rows of the weights on each (fully_shard), not all of them")
+    add("--shard_state", nargs="?", const=True, default=False, type=truth, metavar="BOOL",
+        help="of --gpus: each card keeps a part of the moments and residual bits (default: off)")  # fmt: skip
     add("--inner_steps", type=positive, help=f"T, steps between two draws (default: {MisaConfig.inner_steps})")
     add("--rest_lr", type=float, help="as in misa train; does not change the plan")
     add("--rest_every", type=positive, help="as in misa train (default: 1)")

@@ -61,7 +61,7 @@ def buffers_for(
     numels = ([sizes[name] for name in sampled], [sizes[name] for name in always])
     arena: Arena
     if config.shard_state and replicas is not None:  # arrangement.py has refused it with sharded weights
-        share = Share(replicas, parameters)
+        share, replicas.state_in_parts = Share(replicas, parameters), True
         arena = own_arena(budget, *numels, share.size, share, **common)
         sizes = {name: share.held(name) for name in parameters}
     elif mesh is not None:

@@ -350,7 +350,8 @@ class MISA(torch.optim.Optimizer):
         """Everything an exact continuation needs: torch's own part plus moments, residual bits, scores and clocks.
 
         Tensors are references to the live buffers, as in every torch optimizer; ``torch.save`` or a deep copy makes
-        them a snapshot. Loads with ``torch.load(weights_only=True)``.
+        them a snapshot. Loads with ``torch.load(weights_only=True)``. Where several processes hold parts of it, all of
+        them call this (``replicas.state_in_parts``).
         """
         self._active_set.drop_stale_bits()
         return {**super().state_dict(), "misa": state.pack(self._parts, self._clocks())}

@@ -76,8 +76,11 @@ class Replicas:
         exchanged_bytes: gradients that this process has given to be averaged. A ring moves 2·(size-1)/size as much.
         sent_weight_bytes: weights of which this process has sent its part, with ``shard_state``. A ring moves
             (size-1)/size as much.
+        state_in_parts: every process holds a part of the optimizer's state, so that ``state_dict()`` is called in all.
         loaded: a state was loaded since the last step, so that the next one compares everything.
     """
+
+    state_in_parts = False
 
     def __init__(self, world: dist.ProcessGroup, control: dist.ProcessGroup):
         self.world, self._control = world, control

@@ -134,6 +134,7 @@ class RestRule:
         self._model, self._exchange = model, exchange
         self._arrived: dict[str, Tensor | None] = {}  # with an exchange: this step's gradients until it takes them
         self._step, self._last_micro_batch, self._accumulates = 0, True, False
+        self._in_order = True  # gradients come in the order of the model, not all at once as from compiled modules
 
     @property
     def nbytes(self) -> int:
@@ -159,6 +160,8 @@ class RestRule:
         for name in set(self.names).difference(trained, resting):  # no longer above the lowest one
             self._parameters[name].requires_grad_(False)
         self.names, self._waiting, self._accumulates = resting, set(), False
+        # once a round, not in every step: a walk through all modules; a model is compiled before it trains, if at all
+        self._in_order = self._exchange is None or not compiled_modules(self._model)
 
     def begin_step(self, step: int) -> None:
         """Begin step number ``step`` of the training, counted from 0."""
@@ -169,7 +172,7 @@ class RestRule:
         self._arrived.clear()
         if self._exchange is not None:
             places = {name: self._position[name] for name in self._waiting}
-            self._exchange.open(self, places, bounded=not compiled_modules(self._model))
+            self._exchange.open(self, places, bounded=self._in_order)
         self._show()
 
     def _add_up(self) -> None:

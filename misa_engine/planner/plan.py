@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from misa_engine.engine.arena import arena_bytes, capacity_for, capacity_of_rows, padded
+from misa_engine.engine.own_state.arena import own_arena
 from misa_engine.method.config import MisaConfig
 from misa_engine.method.partition import Partition, check_budget
 from misa_engine.planner import activations
@@ -171,7 +172,7 @@ def plan(
     peak, draw = worst.peak(micro_batch)
     reserve = {"cuda_context": activations.CONTEXT_BYTES, "slack": activations.SLACK_BYTES}
     ours = {
-        **optimizer_bytes(parts, misa, meta.dtype, residents=rested is not None),
+        **optimizer_bytes(parts, misa, meta.dtype, residents=rested is not None, gpus=gpus),
         "rest": rest_bytes(meta.model, worst.can_rest, gpus),
     }
     weights = dict(rested.card_bytes) if rested else {"weights": meta.weight_bytes}
@@ -228,6 +229,7 @@ def optimizer_bytes(
     *,
     residents: bool = False,
     rows: Mapping[str, int] | None = None,
+    gpus: int = 1,
 ) -> dict[str, int]:
     """Bytes that the optimizer will hold on the device, by category, without allocating anything.
 
@@ -237,6 +239,7 @@ def optimizer_bytes(
         dtype: of the weights.
         residents: the drawn ones' weights lie in the arena, too.
         rows: elements of each parameter that a process holds, where weights are sharded.
+        gpus: processes that share the state, with ``shard_state``: the bytes are those of the one that holds most.
 
     Raises:
         ValueError: δ is smaller than the largest unit.
@@ -244,6 +247,9 @@ def optimizer_bytes(
     sampled = [parts.numels[name] for unit in parts.units for name in unit.params]
     always = [parts.numels[name] for name in parts.always]
     budget = check_budget(parts, misa.delta)
+    if misa.shard_state and gpus > 1:
+        meta = torch.device("meta")
+        return own_arena(budget, sampled, always, gpus, None, device=meta, **_precisions(misa, dtype)).bytes()
     capacity, slots = capacity_for(budget, sampled, always)
     if rows is not None:
         units = [name for unit in parts.units for name in unit.params]
@@ -256,16 +262,17 @@ def bytes_of_arena(
     capacity: int, slots: int, misa: MisaConfig, dtype: torch.dtype, weights_from: int | None = None
 ) -> dict[str, int]:
     """``arena_bytes`` of the arena that MISA's options ask for, for weights of ``dtype``."""
-    return arena_bytes(
-        capacity,
-        slots,
-        dtype=dtype,
-        split=dtype == torch.bfloat16 and misa.master == "split",
-        state_dtype=misa.state_dtype,
-        grad_dtype=torch.float32 if misa.grad_dtype == "float32" else None,
-        hold_gradients=misa.update_in == "step",
-        weights_from=weights_from,
-    )
+    return arena_bytes(capacity, slots, weights_from=weights_from, **_precisions(misa, dtype))
+
+
+def _precisions(misa: MisaConfig, dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        "dtype": dtype,
+        "split": dtype == torch.bfloat16 and misa.master == "split",
+        "state_dtype": misa.state_dtype,
+        "grad_dtype": torch.float32 if misa.grad_dtype == "float32" else None,
+        "hold_gradients": misa.update_in == "step",
+    }
 
 
 def most_that_fits(worst: WorstCase, micro_batch: MicroBatch, room: int, what: str, most: int) -> int:

@@ -2,7 +2,8 @@
 
 K cards that each hold the whole model average the gradients of the active matrices once a step, and in the steps in
 which the rest rule moves those of all that rests: about all weights. A ring sends 2·(K-1)/K times these bytes from
-every card, so the time hardly depends on K, and most of it passes beside the backward pass.
+every card, and with ``shard_state`` (K-1)/K times the active weights, so the time hardly depends on K. Most of it
+passes beside the backward pass; the weights are sent after the update.
 """
 
 from __future__ import annotations
@@ -48,11 +49,13 @@ class ReplicaTraffic:
     """Of ``step_bytes``, what rests (at most, with scope "above")."""
     rest_every: int = 1
     """It moves in every k-th step."""
+    weight_bytes: int = 0
+    """With ``shard_state``, the active weights that are put together from everybody's parts after an update."""
 
     @property
     def sent_bytes(self) -> int:
         """What a card sends in a step, and receives: the ring's share."""
-        return self.step_bytes * 2 * (self.gpus - 1) // self.gpus
+        return (2 * self.step_bytes + self.weight_bytes) * (self.gpus - 1) // self.gpus
 
     def seconds(self, bandwidth: float) -> float:
         """Time of a step's averages over a link of so many bytes a second, were nothing computed beside them."""
@@ -87,6 +90,12 @@ class ReplicaTraffic:
             f"{self.round_bytes / 2**30:.1f} GiB a round (all weights: {self.full_bytes / 2**30:.2f} GiB a step)",
             f"  estimated {times(self.seconds)}, most of it beside the backward pass",
         ]
+        if self.weight_bytes:
+            lines.append(
+                f"  shard_state: each keeps 1/{self.gpus} of moments and residual bits; "
+                f"{self.weight_bytes / 2**30:.2f} GiB of updated weights are sent after each step, with nothing beside "
+                "them (in the estimate)"
+            )
         if self.rest_bytes:
             often = "every step" if self.rest_every == 1 else f"every {self.rest_every}th step"
             fewer = replace(self, rest_every=max(4, 4 * self.rest_every))
@@ -129,6 +138,7 @@ def replica_traffic(
         rest=misa.rest if rests else "none",
         rest_bytes=rests,
         rest_every=misa.rest_every if rests else 1,
+        weight_bytes=active // size * dtype.itemsize if misa.shard_state else 0,
     )
 
 

@@ -24,6 +24,7 @@ from transformers.integrations.liger import apply_liger_kernel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from misa_engine.engine.optimizer import MISA
+from misa_engine.engine.replicas import Replicas
 from misa_engine.engine.sharded.mesh import for_shards
 from misa_engine.method.config import MisaConfig, check_choice
 from misa_engine.trainer import checkpoints, resume_options
@@ -54,6 +55,11 @@ class MisaFactory:
 
     def __call__(self, model: nn.Module, **options: Any) -> MISA:
         """Build the optimizer for ``model``; with several processes, keep accelerate from wrapping the model."""
+        if options.get("shard_state") and Replicas.join() is not None:
+            raise ValueError(
+                "shard_state=True with a plain Trainer, which asks rank 0 alone for the optimizer's state when it "
+                "saves, where all processes have a part of it. Use MisaTrainer or MisaMixin, or leave it out."
+            )
         optimizer = MISA(model, **options)
         if optimizer.replicas is not None:
             mark_prepared(model)
@@ -141,11 +147,11 @@ class MisaMixin(ExactResume):
                 "accelerate was set up with FSDP before this trainer, and would shard in its own way. Make no "
                 "Accelerator before it, and give it args with fsdp=True."
             )
+        self.misa_config = config_from_arguments(self.args, misa)
         if optimizer == "misa" and self.args.world_size > 1:
             prepare_unwrapped(self.accelerator)
-            if self.has_rows:
+            if self.has_rows or self.misa_config.shard_state:
                 leave_state_in_place(self.accelerator)
-        self.misa_config = config_from_arguments(self.args, misa)
         if optimizer == "misa" and self.has_rows:
             self.misa_config = for_shards(self.misa_config)  # as checkpoints say, so that one process can go on
         self.optimizer_name = optimizer

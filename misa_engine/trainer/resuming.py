@@ -179,7 +179,7 @@ class ExactResume(_Base):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         fresh = [dict(group, params=None) for group in self.optimizer.param_groups] if checkpoint else []
         with _readable(checkpoint):
-            if checkpoint and self.has_rows:
+            if checkpoint and (self.has_rows or self._state_in_parts):
                 self._load_whole_state(Path(checkpoint))
             else:
                 super()._load_optimizer_and_scheduler(checkpoint)
@@ -187,13 +187,17 @@ class ExactResume(_Base):
             self._apply_options(fresh)
 
     def _load_whole_state(self, checkpoint: Path) -> None:
-        """As the Trainer, which would put the whole state on every card before the optimizer takes its rows."""
+        """As the Trainer, which would put the whole state on every card before the optimizer takes its part."""
         state = torch.load(checkpoint / "optimizer.pt", map_location="cpu", mmap=True, weights_only=True)
         self.optimizer.load_state_dict(state)
         self.lr_scheduler.load_state_dict(torch.load(checkpoint / "scheduler.pt", weights_only=True))
 
+    @property
+    def _state_in_parts(self) -> bool:
+        return bool(getattr(getattr(getattr(self, "misa", None), "replicas", None), "state_in_parts", False))
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.has_rows and not self.args.should_save:
+        if self._state_in_parts and not self.args.should_save:
             self.optimizer.state_dict()  # rank 0 writes what all put together
         super()._save_optimizer_and_scheduler(output_dir)
 

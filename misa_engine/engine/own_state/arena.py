@@ -106,7 +106,7 @@ def own_arena(
     """
     capacity, slots = capacity_for(budget, sampled, always)
     where: dict[str, Any] = {"dtype": dtype, "device": device}
-    gradients = {"grad_dtype": grad_dtype, "hold_gradients": hold_gradients}
+    gradients: dict[str, Any] = {"grad_dtype": grad_dtype, "hold_gradients": hold_gradients}
     whole = Arena(capacity, slots, **where, **gradients, split=False, hold_state=False)
     parts = [[(numel, most_of(numel, size)) for numel in group] for group in (sampled, always)]
     capacity, _ = capacity_of_rows(budget, *parts)

@@ -135,6 +135,11 @@ def shard_mesh(model: nn.Module) -> ShardMesh | None:
     """
     for module in _fsdp_modules(model):
         module.reshard()  # after an evaluation the root's parameters are plain tensors
+        if any(type(group.offload_policy).__name__ == "CPUOffloadPolicy" for group in _groups(module)):
+            raise ValueError(
+                "fully_shard was given a CPUOffloadPolicy, so that shards lie in host memory, where MISA's kernels do "
+                "not update. Leave out offload_policy: a process holds only its rows of weights and gradients."
+            )
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
         if type(parameter).__name__ == "FlatParameter" or hasattr(parameter, "ds_id"):
@@ -183,8 +188,6 @@ def _check_placement(name: str, parameter: Tensor) -> None:
             f"this process holds {part.numel():,} elements of {name} with {rows} rows, where fully_shard gives it "
             f"{expected:,}. Shard the model by fully_shard."
         )
-    if parameter.device.type != "cpu" and part.device.type == "cpu":
-        raise ValueError(f"the shards of {name} lie in host memory (CPUOffloadPolicy); leave out offload_policy.")
 
 
 def for_shards(config: MisaConfig) -> MisaConfig:

@@ -21,6 +21,7 @@ class ShardedProcesses(Replicas):
     """
 
     mesh: ShardMesh
+    state_in_parts = True
 
     @classmethod
     def beside(cls, replicas: Replicas, mesh: ShardMesh) -> ShardedProcesses:

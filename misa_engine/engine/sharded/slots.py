@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from misa_engine.engine.attendance import ModelHook
 from misa_engine.engine.gradient_slots import GradientSlots
-from misa_engine.engine.replicas import Replicas
+from misa_engine.engine.replicas import ReplicaError, Replicas
 from misa_engine.engine.sharded.mesh import ShardMesh
 from misa_engine.engine.shards import local
 
@@ -43,13 +43,41 @@ class ShardedSlots(GradientSlots):
         model: nn.Module = where[0]
         self._mesh, self._replicas, self._clock = mesh, replicas, clock
         self._grads: list[Tensor] = []  # DTensors over the views
-        self._binds = 0
+        self._binds = self._passes = 0  # since construction; differentiated forward passes of this step
+        self._met = False
         self._forward_at: tuple[int, int] | None = None  # (steps, binds) at the latest forward pass
         self._handles.append(model.register_forward_pre_hook(ModelHook(self._forward_begins)))
 
     def settle(self, what: str) -> None:
         """Refuse ``what`` within a pass, and let go of gathered weights."""
         self._mesh.settle(what)
+
+    def forget(self) -> None:
+        """Begin a new step: what lies in the slots has been used."""
+        super().forget()
+        self._passes, self._met = 0, False
+
+    def _collect(self) -> None:
+        """As in GradientSlots, when all processes are there: what comes next waits for all of them."""
+        if self._replicas is not None and not self._met:
+            self._meet(self._replicas)
+            self._met = True
+        super()._collect()
+
+    def _meet(self, replicas: Replicas) -> None:
+        if not self._passes and all(self._held(name) is None for name in self._arena.names):
+            raise ValueError(
+                f"rank {replicas.rank} ends step {self._clock()} without a forward and backward pass: with sharded "
+                "weights every pass needs the rows of all ranks, so all have to make as many. Give every rank the same "
+                "number of batches (DataLoader(drop_last=True), DistributedSampler), or let it repeat one."
+            )
+        passes = [row[1] for row in replicas.tell([self._clock(), self._passes])]
+        if len(set(passes)) > 1:
+            raise ReplicaError(
+                "the processes have made different numbers of forward passes in this step: "
+                f"{', '.join(f'rank {rank} {count}' for rank, count in enumerate(passes))}. With sharded weights all "
+                "have to make as many; what they have exchanged may be mixed up. Resume from the last checkpoint."
+            )
 
     def bind(self) -> None:
         """Follow the arena after it has bound other parameters; no gradient has arrived then."""
@@ -70,6 +98,7 @@ class ShardedSlots(GradientSlots):
     def _forward_begins(self, *_: Any) -> None:
         if torch.is_grad_enabled():
             self._forward_at = (self._clock(), self._binds)
+            self._passes += 1
 
     @torch.no_grad()
     def _arrived(self, name: str, index: int, parameter: nn.Parameter) -> None:
