@@ -151,6 +151,13 @@ def test_what_fsdp_cannot_be_with_misa_is_refused_with_what_to_do(values, words)
         Sharding.asked_for(arguments(**values))
 
 
+def test_a_model_that_transformers_sharded_is_refused_with_what_to_do(tmp_path):
+    model: Any = SimpleNamespace(is_distributed_loading_by_transformers=True)
+    with pytest.raises(ValueError, match="distributed_config.*fsdp=True"):
+        MisaTrainer(model, args=sft_arguments(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_fsdp_is_read_from_arguments_and_from_the_launchers_environment(monkeypatch):
     assert Sharding.asked_for(arguments(fsdp=None)) is None
     plain = Sharding.asked_for(arguments(fsdp_plugin_args={"fsdp_version": 2}))
@@ -222,6 +229,8 @@ def rows_of_rank_0(rank: int) -> dict[str, Any]:
             loss_of(model, torch.arange(8).view(1, 8))  # which leaves outer weights gathered
         found[f"{name} trained"] = whole_weights(model, keep=rank == 0)
         optimizer.remove()
+        with pytest.raises(ValueError, match="from before sharding"):
+            MisaTrainer(model, optimizer="adamw")
         load_rows(model, found[f"{name} begun"].items())
         found[f"{name} loaded"] = whole_weights(model, keep=True)
     return found

@@ -40,7 +40,7 @@ from misa_engine.trainer.log_writer import RunLogWriter, describe_residents, des
 from misa_engine.trainer.model_config import restored_config, training_fields
 from misa_engine.trainer.resident_check import ResidentLosses, resident_losses
 from misa_engine.trainer.resuming import ExactResume
-from misa_engine.trainer.sharding import Sharding, has_rows, shard_model, unaware, whole_weights
+from misa_engine.trainer.sharding import Sharding, check_rows, has_rows, shard_model, unaware, whole_weights
 
 logger = logging.getLogger(__name__)
 
@@ -127,11 +127,17 @@ class MisaMixin(ExactResume):
         if given is not None and optimizer == "misa":
             config = config_from_arguments(given, misa)
             check_arguments(given, config)  # before the model is touched
+            check_rows(model)
             sharding = Sharding.asked_for(given)
         if kwargs.get("optimizer_cls_and_kwargs") is not None or any(kwargs.get("optimizers") or ()):
             raise ValueError(
                 f"{type(self).__name__} makes its own optimizer; leave out optimizers and optimizer_cls_and_kwargs, or "
                 "use a plain Trainer with optimizer_cls_and_kwargs=(MisaFactory, {...})."
+            )
+        if optimizer == "adamw" and has_rows(model):
+            raise ValueError(
+                "the baseline's checkpoints hold whole weights and their state; this model's are rows (fully_shard). "
+                "Give it the model from before sharding, or compare with a smaller one."
             )
         self._own_config = training_fields(model)
         if sharding is not None and not has_rows(model):

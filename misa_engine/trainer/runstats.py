@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil  # accelerate needs it anyway
 import torch
@@ -105,7 +106,7 @@ def changes_of_rows(mine: Mapping[str, tuple[float, float, bool]] | None) -> dic
         What all know; None where a process knows nothing.
     """
     replicas = Replicas.join()
-    told = [mine] if replicas is None else replicas.tell_json(mine)
+    told: list[Any] = [mine] if replicas is None else replicas.tell_json(mine)
     if any(sums is None for sums in told):
         return None
     changes = {}

@@ -97,6 +97,19 @@ def has_rows(model: Any) -> bool:
     return isinstance(model, nn.Module) and any(map(is_sharded, model.parameters()))
 
 
+def check_rows(model: Any) -> None:
+    """Refuse a model that transformers sharded while loading it: its Trainer then holds back gradients.
+
+    Raises:
+        ValueError: with what to do instead.
+    """
+    if getattr(model, "is_distributed_loading_by_transformers", False):
+        raise ValueError(
+            "the model was loaded with distributed_config, which lets gradients of all micro-batches add up unsharded. "
+            "Load it without, and say fsdp=True, or call fully_shard yourself."
+        )
+
+
 @contextmanager
 def unaware(args: TrainingArguments) -> Iterator[None]:
     """Inside, the Trainer, accelerate and ``from_pretrained`` do not know that weights are sharded."""
