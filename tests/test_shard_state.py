@@ -37,7 +37,7 @@ MORE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 EVERY = {**CASES, **MORE}
 ALIKE = [
     *("engine", "paper", "official", "update in backward", "offload", "blocks and always", "accumulation, told"),
-    *("max_grad_norm", "clip_grad_norm_", "torch clips", "not finite in backward", "scaler", "bfloat16, float32 slots"),
+    *("max_grad_norm", "torch clips", "not finite in backward", "scaler", "bfloat16, float32 slots"),
     *MORE,
 ]
 

@@ -86,7 +86,10 @@ def uninterrupted(tmp_path_factory) -> dict[str, torch.Tensor]:
     return run_ranks(train, folder, folder)[0]
 
 
-@pytest.mark.parametrize("where", ["forward", "backward", "norms", "switch", "saving"])
+SOAK = [pytest.param(where, marks=pytest.mark.soak) for where in ("forward", "saving")]
+
+
+@pytest.mark.parametrize("where", ["backward", "norms", "switch", *SOAK])
 def test_when_a_rank_is_killed_the_other_ends_with_one_line_and_the_checkpoint_goes_on(tmp_path, uninterrupted, where):
     first, second = run_ranks(train, tmp_path, tmp_path, where, timeout=30)
     assert second is None
