@@ -140,12 +140,12 @@ class MisaMixin(ExactResume):
                 "Give it the model from before sharding, or compare with a smaller one."
             )
         self._own_config = training_fields(model)
-        if sharding is not None and not has_rows(model):
+        if sharding is not None and given is not None and not has_rows(model):
             if not isinstance(model, nn.Module):
                 raise ValueError(f"fsdp needs the model itself, which is then sharded in place; got {model!r}")
             for_shards(config)
             shard_model(model, sharding, given.device, config.family)
-        with unaware(given) if sharding is not None else nullcontext():
+        with unaware(given) if sharding is not None and given is not None else nullcontext():
             super().__init__(*args, **kwargs)
         self.has_rows = has_rows(self.model)
         if optimizer == "misa" and self.is_fsdp_enabled:

@@ -189,8 +189,9 @@ class ExactResume(_Base):
     def _load_whole_state(self, checkpoint: Path) -> None:
         """As the Trainer, which would put the whole state on every card before the optimizer takes its part."""
         state = torch.load(checkpoint / "optimizer.pt", map_location="cpu", mmap=True, weights_only=True)
+        scheduler: Any = self.lr_scheduler
         self.optimizer.load_state_dict(state)
-        self.lr_scheduler.load_state_dict(torch.load(checkpoint / "scheduler.pt", weights_only=True))
+        scheduler.load_state_dict(torch.load(checkpoint / "scheduler.pt", weights_only=True))
 
     @property
     def _state_in_parts(self) -> bool:
