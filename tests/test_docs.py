@@ -119,7 +119,7 @@ def test_flags_exist(page):
     used |= {
         flag for code in re.findall(r"`([^`\n]+)`", prose) for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", code)
     }
-    others = set(re.findall(r"`(?:pytest|mkdocs|ruff|pip|bash|mypy|python tests/soak)[^`]*`", prose))
+    others = set(re.findall(r"`(?:accelerate|pytest|mkdocs|ruff|pip|bash|mypy|python tests/soak)[^`]*`", prose))
     foreign = {flag for code in others for flag in re.findall(r"--[a-z][\w-]*", code)}
     assert used - foreign - flags_of_misa() - {"--help"} == set()
 
