@@ -59,7 +59,7 @@ def score_tasks(
     for metric, task in tasks.items():
         try:
             check_harness([task])
-            row = ROWS.get(task.removeprefix(PREFIX))  # None of lm-eval's, which have their own
+            row = ROWS.get(task.removeprefix(PREFIX)) if task.startswith(PREFIX) else None  # lm-eval's have their own
             tokens = answer_tokens or (MISA_TOKENS[row.kind] if row else None)
             settings = Settings(data=data, limit=questions or None, num_beams=beams or None, new_tokens=tokens)
             found = evaluate([subject], [task], output, settings=settings, say=lambda line: None).of(label, task)

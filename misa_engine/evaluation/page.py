@@ -36,7 +36,7 @@ def page_of(evaluation: Evaluation, command: str = "") -> str:
         parts.append(html.table(lines.protocol, [escape(name) for name in lines.headings], rows))
         parts.append(f'<p class="dim">{NOTES[lines.protocol]}</p>' if lines.protocol in NOTES else "")
     parts.append(_picture(evaluation, models, tasks))
-    parts += [_answers(evaluation, models, task) for task in tasks]
+    parts += [_answers(evaluation, task) for task in tasks]
     parts.append(html.section("Settings", "settings", ("task", "settings"), _settings(evaluation, tasks)))
     parts.append(html.section("Models", "models", ("model", "from", "digest of its files"), _models(evaluation)))
     parts.append(html.section("Versions", "versions", ("package", "version"), _versions(evaluation)))
@@ -52,14 +52,15 @@ def _picture(evaluation: Evaluation, models: Sequence[str], tasks: Sequence[str]
 
     figure = new_figure(10, 0.8 + (0.9 + 0.3 * len(models)) * len(tasks))
     for place, task in enumerate(tasks):
-        having = [evaluation.of(model, task) for model in models if _has(evaluation, model, task)]
-        metric = next(iter(having[0].metrics))
-        found = [result.metrics[metric] for result in having if metric in result.metrics]
+        results = _of(evaluation, task)
+        metric = next(iter(results[0].metrics))
+        having = [result for result in results if metric in result.metrics]
+        found = [result.metrics[metric] for result in having]
         axes = figure.add_subplot(len(tasks), 1, place + 1)
         heights = range(len(found))[::-1]
         errors = [2 * (one.stderr or 0.0) for one in found]
         axes.errorbar([one.value for one in found], heights, xerr=errors, fmt="o", color=BLUE, capsize=3)
-        axes.set_yticks(list(heights), [result.model for result in having if metric in result.metrics])
+        axes.set_yticks(list(heights), [result.model for result in having])
         axes.set_ylim(-0.6, len(found) - 0.4)
         axes.set_title(f"{task}: {metric}{' (less is better)' if less_is_better(metric) else ''}", fontsize=10)
         for side in ("top", "right"):
@@ -71,13 +72,14 @@ def _picture(evaluation: Evaluation, models: Sequence[str], tasks: Sequence[str]
     return html.picture("Each model on each task", figure) + said
 
 
-def _has(evaluation: Evaluation, model: str, task: str) -> bool:
-    return any((result.model, result.task) == (model, task) for result in evaluation.results)
+def _of(evaluation: Evaluation, task: str) -> list[Result]:
+    """In the order of the models."""
+    return [result for result in evaluation.results if result.task == task]
 
 
-def _answers(evaluation: Evaluation, models: Sequence[str], task: str) -> str:
+def _answers(evaluation: Evaluation, task: str) -> str:
     """What the models said to the same questions, those first on which they differ."""
-    results = [evaluation.of(model, task) for model in models if _has(evaluation, model, task)]
+    results = _of(evaluation, task)
     said = [{record.id: record for record in result.records} for result in results]
     metric = next(iter(results[0].metrics))
     asked = [
@@ -94,12 +96,12 @@ def _answers(evaluation: Evaluation, models: Sequence[str], task: str) -> str:
             mark = '<span class="yes">right</span>' if right else '<span class="no">wrong</span>'
             row.append(f"{mark}<br>{_short(one[id].detail['generated'])}")
         rows.append(row)
-    more = (
-        f'<p class="dim">{len(rows)} of {len(asked)}, first those on which the models differ; all are in the files of '
-    )
+    if not rows:
+        return ""
     headings = ("question", "target", *(escape(result.model) for result in results))
     made = html.section(f"Answers: {escape(task)}", f"answers-{escape(task)}", headings, rows)
-    return f"{made}\n{more}records beside this page.</p>" if made else ""
+    more = f"{len(rows)} of {len(asked)}, first those on which the models differ; all are in the files of records"
+    return f'{made}\n<p class="dim">{more} beside this page.</p>'
 
 
 def _short(text: Any, from_end: bool = False) -> str:
@@ -114,7 +116,7 @@ def _settings(evaluation: Evaluation, tasks: Sequence[str]) -> list[tuple[str, s
     """A row for each task, and another where a model was asked otherwise."""
     told: dict[tuple[str, str], None] = {}
     for task in tasks:
-        for result in (one for one in evaluation.results if one.task == task):
+        for result in _of(evaluation, task):
             words = json.dumps(dict(result.settings), ensure_ascii=False, sort_keys=True)
             told[escape(task), f"<code>{escape(words)}</code>"] = None
     return list(told)

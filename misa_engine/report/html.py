@@ -50,10 +50,7 @@ def table(name: str, headings: Sequence[str], rows: Iterable[Sequence[str]], cla
         classes: one a row; empty for none.
     """
     head = "".join(f"<th>{heading}</th>" for heading in headings)
-    lines = [
-        "".join(f"<td{_kind(cell)}>{cell}</td>" for cell in row)
-        for row in rows
-    ]  # fmt: skip
+    lines = ["".join(f"<td{_kind(cell)}>{cell}</td>" for cell in row) for row in rows]
     kinds = [f' class="{kind}"' if kind else "" for kind in classes or [""] * len(lines)]
     body = "\n".join(f"<tr{kind}>{line}</tr>" for kind, line in zip(kinds, lines, strict=True))
     made = f'<table id="{name}">\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table>'

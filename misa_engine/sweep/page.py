@@ -56,7 +56,7 @@ def page(document: dict[str, Any]) -> str:
         parts.append(html.table("importance", ("option", "importance"), _escaped(_importance_rows(document))))
     parts += [html.picture(name, figure) for name, figure in _pictures(document).items()]
     headings, rows, states = _trial_rows(document)
-    parts.append("<h2>All trials</h2>\n" + html.table("trials", _escaped([headings])[0], _escaped(rows), states))
+    parts.append("<h2>All trials</h2>\n" + html.table("trials", list(map(escape, headings)), _escaped(rows), states))
     searched = _escaped([space["text"], space["source"]] for space in document["space"])
     parts.append(html.section("What was searched", "searched", ("range", "where it comes from"), searched))
     fixed = "\n".join(f"{name}: {json.dumps(value)}" for name, value in document["base"].items())
