@@ -19,6 +19,7 @@ from misa_engine.engine.replicas import CHECKSUM_ROUNDS
 from misa_engine.planner import host_memory
 from ranks import run_ranks
 from resident_models import OPTIONS, of, resting, snapshot
+from test_replica_failures import attempt
 from test_replica_trainer import run_command
 from test_replicas import micro_batches
 from training import loss_of
@@ -128,31 +129,23 @@ def test_rank_0_saves_the_masters_and_a_resumed_run_makes_the_same_bits(tmp_path
 # ---- what differs ----
 
 
-def complaint(action: Any) -> str:
-    try:
-        action()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
-
-
 def apart(rank: int, place: Path) -> dict[str, str]:
     part, said = slice(2 * rank, 2 * rank + 2), {}
-    said["format"] = complaint(lambda: MISA(resting("fp8" if rank else "int8"), **OPTIONS))
+    said["format"] = attempt(lambda: MISA(resting("fp8" if rank else "int8"), **OPTIONS))
     plain = misa_engine.load_model(place)
-    said["one"] = complaint(lambda: MISA(plain if rank else resting("int8"), **OPTIONS))
+    said["one"] = attempt(lambda: MISA(plain if rank else resting("int8"), **OPTIONS))
 
     model = resting("int8")
     optimizer = MISA(model, **OPTIONS | {"inner_steps": 1})
     if rank:  # past everything that watches: the exact weights alone, and not their 8 bits
         model.get_parameter(of(model).resting[2]).data[0, 0] += 1
     said["name"] = of(model).resting[2]
-    said["master"] = complaint(lambda: steps(model, optimizer, range(CHECKSUM_ROUNDS + 1), part))
+    said["master"] = attempt(lambda: steps(model, optimizer, range(CHECKSUM_ROUNDS + 1), part))
 
     free = host_memory.available_bytes
     host_memory.MARGIN_BYTES = 0
     host_memory.available_bytes = lambda: 700_000 if rank else 500_000  # the second has seen the first's memory go
-    said["memory"] = complaint(lambda: misa_engine.load_model(place, residents="int8"))
+    said["memory"] = attempt(lambda: misa_engine.load_model(place, residents="int8"))
     host_memory.available_bytes = free
     return said
 

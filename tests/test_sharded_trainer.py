@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
+from cli_place import weights
 from misa_engine.trainer.sft import MisaTrainer
 from misa_engine.trainer.sharding import Sharding
 from ranks import run_ranks
@@ -84,10 +84,6 @@ def run(rank: int, place: Path, data: Any, words: Any) -> dict[str, Any]:
     trainer.train(resume_from_checkpoint=True)
     trainer.save_model()
     return found
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
 
 
 def furthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:

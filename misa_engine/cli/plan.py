@@ -36,38 +36,12 @@ def command(words: list[str]) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     from misa_engine.cli.loading import fitting_length
-    from misa_engine.planner.activations import MicroBatch
     from misa_engine.planner.cards import Card
-    from misa_engine.planner.plan import plan
-    from misa_engine.planner.solve import Wishes, again, impossible, solve
     from misa_engine.planner.worst_case import MetaModel
 
-    named = (*MEMORY_OPTIONS, *OTHER_OPTIONS)
-    given = {name: getattr(options, name) for name in named if getattr(options, name) is not None}
     _check_length(options)
-    misa = MisaConfig.from_dict(
-        {
-            **given,
-            "delta": MisaConfig.delta if options.delta is None else options.delta,
-            "shard_state": options.shard_state,
-            "always_train": tuple(options.always_train),
-            "include_outside": options.include_outside,
-        }
-    )
-    if options.sharded and (options.gpus is None or options.max_vram_gb is not None):
-        raise UserError("--sharded needs --gpus, the number of cards, and looks at one --gpu, not at --max_vram_gb.")
-    if options.shard_state and (options.gpus is None or options.sharded):
-        raise UserError(
-            "--shard_state is of --gpus with a whole model on each card, which share moments and residual bits; with "
-            "--sharded they are divided anyway."
-        )
-    if options.gpus == 1:
-        raise UserError("--gpus is the number of cards that train together, at least 2; for one leave it out.")
-    if options.sharded and options.residents not in (None, "none"):
-        raise UserError(
-            f"--residents {options.residents} with --sharded: masters on the host are not sharded. Leave out one of "
-            "the two; --gpus alone plans replicas, each with its own residents."
-        )
+    misa = _options_of(options)
+    _check_cards(options)
     if options.sharded:
         misa = misa.without_own_rest()
     if options.length is not None and options.length < 2:
@@ -76,43 +50,15 @@ def _run(options: argparse.Namespace) -> int:
     config = model_config(options.model)
     options.length = fitting_length(options.length or 2048, options.length is not None, config)
     meta = MetaModel(config)
-    checkpointing = options.gradient_checkpointing
-    micro_batch = MicroBatch(
-        batch=options.batch or 1,
-        length=options.length,
-        checkpointing=checkpointing is not False,
-        loss=options.loss,
-        liger=options.use_liger_kernel,
-        padded=options.padded,
-    )
-    error, gpus = None, options.gpus or 1
-    if options.max_vram_gb is not None:
-        wishes = Wishes(options.delta, options.state_dtype, checkpointing, options.batch, options.length)
-        wishes = replace(wishes, residents=options.residents, gpus=gpus)
-        result = again(meta, solve(meta, limit, misa, micro_batch, wishes), card=limit)
-    else:
-        result = plan(meta, card=limit, misa=misa, micro_batch=micro_batch, residents=options.residents, gpus=gpus)
-        if not result.fits and not options.sharded:
-            error = impossible(meta, limit, result)
+    result, error = _planned(options, meta, limit, misa)
     command = train_command(options, result) if options.max_vram_gb is not None or options.sharded else None
     coverage, fits = coverage_of(options, meta, result)
-    traffic: Any = None
-    if options.sharded:
-        from misa_engine.planner.sharded import sharded_plan
-
-        traffic = sharded_plan(meta, result, options.gpus)
-        if not traffic.fits:
-            error = (
-                f"{result.model} over {options.gpus} of {limit.name} needs {traffic.total_bytes / 2**30:.1f} GiB on "
-                "each. Take more cards (--gpus), shorter sequences (--length) or a smaller --delta."
-            )
-    elif options.gpus is not None:
-        from misa_engine.planner.replicas import replica_traffic
-        from misa_engine.planner.resting import resting_elements
-
-        parts = meta.partition(result.misa)
-        resting = resting_elements(meta.model, parts, result.misa)
-        traffic = replica_traffic(parts, result.misa, meta.dtype, options.gpus, resting)
+    traffic = _traffic_of(options, meta, result)
+    if options.sharded and not traffic.fits:
+        error = (
+            f"{result.model} over {options.gpus} of {limit.name} needs {traffic.total_bytes / 2**30:.1f} GiB on "
+            "each. Take more cards (--gpus), shorter sequences (--length) or a smaller --delta."
+        )
     if options.plot:
         from misa_engine.planner.picture import save_picture
 
@@ -135,6 +81,80 @@ def _run(options: argparse.Namespace) -> int:
         print(f"misa: error: {error}", file=sys.stderr)
         return BAD_INPUT
     return DONE
+
+
+def _options_of(options: argparse.Namespace) -> MisaConfig:
+    """MISA's options, as the run will have them."""
+    named = (*MEMORY_OPTIONS, *OTHER_OPTIONS)
+    given = {name: getattr(options, name) for name in named if getattr(options, name) is not None}
+    return MisaConfig.from_dict(
+        {
+            **given,
+            "delta": MisaConfig.delta if options.delta is None else options.delta,
+            "shard_state": options.shard_state,
+            "always_train": tuple(options.always_train),
+            "include_outside": options.include_outside,
+        }
+    )
+
+
+def _check_cards(options: argparse.Namespace) -> None:
+    """Refuse what several cards cannot have, and what needs several."""
+    if options.sharded and (options.gpus is None or options.max_vram_gb is not None):
+        raise UserError("--sharded needs --gpus, the number of cards, and looks at one --gpu, not at --max_vram_gb.")
+    if options.shard_state and (options.gpus is None or options.sharded):
+        raise UserError(
+            "--shard_state is of --gpus with a whole model on each card, which share moments and residual bits; with "
+            "--sharded they are divided anyway."
+        )
+    if options.gpus == 1:
+        raise UserError("--gpus is the number of cards that train together, at least 2; for one leave it out.")
+    if options.sharded and options.residents not in (None, "none"):
+        raise UserError(
+            f"--residents {options.residents} with --sharded: masters on the host are not sharded. Leave out one of "
+            "the two; --gpus alone plans replicas, each with its own residents."
+        )
+
+
+def _planned(options: argparse.Namespace, meta: Any, limit: Any, misa: MisaConfig) -> tuple[Any, str | None]:
+    """The plan for one card, chosen to fit or as asked for, and what is wrong with one that does not fit."""
+    from misa_engine.planner.activations import MicroBatch
+    from misa_engine.planner.plan import plan
+    from misa_engine.planner.solve import Wishes, again, impossible, solve
+
+    checkpointing = options.gradient_checkpointing
+    micro_batch = MicroBatch(
+        batch=options.batch or 1,
+        length=options.length,
+        checkpointing=checkpointing is not False,
+        loss=options.loss,
+        liger=options.use_liger_kernel,
+        padded=options.padded,
+    )
+    gpus = options.gpus or 1
+    if options.max_vram_gb is not None:
+        wishes = Wishes(options.delta, options.state_dtype, checkpointing, options.batch, options.length)
+        wishes = replace(wishes, residents=options.residents, gpus=gpus)
+        return again(meta, solve(meta, limit, misa, micro_batch, wishes), card=limit), None
+    result = plan(meta, card=limit, misa=misa, micro_batch=micro_batch, residents=options.residents, gpus=gpus)
+    fits = result.fits or options.sharded  # rows are looked at by themselves
+    return result, None if fits else impossible(meta, limit, result)
+
+
+def _traffic_of(options: argparse.Namespace, meta: Any, result: Any) -> Any:
+    """What several cards exchange, and hold where they hold rows; None for one card."""
+    if options.sharded:
+        from misa_engine.planner.sharded import sharded_plan
+
+        return sharded_plan(meta, result, options.gpus)
+    if options.gpus is None:
+        return None
+    from misa_engine.planner.replicas import replica_traffic
+    from misa_engine.planner.resting import resting_elements
+
+    parts = meta.partition(result.misa)
+    resting = resting_elements(meta.model, parts, result.misa)
+    return replica_traffic(parts, result.misa, meta.dtype, options.gpus, resting)
 
 
 def model_config(name: str) -> Any:

@@ -62,9 +62,8 @@ class ActiveSet:
         for name in self._intake.places.edited((*self.names, *self._host.names)):
             if name in self._host.names:
                 self._host.drop_residual(name)
-            elif self._arena.residual is not None:
-                slot = self._arena.slots[self._arena.names.index(name)]
-                self._arena.residual[slot.start : slot.start + slot.numel].zero_()
+            else:
+                self._arena.drop_residual(self._arena.names.index(name))
         self.know_weights()
 
     def forget_weights(self) -> None:

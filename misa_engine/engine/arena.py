@@ -17,6 +17,7 @@ This file knows torch and the kernels' tables, nothing of models, rounds or prob
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from torch import Tensor
 from misa_engine.engine.shards import first_element, local
 from misa_engine.kernels.blockwise8 import GROUP
 from misa_engine.kernels.tiles import BLOCK, Slot, TileTable, host_buffer
+from misa_engine.method.config import MisaConfig
 
 #: Bytes copied at a time when a slot moves onto itself: large enough that launches do not count (4 MiB takes 8 µs to
 #: copy at 1 TB/s, a launch 5 µs), small enough not to count as memory.
@@ -101,6 +103,17 @@ def capacity_of_rows(
         elements += -(-padded(held) * taken // whole)
         room -= taken
     return padded(elements) + sum(padded(held) for _, held in always), slots
+
+
+def arena_options(config: MisaConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """Arguments of ``Arena`` that MISA's options ask for, for weights of ``dtype``."""
+    return {
+        "dtype": dtype,
+        "split": dtype == torch.bfloat16 and config.master == "split",
+        "state_dtype": config.state_dtype,
+        "grad_dtype": torch.float32 if config.grad_dtype == "float32" else None,
+        "hold_gradients": config.update_in == "step",
+    }
 
 
 def arena_bytes(
@@ -227,6 +240,12 @@ class Arena:
 
     def spread(self, indices: Iterable[int]) -> None:
         """After the weights in these slots were written: nothing, since this process wrote all that it holds."""
+
+    def drop_residual(self, index: int) -> None:
+        """Clear the residual bits of a slot whose weights somebody else wrote: they extend values that are gone."""
+        if self.residual is not None:
+            slot = self.slots[index]
+            self.residual[slot.start : slot.start + slot.numel].zero_()
 
     def replicated(self) -> dict[str, Tensor]:
         """State up to the last slot, which has to be the same in all replicas."""

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-import torch
 from torch import nn
 
-from misa_engine.engine.arena import Arena, capacity_for, padded
+from misa_engine.engine.arena import Arena, arena_options, capacity_for, padded
 from misa_engine.engine.host import HostStore
 from misa_engine.engine.own_state.arena import OwnArena, own_arena
 from misa_engine.engine.own_state.share import Share
@@ -50,14 +48,7 @@ def buffers_for(
     """
     some = parameters[sampled[0]]
     sizes = {name: local(parameter).numel() for name, parameter in parameters.items()}
-    common: dict[str, Any] = {
-        "dtype": some.dtype,
-        "device": some.device if residents is None else residents.device,
-        "split": some.dtype == torch.bfloat16 and config.master == "split",
-        "state_dtype": config.state_dtype,
-        "grad_dtype": torch.float32 if config.grad_dtype == "float32" else some.dtype,
-        "hold_gradients": config.update_in == "step",
-    }
+    common = {**arena_options(config, some.dtype), "device": (residents or some).device}
     numels = ([sizes[name] for name in sampled], [sizes[name] for name in always])
     arena: Arena
     if config.shard_state and replicas is not None:  # arrangement.py has refused it with sharded weights

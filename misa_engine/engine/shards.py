@@ -7,7 +7,11 @@ whole tensor; ``local`` is what memory, kernels and version counters know.
 
 from __future__ import annotations
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
+
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch below 2.13
 
 
 def is_sharded(tensor: object) -> bool:
@@ -42,3 +46,19 @@ def shard_dimension(tensor: Tensor) -> tuple[int, int]:
     """The dimension of a DTensor's mesh along which its rows are divided, and the number of parts."""
     dimension = next(i for i, p in enumerate(tensor.placements) if p.is_shard())  # type: ignore[attr-defined]
     return dimension, tensor.device_mesh.size(dimension)  # type: ignore[attr-defined]
+
+
+def put_together(part: Tensor, longest: int, numel: int, group: dist.ProcessGroup) -> Tensor:
+    """Put a flat tensor together from everybody's consecutive parts, in host memory.
+
+    Args:
+        part: (n,) what this process holds.
+        longest: elements that the first process holds; only the last of those that hold any has fewer.
+        numel: elements of all together.
+        group: the processes.
+    """
+    mine = torch.zeros(longest, dtype=part.dtype, device=part.device)
+    mine[: part.numel()].copy_(part)
+    together = mine.new_empty(longest * dist.get_world_size(group))
+    all_gather(together.view(torch.uint8), mine.view(torch.uint8), group=group)  # as bytes: NCCL does not know int16
+    return together.cpu()[:numel]

@@ -122,10 +122,8 @@ class ArenaUpdate:
         self._state.spread(i for i in range(len(self._state.slots)) if present is None or present[i])
 
     def drop_residual(self, index: int) -> None:
-        """Clear the residual bits of a slot whose weights somebody else wrote: they extend values that are gone."""
-        if self._state.residual is not None:
-            slot = self._state.slots[index]
-            self._state.residual[slot.start : slot.start + slot.numel].zero_()
+        """As ``Arena.drop_residual``, of the arena that has the state."""
+        self._state.drop_residual(index)
 
     def step_slot(self, index: int, gradient: Tensor) -> None:
         """Update one slot with a gradient from outside the arena.

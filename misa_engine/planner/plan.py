@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from misa_engine.engine.arena import arena_bytes, capacity_for, capacity_of_rows, padded
+from misa_engine.engine.arena import arena_bytes, arena_options, capacity_for, capacity_of_rows, padded
 from misa_engine.engine.own_state.arena import own_arena
 from misa_engine.method.config import MisaConfig
 from misa_engine.method.partition import Partition, check_budget
@@ -244,35 +244,16 @@ def optimizer_bytes(
     Raises:
         ValueError: δ is smaller than the largest unit.
     """
-    sampled = [parts.numels[name] for unit in parts.units for name in unit.params]
-    always = [parts.numels[name] for name in parts.always]
-    budget = check_budget(parts, misa.delta)
-    if misa.shard_state and gpus > 1:
-        meta = torch.device("meta")
-        return own_arena(budget, sampled, always, gpus, None, device=meta, **_precisions(misa, dtype)).bytes()
-    capacity, slots = capacity_for(budget, sampled, always)
+    names = [name for unit in parts.units for name in unit.params], parts.always
+    budget, options = check_budget(parts, misa.delta), arena_options(misa, dtype)
     if rows is not None:
-        units = [name for unit in parts.units for name in unit.params]
-        pairs = [[(parts.numels[name], rows[name]) for name in names] for names in (units, parts.always)]
-        capacity, slots = capacity_of_rows(budget, *pairs)
-    return bytes_of_arena(capacity, slots, misa, dtype, weights_from=sum(map(padded, always)) if residents else None)
-
-
-def bytes_of_arena(
-    capacity: int, slots: int, misa: MisaConfig, dtype: torch.dtype, weights_from: int | None = None
-) -> dict[str, int]:
-    """``arena_bytes`` of the arena that MISA's options ask for, for weights of ``dtype``."""
-    return arena_bytes(capacity, slots, weights_from=weights_from, **_precisions(misa, dtype))
-
-
-def _precisions(misa: MisaConfig, dtype: torch.dtype) -> dict[str, Any]:
-    return {
-        "dtype": dtype,
-        "split": dtype == torch.bfloat16 and misa.master == "split",
-        "state_dtype": misa.state_dtype,
-        "grad_dtype": torch.float32 if misa.grad_dtype == "float32" else None,
-        "hold_gradients": misa.update_in == "step",
-    }
+        pairs = [[(parts.numels[name], rows[name]) for name in group] for group in names]
+        return arena_bytes(*capacity_of_rows(budget, *pairs), **options)
+    sampled, always = ([parts.numels[name] for name in group] for group in names)
+    if misa.shard_state and gpus > 1:
+        return own_arena(budget, sampled, always, gpus, None, device=torch.device("meta"), **options).bytes()
+    weights_from = sum(map(padded, always)) if residents else None
+    return arena_bytes(*capacity_for(budget, sampled, always), weights_from=weights_from, **options)
 
 
 def most_that_fits(worst: WorstCase, micro_batch: MicroBatch, room: int, what: str, most: int) -> int:

@@ -194,16 +194,18 @@ def resident_plan(
         "resident_steps": steps,
         "resident_workspace": size * max(named[name].numel() for name in meta.resident_matrices),
     }
-    kept = 2 * (misa.leave_rounding == "keep" and size == 2) + HOST_MOMENTS.get(misa.revisit, 0.0)
+    kept = {  # bytes an element
+        "residual_bits": 2 if misa.leave_rounding == "keep" and size == 2 else 0,
+        "moments": HOST_MOMENTS.get(misa.revisit, 0.0),
+    }
     host_bytes = {
         "masters": size * total,
         "embedding": lookup,
-        "residual_bits": 2 * drawable if misa.leave_rounding == "keep" and size == 2 else 0,
-        "moments": round(HOST_MOMENTS.get(misa.revisit, 0.0) * drawable),
+        **{name: round(each * drawable) for name, each in kept.items()},
     }
     drawn = min(budget, sum(sizes.get(name, 0) for name in sampled))
     dequantisation = _dequantisation(meta, total, codes + steps, drawn, micro_batch, card)
-    copied = round(2 * drawn * (size + kept))
+    copied = round(2 * drawn * (size + sum(kept.values())))
     products = dequantisation.gemm_seconds
     round_seconds = None if products is None else misa.inner_steps * products
     switch = SwitchCopies(copied, copied / LINKS[LINK], misa.inner_steps, round_seconds)

@@ -16,9 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
-from misa_engine.engine.arena import capacity_of_rows
 from misa_engine.method.config import MisaConfig
-from misa_engine.planner.plan import CATEGORIES, OPTIMIZER, Plan, bytes_of_arena
+from misa_engine.planner.plan import CATEGORIES, OPTIMIZER, Plan, optimizer_bytes
 from misa_engine.planner.replicas import LINKS, MEETING_SECONDS, SHOWN
 from misa_engine.planner.worst_case import MetaModel
 
@@ -119,15 +118,12 @@ def sharded_plan(meta: MetaModel, result: Plan, gpus: int) -> ShardedPlan:
     root = layers.pop(None, 0)
     layer = max(layers.values(), default=0)
     shares = {name: _rows(p, gpus) for name, p in meta.model.named_parameters()}
-    sampled = [(parts.numels[name], shares[name]) for unit in parts.units for name in unit.params]
-    always = [(parts.numels[name], shares[name]) for name in parts.always]
-    capacity, slots = capacity_of_rows(result.delta_parameters, sampled, always)
     buffers = sum(buffer.nbytes for buffer in meta.model.buffers())
     in_a_layer = min(result.delta_parameters * size, layer)
     held = {
         **result.bytes,
         "weights": sum(shares.values()) * size + buffers,
-        **bytes_of_arena(capacity, slots, misa, meta.dtype),
+        **optimizer_bytes(parts, misa, meta.dtype, rows=shares),
         # this layer and the next one, beside what lies outside the layers; a layer's gradients whole, and once as rows
         "gathered": 2 * layer + root,
         "reduced": in_a_layer + in_a_layer // gpus,

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from misa_engine.engine.replicas import Replicas
 from misa_engine.engine.residents import open_mapped, residents_of
+from misa_engine.engine.sharded.mesh import fsdp_modules
 from misa_engine.engine.shards import first_element, is_sharded, local
 from misa_engine.method.partition import partition
 
@@ -178,7 +179,7 @@ def _layers(model: nn.Module, how: Sharding, family: str | None) -> list[nn.Modu
         ValueError: nothing is found.
     """
     if residents_of(model) is not None:
-        raise ValueError("residents lie on the host of one process and are not sharded; load the model without them.")
+        raise ValueError("the model has residents: masters on the host are not sharded. Load it without them.")
     if how.layers:
         found = [module for module in model.modules() if type(module).__name__ in how.layers]
         if not found:
@@ -230,9 +231,8 @@ def _materialise(model: nn.Module, replicas: Replicas) -> None:
 
 def let_go(model: nn.Module) -> None:
     """Drop weights that an evaluation left gathered: parameters are rows again."""
-    for module in model.modules():
-        if hasattr(type(module), "_get_fsdp_state"):
-            module.reshard()  # type: ignore[operator]
+    for module in fsdp_modules(model):
+        module.reshard()
 
 
 @torch.no_grad()

@@ -14,9 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from misa_engine.engine.replicas import Replicas
+from misa_engine.engine.shards import all_gather, put_together
 from misa_engine.kernels.tiles import BLOCK
-
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch below 2.13
 
 
 def most_of(numel: int, size: int) -> int:
@@ -97,7 +96,7 @@ class Share:
         self._replicas.sent_weight_bytes += weight.nbytes
         with self._replicas.speaking("updated weights are sent"):
             # as bytes, of any dtype; in place, where NCCL and gloo both allow it
-            work = _all_gather(
+            work = all_gather(
                 whole.view(torch.uint8), part.view(torch.uint8), group=self._replicas.world, async_op=True
             )
         return Sending(weight, whole, work)
@@ -108,16 +107,6 @@ class Share:
             one.wait(self._replicas)
 
     def whole(self, part: Tensor, longest: int, numel: int) -> Tensor:
-        """Put a flat tensor together from everybody's consecutive parts, in host memory.
-
-        Args:
-            part: (n,) what this process holds.
-            longest: elements that the first process holds.
-            numel: elements of all together.
-        """
-        mine = torch.zeros(longest, dtype=part.dtype, device=part.device)
-        mine[: part.numel()].copy_(part)
-        together = mine.new_empty(longest * self.size)
+        """As ``shards.put_together``."""
         with self._replicas.speaking("the state is put together"):
-            _all_gather(together.view(torch.uint8), mine.view(torch.uint8), group=self._replicas.world)
-        return together.cpu()[:numel]
+            return put_together(part, longest, numel, self._replicas.world)

@@ -6,13 +6,19 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from misa_engine.engine.arena import capacity_of_rows
 from misa_engine.engine.replicas import Replicas
-from misa_engine.engine.shards import first_element, is_sharded, local, most_elements, shard_dimension
+from misa_engine.engine.shards import (
+    first_element,
+    is_sharded,
+    local,
+    most_elements,
+    put_together,
+    shard_dimension,
+)
 from misa_engine.kernels.tiles import GROUP
 from misa_engine.method.config import MisaConfig
 
@@ -41,7 +47,7 @@ class ShardMesh:
         mesh = some.device_mesh  # type: ignore[attr-defined]
         self.peers: list[int] = mesh.mesh.select(dimension, mesh.get_local_rank(dimension)).reshape(-1).tolist()
         self._group: dist.ProcessGroup = mesh.get_group(dimension)
-        self._modules = _fsdp_modules(model)
+        self._modules = fsdp_modules(model)
         self.parameters = parameters
 
     def numel(self, name: str) -> int:
@@ -88,26 +94,14 @@ class ShardMesh:
         return numbers
 
     def whole(self, part: Tensor, longest: int, numel: int) -> Tensor:
-        """Put a flat tensor together from everybody's consecutive parts, in host memory.
-
-        Args:
-            part: (n,) what this process holds.
-            longest: elements that the first process holds; only the last of those that hold any has fewer.
-            numel: elements of all together.
-        """
+        """As ``shards.put_together``."""
         if self.size == 1:
             return part.detach().cpu().clone()
-        mine = torch.zeros(longest, dtype=part.dtype, device=part.device)
-        mine[: part.numel()].copy_(part)
-        parts = [torch.empty_like(mine) for _ in range(self.size)]
-        # as bytes: NCCL does not know int16
-        dist.all_gather([part.view(torch.uint8) for part in parts], mine.view(torch.uint8), group=self._group)
-        return torch.cat([part.cpu() for part in parts])[:numel]
+        return put_together(part, longest, numel, self._group)
 
     def capacity(self, budget: int, sampled: Sequence[str], always: Sequence[str]) -> tuple[int, int]:
         """``arena.capacity_of_rows`` for the rows that the first process holds: it never has fewer than another."""
-        whole = self.parameters
-        sizes = [[(whole[name].numel(), most_elements(whole[name])) for name in group] for group in (sampled, always)]
+        sizes = [[(self.numel(name), self.most(name)) for name in names] for names in (sampled, always)]
         return capacity_of_rows(budget, *sizes)
 
     def check_groups(self, config: MisaConfig, trained: Sequence[str]) -> None:
@@ -119,7 +113,7 @@ class ShardMesh:
         if config.state_dtype != "int8":
             return
         for name in trained:
-            if self.size > 1 and most_elements(self.parameters[name]) % GROUP:
+            if self.size > 1 and self.most(name) % GROUP:
                 raise ValueError(
                     f"state_dtype='int8' with sharded weights: {name} of shape {list(self.parameters[name].shape)} is "
                     f"cut over {self.size} processes inside a group of {GROUP} elements that share a scale. Use "
@@ -133,7 +127,7 @@ def shard_mesh(model: nn.Module) -> ShardMesh | None:
     Raises:
         ValueError: sharded in a way that MISA does not train.
     """
-    for module in _fsdp_modules(model):
+    for module in fsdp_modules(model):
         module.reshard()  # after an evaluation the root's parameters are plain tensors
         if any(type(group.offload_policy).__name__ == "CPUOffloadPolicy" for group in _groups(module)):
             raise ValueError(
@@ -229,5 +223,6 @@ def _groups(module: Any) -> list[Any]:
     return [] if state._fsdp_param_group is None else [state._fsdp_param_group]  # torch below 2.13
 
 
-def _fsdp_modules(model: nn.Module) -> list[Any]:
+def fsdp_modules(model: nn.Module) -> list[Any]:
+    """Those that ``fully_shard`` was called on."""
     return [module for module in model.modules() if hasattr(type(module), "_get_fsdp_state")]
