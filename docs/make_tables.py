@@ -8,6 +8,7 @@ but by ``misa bench --render bench/results/cpu/results.json --into docs/benchmar
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -98,11 +99,9 @@ def learning() -> str:
             shown += f"learning rates: {_counts(rates)}, seeds: {_counts(seeds)}; {start}"
             if path.parent.name == "quick":
                 shown += " (shows that everything runs; ranks nothing)"
-            cells = [[row["method"], *_cells(row)] for row in rows]
-            headings = ["method", "held-out loss", "gap closed", "forgetting", "held MiB"]
-            if any(row["accuracy"] is not None for row in rows):
-                headings.append("solved")
-            parts.append(f"{shown}:\n\n{table(headings, [line[: len(headings)] for line in cells])}")
+            columns = {name: [value(row) for row in rows] for name, value in LEARNT.items()}
+            columns = {name: cells for name, cells in columns.items() if set(cells) != {"–"}}
+            parts.append(f"{shown}:\n\n{table(list(columns), list(map(list, zip(*columns.values(), strict=True))))}")
     return "\n\n".join(parts)
 
 
@@ -110,10 +109,26 @@ def _counts(numbers: list[int]) -> str:
     return "–".join(str(number) for number in dict.fromkeys((numbers[0], numbers[-1])))
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
-    numbers = ((row["loss"], ".3f"), (row["gap_closed"], ".0%"), (row["forgetting"], "+.3f"))
-    numbers += ((row["total_held_bytes"] / 2**20, ".1f"), (row["accuracy"], ".0%"))
-    return ["–" if value is None else format(value, spec) for value, spec in numbers]
+def _number(spec: str, *keys: str, scale: float = 1.0) -> Callable[[dict[str, Any]], str]:
+    def shown(row: dict[str, Any]) -> str:
+        value: Any = row
+        for key in keys:
+            value = None if value is None else value.get(key)
+        return "–" if value is None else format(value * scale, spec)
+
+    return shown
+
+
+#: Columns of what is learnt; one without any number is left out.
+LEARNT: dict[str, Callable[[dict[str, Any]], str]] = {
+    "method": lambda row: str(row["method"]),
+    "held-out loss": _number(".3f", "loss"),
+    "minus adamw": _number("+.3f", "to_adamw", "median"),
+    "gap closed": _number(".0%", "gap_closed"),
+    "forgetting": _number("+.3f", "forgetting"),
+    "held MiB": _number(".1f", "total_held_bytes", scale=2.0**-20),
+    "solved": _number(".0%", "accuracy"),
+}
 
 
 def by_presets() -> dict[str, list[object]]:

@@ -150,6 +150,8 @@ def test_methods_count_with_their_best_rate_and_compare_by_seed():
     assert misa["lr"] == 1e-3 and not lora["at_edge"]
     assert lora["to_adamw"]["median"] == pytest.approx(0.5) and lora["to_none"]["range"] == pytest.approx([-0.5, -0.5])
     assert [found[name]["gap_closed"] for name in ("misa", "lora", "adamw")] == pytest.approx([0, 0.5, 1])
+    reversed_once = [*rows, run_of("adamw", 1e-3, 2, 3.4), run_of("misa", 1e-3, 2, 3.2), run_of("lora", 1e-3, 2, 2.7)]
+    assert {one["gap_closed"] for one in learning_results.summarise(reversed_once)[:3]} == {None}  # no gap to close
     assert (misa["fits_lora"], lora["fits_lora"], adamw["fits_lora"]) == (True, True, False)
     assert lora["forgetting"] == pytest.approx(0.2) and found["broken"]["loss"] is None
     # misa needs 5 s; after these the others stand at their first point, a whole nat above their ends
