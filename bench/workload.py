@@ -68,6 +68,13 @@ def fitting_delta(shape: str, delta: float) -> float:
     return max(delta, math.ceil(1000 * max(unit.numel for unit in parts.units) / parts.total) / 1000)
 
 
+def flash_attention_only() -> None:
+    """Leave torch no attention but what a 24 GB card uses and the plan counts on; 2.11 prefers cuDNN on sm_90."""
+    torch.backends.cuda.enable_flash_sdp(True)
+    for other in ("cudnn", "mem_efficient", "math"):
+        getattr(torch.backends.cuda, f"enable_{other}_sdp")(False)
+
+
 def build_model(
     shape: str,
     device: torch.device,
@@ -90,10 +97,8 @@ def build_model(
         residents: format in which its layers' matrices rest in 8 bits on the device; the exact ones are on the host.
     """
     torch.manual_seed(seed)
-    if device.type == "cuda":  # what a 24 GB card uses and the plan counts on; torch 2.11 prefers cuDNN's on sm_90
-        torch.backends.cuda.enable_flash_sdp(True)
-        for other in ("cudnn", "mem_efficient", "math"):
-            getattr(torch.backends.cuda, f"enable_{other}_sdp")(False)
+    if device.type == "cuda":
+        flash_attention_only()
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     config = model_config(shape)
     config.use_cache = False

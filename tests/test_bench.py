@@ -79,6 +79,17 @@ def test_unsupported_combinations_say_what_to_do():
 # ---- workload ----
 
 
+def test_a_round_measures_flash_attention_and_no_other():
+    cuda, names = torch.backends.cuda, ("flash", "cudnn", "mem_efficient", "math")
+    before = {name: getattr(cuda, f"{name}_sdp_enabled")() for name in names}
+    try:
+        workload.flash_attention_only()
+        assert [getattr(cuda, f"{name}_sdp_enabled")() for name in names] == [True, False, False, False]
+    finally:
+        for name, enabled in before.items():
+            getattr(cuda, f"enable_{name}_sdp")(enabled)
+
+
 def test_chunked_loss_and_its_gradients_are_the_plain_ones():
     model = tiny_model()
     ids = next(workload.token_batches(model, 2, 50, CPU))
