@@ -123,7 +123,6 @@ def write_training_problems(options: argparse.Namespace) -> int:
     """Records to train on: problems like those of the reasoning tasks, none of which is evaluated."""
     from misa_engine.evaluation import reasoning
 
-    tasks_named(options.tasks)
     others = [name for name in options.tasks if not name.startswith(reasoning.PREFIX)]
     if others:
         raise UserError(f"--training_problems are made for reasoning tasks only; got {', '.join(others)}.")
@@ -131,6 +130,7 @@ def write_training_problems(options: argparse.Namespace) -> int:
     if path.exists():
         raise UserError(f"--training_problems {path} exists: name another file, or delete it.")
     check_place(path.parent, "--training_problems")
+    tasks_named(options.tasks)
     with bad_input():
         records = reasoning.training_records(options.tasks, options.limit or 3000)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
 """Loss of a model whose layers' matrices count as their 8 bits, beside that of its exact weights. On a CPU.
 
-python bench/results/residents/zero_shot.py MODEL_DIRECTORY zero_shot.json
+python -m misa_engine.bench.zero_shot MODEL_DIRECTORY zero_shot.json
 """
 
 import hashlib
