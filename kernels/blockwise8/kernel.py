@@ -80,17 +80,15 @@ def encode_and_step(m, root, minus_step, eps, BLOCK: tl.constexpr):
     step = m * (minus_step * (1 / 254)) * (damped * both)
 
     s = _largest(root, BLOCK)
-    y = _rounded(root * _spread(tl.div_rn(255.0, tl.maximum(s, TINY)), BLOCK), True, root > 0.0)
-    return m8, y.to(tl.uint8), a, s, step
+    y = root * _spread(tl.div_rn(255.0, tl.maximum(s, TINY)), BLOCK)
+    v8 = _rounded(tl.where(root > 0.0, tl.maximum(y, 1.0), y)).to(tl.uint8)
+    return m8, v8, a, s, step
 
 
 @triton.jit
-def _rounded(x, RAISED: tl.constexpr = False, raised=None):
+def _rounded(x):
     """Integer in the lowest byte."""
-    x += ROUNDING
-    if RAISED:
-        x = tl.where(raised, tl.maximum(x, ROUNDING + 1.0), x)
-    return x.to(tl.int32, bitcast=True)
+    return (x + ROUNDING).to(tl.int32, bitcast=True)
 
 
 @triton.jit

@@ -47,8 +47,6 @@ def for_rows(arguments: TrainArguments) -> TrainArguments:
     Raises:
         UserError: an option that sharded weights do not have.
     """
-    if sharding_of(arguments) is None:
-        return arguments
     from misa_engine.engine.sharded.mesh import for_shards
 
     with bad_input("--fsdp"):

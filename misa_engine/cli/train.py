@@ -213,7 +213,10 @@ def _load_inputs(arguments: TrainArguments) -> Inputs:
     model_options, sft = arguments.model, arguments.sft
     trust = sft.trust_remote_code
     model_config = loading.load_config(model_options, trust)
-    arguments = for_rows(for_residents(arguments))
+    sharding = sharding_of(arguments)
+    arguments = for_residents(arguments)
+    if sharding is not None:
+        arguments = for_rows(arguments)
     dtype = loading.resolve_dtype(model_options.dtype, model_config, sft.device)
     sft.max_length = loading.fitting_length(sft.max_length, "max_length" in arguments.given, model_config)
     _choose_forward(arguments, model_config.model_type)
@@ -235,7 +238,7 @@ def _load_inputs(arguments: TrainArguments) -> Inputs:
         raise UserError(f"--model_init_kwargs: leave out {name!r}; misa train decides it (see --dtype and its like).")
     if model_options.residents:
         model = load_resting(model_options, model_config, dtype, sft.device, trust, kwargs)
-    elif (sharding := sharding_of(arguments)) is not None:
+    elif sharding is not None:
         model = load_rows(arguments, sharding, model_config, dtype, kwargs)
     else:
         model = loading.load_model(model_options, sft.device, trust_remote_code=trust, **kwargs)

@@ -254,13 +254,17 @@ class Arena:
 
     def bytes(self) -> dict[str, int]:
         """Bytes by category, tables and norms included."""
+        sizes = self._buffer_bytes()
+        small = [self.tile_sumsq, self.step_sumsq, self._scratch]
+        small += [] if self.arrived_sumsq is None else [self.arrived_sumsq]
+        sizes["tables"] = sum(buffer.nbytes for buffer in small) + self.table.nbytes
+        return sizes
+
+    def _buffer_bytes(self) -> dict[str, int]:
         sizes: dict[str, int] = {}
         for name, buffer in self.buffers().items():
             category = "moment_scales" if name.endswith("_scale") else name
             sizes[category] = sizes.get(category, 0) + buffer.nbytes
-        small = [self.tile_sumsq, self.step_sumsq, self._scratch]
-        small += [] if self.arrived_sumsq is None else [self.arrived_sumsq]
-        sizes["tables"] = sum(buffer.nbytes for buffer in small) + self.table.nbytes
         return sizes
 
     def stretch(self, buffer: Tensor, start: int, numel: int) -> Tensor:

@@ -143,8 +143,8 @@ class MisaMixin(ExactResume):
         if sharding is not None and given is not None and not has_rows(model):
             if not isinstance(model, nn.Module):
                 raise ValueError(f"fsdp needs the model itself, which is then sharded in place; got {model!r}")
-            for_shards(config)
-            shard_model(model, sharding, given.device, config.family)
+            misa = for_shards(config)  # before the model is touched; a rest rule that is off is said once
+            shard_model(model, sharding, given.device, misa.family)
         with unaware(given) if sharding is not None and given is not None else nullcontext():
             super().__init__(*args, **kwargs)
         self.has_rows = has_rows(self.model)

@@ -37,11 +37,8 @@ class OwnArena(Arena):
     def bytes(self) -> dict[str, int]:
         """Bytes by category, of both, tables and norms included."""
         sizes = self.whole.bytes()
-        tables = sizes.pop("tables") + self.table.bound.nbytes + self.table.norm_parts.nbytes + self._scratch.nbytes
-        for name, buffer in self.buffers().items():
-            category = "moment_scales" if name.endswith("_scale") else name
-            sizes[category] = sizes.get(category, 0) + buffer.nbytes
-        return {**sizes, "tables": tables}
+        sizes["tables"] += self.table.bound.nbytes + self.table.norm_parts.nbytes + self._scratch.nbytes
+        return {**sizes, **self._buffer_bytes()}
 
     def part(self, parameter: Tensor) -> Tensor:
         """What of a parameter this process updates, a flat view."""
