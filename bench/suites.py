@@ -145,9 +145,10 @@ def command_cases(bench: Bench, output: Path) -> list[CommandCase]:
     tests = sorted((str(path.relative_to(ROOT)) for path in ROOT.glob("tests/test_*gpu.py")), reverse=True)
     sizes = [*(["--sizes", bench.sizes] if bench.sizes else []), *([] if on_gpu else ["--rounds", "2"])]
 
-    def pytest(name: str, *words: str) -> CommandCase:
+    def pytest(name: str, limit_s: int, *words: str) -> CommandCase:
         log = str(out / f"{name.replace(' ', '_')}.txt")
-        return CommandCase(name=name, words=("-m", "pytest", *words, "-q"), log=log, timeout_s=150)
+        return CommandCase(name=name, words=("-m", "pytest", "--durations=5", *words, "-q"), log=log, timeout_s=limit_s)
 
     benchmarks = ("bench/", "--benchmark-only", *sizes, f"--benchmark-json={out}/kernels.json")
-    return [pytest("GPU tests", *tests, "-m", "gpu"), pytest("kernels", *benchmarks)]
+    # the tests compile every variant of every kernel on a fresh machine, the benchmarks few and by then cached ones
+    return [pytest("GPU tests", 240, *tests, "-m", "gpu"), pytest("kernels", 150, *benchmarks)]

@@ -14,7 +14,8 @@ from misa_engine.bench.presets import PRESETS, Bench
 from misa_engine.bench.suites import cases_of
 
 ROOT = Path(__file__).resolve().parents[1]
-#: Seconds that one case may take before the test gives up: 10 on an idle core, over 400 on one that twenty share.
+#: Seconds that one case may take before the test gives up: 10 on an idle core, over 400 on one that twenty share. The
+#: whole test took 12 minutes where three processes shared two cores.
 PATIENCE_S = 1800
 #: Statuses of a row that a later call runs again.
 UNFINISHED = ("not run", "interrupted", "started")
