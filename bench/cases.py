@@ -21,6 +21,7 @@ from misa_engine.bench.baselines import BASELINES, build
 from misa_engine.bench.ledger import Floor
 from misa_engine.bench.measure import is_out_of_memory, limit_memory, memory_counters, timed
 from misa_engine.bench.method import Method, Settings, Unavailable
+from misa_engine.bench.named import name_of
 from misa_engine.bench.workload import build_model, make_loss
 
 #: Of the checkout.
@@ -104,6 +105,7 @@ class TrainingCase(Case, Settings):
     shape: str
     """A configuration that ``workload.model_config`` knows."""
     method: str = "misa"
+    """Of BASELINES; options behind it are in the settings already."""
     batch: int = 2
     length: int = 2048
     checkpointing: bool = True
@@ -134,7 +136,7 @@ class TrainingCase(Case, Settings):
             Unavailable: it cannot run here.
         """
         device = torch.device(self.device)
-        if status := BASELINES[self.method].missing():  # before seconds go into a model
+        if status := BASELINES[name_of(self.method)].missing():  # before seconds go into a model
             raise Unavailable(status)
         limit_memory(device, self.limit_bytes)
         build_all = partial(
@@ -144,9 +146,10 @@ class TrainingCase(Case, Settings):
         row["parameters"] = sum(p.numel() for p in model.parameters())
         row["weights_bytes"] = sum(p.nbytes for p in model.parameters())  # with residents most of them on the host
         row["loss_kind"], loss = make_loss(model, device, self.loss)
-        wants_floor = self.phases and self.method.startswith("misa")  # before the optimizer puts hooks on the model
+        # before the optimizer puts hooks on the model, of which a floor has a copy; residents cannot be copied
+        wants_floor = self.phases and self.method.startswith("misa") and self.residents is None
         floor = Floor(model, lambda twin: make_loss(twin, device, self.loss)[1]) if wants_floor else None
-        method = build(self.method, model, loss, self)
+        method = build(name_of(self.method), model, loss, self)
         method.floor = floor
         row["trainable_parameters"] = method.trainable_parameters
         return method

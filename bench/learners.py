@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from misa_engine.bench.named import OURS, name_of, options_of
 from misa_engine.errors import UserError, did_you_mean
-from misa_engine.method.config import MisaConfig, check_choice
-from misa_engine.planner.residents import without_rest
-from misa_engine.planner.speeds import FORMATS
 
-#: Options that are the case's own and not MisaConfig's.
-SHARED = ("delta", "inner_steps", "residents")
 #: Rest rules whose steps are as large as Adam's at the same rate.
 STATELESS = ("sign", "row_norm", "sinkhorn")
 
@@ -68,36 +64,13 @@ def learner_of(text: str) -> Learner:
     Raises:
         UserError: unknown name or option, or a value that MisaConfig refuses.
     """
-    name, *words = text.split(":")
+    name = name_of(text)
     if name not in LEARNERS:
         raise UserError(f"unknown method {name!r}.{did_you_mean(name, LEARNERS)} Known: {', '.join(LEARNERS)}.")
     learner = LEARNERS[name]
-    if not words:
+    if name == text:
         return learner
-    if learner.method not in ("misa", "uniform", "lisa", "lisa-layers"):
+    if learner.method not in OURS:
         raise UserError(f"{text}: options are MISA's, and {name} is none of its rules.")
-    options = dict(_option(text, word) for word in words)
-    shared = {key: options.pop(key) for key in SHARED if key in options}
-    misa = {**learner.misa, **options}
-    try:
-        config = MisaConfig.from_dict({**{key: shared[key] for key in shared if key != "residents"}, **misa})
-        if "residents" in shared:
-            check_choice("residents", shared["residents"], FORMATS)
-            without_rest(config)  # refuses a rule that was asked for
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{text}: {error}") from error
-    return Learner(learner.method, learner.rate, misa, {**learner.settings, **shared})
-
-
-def _option(text: str, word: str) -> tuple[str, Any]:
-    key, given, value = word.partition("=")
-    known = {"residents", *(entry.name for entry in fields(MisaConfig))}
-    if not given or key not in known:
-        hint = did_you_mean(key, known)
-        raise UserError(f"{text}: {word!r} is no option=value of MisaConfig.{hint}")
-    for kind in (int, float):
-        try:
-            return key, kind(value)
-        except ValueError:
-            continue
-    return key, {"true": True, "false": False}.get(value.lower(), value)
+    options, shared = options_of(text, learner.misa)
+    return replace(learner, misa={**learner.misa, **options}, settings={**learner.settings, **shared})

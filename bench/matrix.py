@@ -10,13 +10,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from misa_engine.bench.named import file_name
 from misa_engine.bench.presets import LEARNING, RECIPES, Learning
 from misa_engine.cli.parsing import Parser, names, positive, positive_size
 from misa_engine.errors import DONE, FAILED, UserError, did_you_mean
@@ -204,11 +204,6 @@ def run_pending(
 def file_of(case: Any, folder: Path) -> Path:
     """Where a run's row is kept."""
     return folder / file_name(case.name)
-
-
-def file_name(name: str, ending: str = ".json") -> str:
-    """A run's name as a file's."""
-    return re.sub(r"[^\w.=-]+", "_", name) + ending
 
 
 def read_rows(output: Path) -> list[dict[str, Any]]:

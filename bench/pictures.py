@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from misa_engine.bench.checks import MOST_RESERVED_BYTES
+from misa_engine.bench.named import file_name
 from misa_engine.bench.tables import GIB, status, tokens
 from misa_engine.report import figures
 from misa_engine.report.figures import BLUE, GREEN, GREY, PINK, write_titles
@@ -39,7 +40,7 @@ def pictures(document: Row, folder: Path) -> list[Path]:
             drawn[f"phases{end}"] = _phases(phased)
     for row in steps:
         if row.get("timeline", {}).get("points"):
-            drawn[f"timeline_{row['shape']}_{row['method']}"] = _timeline(row)
+            drawn[file_name(f"timeline_{row['shape']}_{row['method']}", "")] = _timeline(row)
     return save(drawn, folder, document["environment"])
 
 

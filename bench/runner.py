@@ -23,6 +23,7 @@ from misa_engine.bench.baselines import BASELINES
 from misa_engine.bench.cases import Case, Row
 from misa_engine.bench.checks import ask_plan, is_judged, judge
 from misa_engine.bench.measure import environment
+from misa_engine.bench.named import name_of
 from misa_engine.bench.presets import Bench
 from misa_engine.bench.processes import CaseProcesses
 from misa_engine.bench.training import LongestCase
@@ -142,7 +143,7 @@ def merge(rows: Sequence[Row]) -> list[Row]:
     """One result a method on a model: its timed steps."""
     results: list[Row] = [dict(row) for row in rows if row["kind"] == "steps"]
     for result in results:
-        baseline = BASELINES[result["settings"]["method"]]
+        baseline = BASELINES[name_of(result["settings"]["method"])]
         result |= {"summary": baseline.summary, "notes": baseline.notes}
     return results
 

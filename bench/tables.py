@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-GIB = 1 << 30
+GIB, MIB = 1 << 30, 1 << 20
 PHASES = ("forward", "backward", "clip", "step", "switch")
 Row = Mapping[str, Any]
 #: Heading, value of a row (None is shown as a dash), format of the value.
@@ -91,6 +91,12 @@ def status(row: Row) -> str:
     return text
 
 
+def _held(row: Row) -> float | None:
+    """MiB of gradients, optimizer state and tables on the device."""
+    held = row.get("optimizer_bytes")
+    return sum(size for name, size in held.items() if not name.startswith("host_")) / MIB if held else None
+
+
 def _seconds(row: Row) -> str | None:
     one = row.get("step_time_s")
     return "{median:.3f} ({p20:.3f}-{p80:.3f})".format(**one) if one else None
@@ -121,6 +127,7 @@ def results_table(document: Row) -> Table:
         ("step s (p20-p80)", _seconds, ""),
         ("of adamw", of_adamw(step), ".2f"),
         ("tokens/s", field("tokens_per_s"), ",.0f"),
+        ("held MiB", _held, ",.1f"),
         ("allocated GiB", field("peak_allocated_bytes", scale=1 / GIB), ".2f"),
         ("peak GiB", peak, ".2f"),
         ("of adamw", of_adamw(peak), ".2f"),
@@ -155,7 +162,6 @@ def phase_table(document: Row) -> Table:
     return Table.of(rows, columns, "time by phase").without_empty("shape") if rows else Table((), ())
 
 
-MIB = 1 << 20
 #: A profile by phase, means of a step.
 PROFILE_COLUMNS: tuple[Column, ...] = (
     ("phase", field("phase"), ""),

@@ -27,6 +27,7 @@ from misa_engine.bench.measure import (
     synchronize,
 )
 from misa_engine.bench.method import Method
+from misa_engine.bench.named import file_name
 from misa_engine.bench.profiling import profile_method
 from misa_engine.bench.timeline import record_timeline
 from misa_engine.bench.workload import batches, rows, token_batches
@@ -72,9 +73,11 @@ class StepCase(TrainingCase):
             report(row)
         folder = Path(self.folder) if self.folder else None
         if folder:
-            row |= profile_method(method, stream, self.inner_steps, folder / f"trace_{self.method}.json.gz")
+            row |= profile_method(
+                method, stream, self.inner_steps, folder / file_name(f"trace_{self.method}", ".json.gz")
+            )
         if self.timeline:
-            snapshot = folder / f"memory_{self.method}.pickle" if folder else None
+            snapshot = folder / file_name(f"memory_{self.method}", ".pickle") if folder else None
             row["timeline"] = record_timeline(method, stream, device, row["weights_bytes"], snapshot)
 
     def stream(self, method: Method) -> Iterator[Tensor]:

@@ -64,6 +64,45 @@ def test_throughput_gives_one_complete_result_a_method_with_page_and_pictures(re
     assert (tmp_path / "out" / "results.md").read_text() == before
 
 
+def test_a_method_with_options_is_a_row_of_its_own(results, tmp_path):
+    named = ["misa", "misa:rest=sign:delta=0.2", "misa:state_dtype=int8", "misa-none:residents=int8", "lisa:lr=1e-3"]
+    code, document, printed = results("throughput", "--methods", ",".join(named))
+    assert code == 0 and [(row["method"], row["status"]) for row in document["results"]] == [(m, "ok") for m in named]
+    misa, sign, eight, resting, _ = document["results"]
+    assert sign["settings"]["misa"] == {"rest": "sign"} and sign["settings"]["delta"] == 0.2
+    assert misa["settings"]["misa"] == {} and misa["settings"]["delta"] == 0.1
+    assert sign["optimizer_bytes"]["first_moment"] > misa["optimizer_bytes"]["first_moment"]
+    assert eight["optimizer_bytes"]["first_moment"] * 4 == misa["optimizer_bytes"]["first_moment"]
+    assert resting["settings"]["residents"] == "int8" and "overhead" not in resting  # no copy without an optimizer
+    page = (tmp_path / "out" / "results.md").read_text()
+    assert "| misa:rest=sign:delta=0.2 |" in page and "held MiB" in page
+
+
+def test_a_profile_of_a_method_with_options_has_files_that_every_system_takes(here, tmp_path):
+    words = ["--model", "tiny", "--length", "16", "--delta", "0.1", "--output", str(tmp_path / "out")]
+    assert main(["profile", "--method", "misa:rest=sign", "--device", "cpu", *words]) == 0
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"trace_misa_rest=sign.json.gz", "timeline_tiny_misa_rest=sign.png"} <= files
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        ("misa:rest=sing", "Did you mean 'sign'?"),
+        ("misa:rezt=sign", "no option=value of MisaConfig. Did you mean rest?"),
+        ("misa:rest", "no option=value of MisaConfig"),
+        ("misa:rest_lr=-1", "rest_lr is a multiple of lr"),
+        ("misa:residents=int8:rest=sign", "leave out residents, or use rest='none'"),
+        ("adamw:rest=sign", "options are MISA's, and adamw is none of its rules"),
+        ("mesa:rest=sign", "unknown method 'mesa'. Did you mean"),
+    ],
+)
+def test_options_of_a_method_are_checked_before_anything_runs(method, said, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["bench", "throughput", "--preset", "quick", "--methods", method, "--output", str(out)]) == 2
+    assert said in capsys.readouterr().err and not out.exists()
+
+
 def test_a_method_that_cannot_run_is_a_row_and_the_others_still_run(results, monkeypatch):
     monkeypatch.setattr("misa_engine.bench.baselines.installed", lambda package: package != "badam")
     code, document, printed = results("throughput", "--methods", "badam,misa")

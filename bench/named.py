@@ -1,0 +1,68 @@
+"""A method named with options of its own, as in ``misa:rest=sign:delta=0.03``: a row beside the plain ``misa``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import fields
+from types import MappingProxyType
+from typing import Any
+
+from misa_engine.errors import UserError, did_you_mean
+from misa_engine.method.config import MisaConfig, check_choice
+from misa_engine.planner.residents import without_rest
+from misa_engine.planner.speeds import FORMATS
+
+#: Options that are the case's own and not MisaConfig's.
+SHARED = ("delta", "inner_steps", "residents")
+#: Methods that our engine trains, whose options can be given.
+OURS = ("misa", "misa-int8", "misa-none", "misa-backward", "uniform", "lisa", "lisa-layers", "badam-like")
+
+
+def name_of(text: str) -> str:
+    """The method's name without its options."""
+    return text.partition(":")[0]
+
+
+def file_name(name: str, ending: str = ".json") -> str:
+    """The name of a run or a method as a file's."""
+    return re.sub(r"[^\w.=-]+", "_", name) + ending
+
+
+def options_of(text: str, own: Mapping[str, Any] = MappingProxyType({})) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options of a named method: those of MisaConfig and those of the case, both empty where none are given.
+
+    Args:
+        text: name and options. ``residents=int8`` among them lets what is not drawn rest in 8 bits.
+        own: options of MisaConfig that the method has already; those in ``text`` win.
+
+    Raises:
+        UserError: unknown option, or a value that MisaConfig refuses.
+    """
+    _, *words = text.split(":")
+    given = dict(_option(text, word) for word in words)
+    shared = {key: given.pop(key) for key in SHARED if key in given}
+    if not words:
+        return given, shared
+    try:
+        config = MisaConfig.from_dict({**own, **given, **{key: shared[key] for key in shared if key != "residents"}})
+        if "residents" in shared:
+            check_choice("residents", shared["residents"], FORMATS)
+            without_rest(config)  # refuses a rule that was asked for
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{text}: {error}") from error
+    return given, shared
+
+
+def _option(text: str, word: str) -> tuple[str, Any]:
+    key, given, value = word.partition("=")
+    known = {"residents", *(entry.name for entry in fields(MisaConfig))}
+    if not given or key not in known:
+        hint = did_you_mean(key, known)
+        raise UserError(f"{text}: {word!r} is no option=value of MisaConfig.{hint}")
+    for kind in (int, float):
+        try:
+            return key, kind(value)
+        except ValueError:
+            continue
+    return key, {"true": True, "false": False}.get(value.lower(), value)
