@@ -17,20 +17,21 @@ def render(path: Path, into: Path | None = None) -> None:
 
     Args:
         path: results.json, or what ``pytest bench/ --benchmark-json`` wrote.
-        into: a Markdown file that gets the page between its markers.
+        into: a Markdown file that gets the page between its markers: those of the results' folder, or those of any.
 
     Raises:
         UserError: the file cannot be read or is none of them, or ``into`` has no markers.
     """
     drawn: list[Path] = []
-    made, marker = tables.page, "misa bench"
+    made, folder = tables.page, path.resolve().parent.name
+    markers = [f"misa bench {folder}", "misa bench"]
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         if "benchmarks" in document:
             text = tables.kernel_page(document)
         else:
             if learning := document.get("kind") == "learning":
-                made, marker = learning_results.page, f"misa bench learning {path.resolve().parent.name}"
+                made, markers = learning_results.page, [f"misa bench learning {folder}"]
             drawn = _pictures(document, path, "learning_pictures" if learning else "pictures")
             text = made(document, [Path(name.name) for name in drawn])
     except OSError as error:
@@ -40,7 +41,7 @@ def render(path: Path, into: Path | None = None) -> None:
     path.with_suffix(".md").write_text(text, encoding="utf-8")
     if into is not None:
         try:
-            tables.insert(lambda links: made(document, links), drawn, into, marker)
+            tables.insert(lambda links: made(document, links), drawn, into, markers)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"--into {into}: {error}") from error
     shown = tables.tables if made is tables.page else lambda document: learning_results.tables(document["results"])

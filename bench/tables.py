@@ -256,20 +256,21 @@ PHASE_TEXT = (
 )
 
 
-def insert(made: Callable[[Sequence[Path]], str], pictures: Sequence[Path], target: Path, name: str) -> None:
+def insert(made: Callable[[Sequence[Path]], str], pictures: Sequence[Path], target: Path, names: Sequence[str]) -> None:
     """Replace what stands between the markers of ``target`` by a page, with pictures linked from there.
 
     Args:
         made: the page with these pictures; its first line is a title and left out.
         pictures: where they are.
         target: a Markdown file.
-        name: of the markers.
+        names: of the markers; the first that the file has.
 
     Raises:
         ValueError: the file has no markers; nothing is written then.
     """
-    begin, end = (f"<!-- {name}: {word} -->" for word in ("begin", "end"))
     text = target.read_text(encoding="utf-8")
+    name = next((name for name in names if f"<!-- {name}: begin -->" in text), names[-1])
+    begin, end = (f"<!-- {name}: {word} -->" for word in ("begin", "end"))
     links = [Path(os.path.relpath(path, target.parent)) for path in pictures]
     body = made(links).partition("\n")[2].strip()
     text, found = re.subn(f"{begin}.*?{end}", lambda old: f"{begin}\n\n{body}\n\n{end}", text, flags=re.DOTALL)

@@ -16,6 +16,7 @@ from misa_engine.cli.main import main
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
+OWN_AND_ANY = ("misa bench out", "misa bench")
 FIELDS = ("method", "step_time_s", "tokens_per_s", "peak_bytes", "trainable_parameters", "status")
 
 
@@ -59,6 +60,10 @@ def test_throughput_gives_one_complete_result_a_method_with_page_and_pictures(re
     assert text.startswith("top\n") and text.endswith("\nbottom\n") and "old" not in text
     assert "out/phases.png" in text and "| misa-int8 |" in text
     stored = str(tmp_path / "out" / "results.json")
+    readme.write_text("".join(f"<!-- {name}: begin -->\nold\n<!-- {name}: end -->\n" for name in OWN_AND_ANY))
+    assert main(["bench", "--render", stored, "--into", str(readme)]) == 0  # markers of its folder come first
+    own, anyone = readme.read_text().split("<!-- misa bench: begin -->")
+    assert "| misa-int8 |" in own and anyone == "\nold\n<!-- misa bench: end -->\n"
     assert main(["bench", "--render", stored, "--into", str(tmp_path / "out" / "results.md")]) == 2
     assert main(["bench", "--render", str(tmp_path / "out" / "results.json")]) == 0
     assert (tmp_path / "out" / "results.md").read_text() == before
@@ -158,7 +163,7 @@ def test_a_switch_is_what_its_step_takes_longer_than_the_others():
 
 def test_stored_results_of_the_repository_render_as_they_are(tmp_path, capsys):
     root = Path(__file__).resolve().parents[1]
-    for name in ("cpu/results.json", "kernels_cpu.json"):
+    for name in ("cpu/results.json", "cpu_rest/results.json", "kernels_cpu.json"):
         (tmp_path / Path(name).name).write_text((root / "bench" / "results" / name).read_text())
         assert main(["bench", "--render", str(tmp_path / Path(name).name)]) == 0
         page = (tmp_path / Path(name).name).with_suffix(".md").read_text()

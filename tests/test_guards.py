@@ -158,3 +158,19 @@ def test_trained_parameters_of_two_dtypes_are_refused():
     MISA(tiny(dtype=torch.bfloat16), delta=0.3)
     with pytest.raises(ValueError, match="one dtype"):
         MISA(model, delta=0.3, always_train=("model.norm.weight",))
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"closing_momentum": True, "inner_steps": 2}, ["9 of its steps"]),
+        ({"closing_momentum": True, "inner_steps": 8, "betas": (0.95, 0.999)}, ["19 of its steps"]),
+        ({"closing_momentum": True, "inner_steps": 9}, []),
+        ({"inner_steps": 2}, []),
+    ],
+)
+def test_a_closing_step_longer_than_its_round_is_said(options, told, caplog):
+    """Rounds of two steps with preset ``paper`` ended above the base on real text, at 2.5e-4 (bench/LOG.md)."""
+    MISA(tiny(), delta=0.3, **options)
+    said = [record.getMessage() for record in caplog.records if "closing_momentum" in record.getMessage()]
+    assert len(said) == len(told) and all(words in text for words, text in zip(told, said, strict=True))

@@ -30,10 +30,11 @@ def one_config(config: MisaConfig | None, options: Mapping[str, Any]) -> MisaCon
     return config if config is not None else MisaConfig.from_dict(options)
 
 
-def announce(model: nn.Module, new: Sequence[str]) -> None:
-    """Say what the user should know before the first step: ``announce_new`` and ``announce_compiled``."""
+def announce(model: nn.Module, new: Sequence[str], config: MisaConfig) -> None:
+    """Say what the user should know before the first step."""
     announce_new(new)
     announce_compiled(model)
+    announce_closing(config)
 
 
 def announce_new(names: Sequence[str]) -> None:
@@ -53,6 +54,18 @@ def announce_compiled(model: nn.Module) -> None:
             "(torch._dynamo.config.recompile_limit) torch runs it uncompiled, and weight gradients are copied into "
             "their slots instead of being computed there. Compile layer by layer: layer.compile(), after MISA(model).",
             torch._dynamo.config.recompile_limit,
+        )
+
+
+def announce_closing(config: MisaConfig) -> None:
+    """Say, at level warning, when line 16 of Algorithm 1, as long as β₁/(1-β₁) steps, moves further than a round."""
+    steps = round(config.betas[0] / (1.0 - config.betas[0]), 6)  # 9.000000000000002 at 0.9
+    if config.closing_momentum and config.inner_steps < steps:
+        logger.warning(
+            "closing_momentum with inner_steps=%d: the step that closes a round is as long as %.0f of its steps. Use "
+            "longer rounds, closing_momentum=False, or a learning rate that is smaller by as much.",
+            config.inner_steps,
+            steps,
         )
 
 

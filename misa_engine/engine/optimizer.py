@@ -111,7 +111,7 @@ class MISA(torch.optim.Optimizer):
         self._callbacks: list[Callable[[SwitchEvent], None]] = []
         self._model_bytes = card_bytes(model)
 
-        guards.announce(model, self.partition.new)
+        guards.announce(model, self.partition.new, config)
         self._attach(model, group_of, resting)
         self._open_round({}, started=time.perf_counter())
 
