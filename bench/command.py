@@ -126,7 +126,7 @@ def settings_of(options: argparse.Namespace) -> Bench:
         known(name_of(method), BASELINES, "method")
         if name_of(method) != method and name_of(method) not in OURS:
             raise UserError(f"--methods {method}: options are MISA's, and {name_of(method)} is none of its rules.")
-        options_of(method)
+        options_of(method, BASELINES[name_of(method)].options)
     known(bench.model.strip().lower(), [*SMALL_SHAPES, *MODELS], "model")
     check_device(bench.device)
     if bench.delta > 1:

@@ -13,7 +13,8 @@ from misa_engine.method.config import MisaConfig, check_choice
 from misa_engine.planner.residents import without_rest
 from misa_engine.planner.speeds import FORMATS
 
-#: Options that are the case's own and not MisaConfig's.
+CONFIG = tuple(entry.name for entry in fields(MisaConfig))
+#: Options that are settings of the case, and a format that MisaConfig does not know.
 SHARED = ("delta", "inner_steps", "residents")
 #: Methods that our engine trains, whose options can be given.
 OURS = ("misa", "misa-int8", "misa-none", "misa-backward", "uniform", "lisa", "lisa-layers", "badam-like")
@@ -34,7 +35,7 @@ def options_of(text: str, own: Mapping[str, Any] = MappingProxyType({})) -> tupl
 
     Args:
         text: name and options. ``residents=int8`` among them lets what is not drawn rest in 8 bits.
-        own: options of MisaConfig that the method has already; those in ``text`` win.
+        own: options that the method has already, MisaConfig's among them; those in ``text`` win.
 
     Raises:
         UserError: unknown option, or a value that MisaConfig refuses.
@@ -44,8 +45,9 @@ def options_of(text: str, own: Mapping[str, Any] = MappingProxyType({})) -> tupl
     shared = {key: given.pop(key) for key in SHARED if key in given}
     if not words:
         return given, shared
+    all_options = {**own, **given, **shared}
     try:
-        config = MisaConfig.from_dict({**own, **given, **{key: shared[key] for key in shared if key != "residents"}})
+        config = MisaConfig.from_dict({name: all_options[name] for name in CONFIG if name in all_options})
         if "residents" in shared:
             check_choice("residents", shared["residents"], FORMATS)
             without_rest(config)  # refuses a rule that was asked for
@@ -56,7 +58,7 @@ def options_of(text: str, own: Mapping[str, Any] = MappingProxyType({})) -> tupl
 
 def _option(text: str, word: str) -> tuple[str, Any]:
     key, given, value = word.partition("=")
-    known = {"residents", *(entry.name for entry in fields(MisaConfig))}
+    known = {"residents", *CONFIG}
     if not given or key not in known:
         hint = did_you_mean(key, known)
         raise UserError(f"{text}: {word!r} is no option=value of MisaConfig.{hint}")

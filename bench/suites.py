@@ -23,7 +23,7 @@ def make(kind: Callable[..., OneCase], bench: Bench, **own: Any) -> OneCase:
     """A case with every setting that it shares with the run, ``own`` ones last."""
     names = {entry.name for entry in fields(kind)}  # type: ignore[arg-type]
     shared = {name: value for name, value in vars(bench).items() if name in names}
-    misa, named = options_of(own.get("method", kind.method))
+    misa, named = options_of(own.get("method", TrainingCase.method))
     if misa:
         own["misa"] = {**own.get("misa", {}), **misa}
     case = kind(**{**shared, "limit_bytes": int(bench.vram_gib * GIB), **own, **named})

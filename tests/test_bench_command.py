@@ -97,6 +97,7 @@ def test_a_profile_of_a_method_with_options_has_files_that_every_system_takes(he
         ("misa:rezt=sign", "no option=value of MisaConfig. Did you mean rest?"),
         ("misa:rest", "no option=value of MisaConfig"),
         ("misa:rest_lr=-1", "rest_lr is a multiple of lr"),
+        ("misa-none:rest_lr=0.5", "rest_lr"),
         ("misa:residents=int8:rest=sign", "leave out residents, or use rest='none'"),
         ("adamw:rest=sign", "options are MISA's, and adamw is none of its rules"),
         ("mesa:rest=sign", "unknown method 'mesa'. Did you mean"),
