@@ -165,6 +165,9 @@ BASELINES: dict[str, Baseline] = {
     ),
 }  # fmt: skip
 
+#: Methods that our engine trains, so that options of MisaConfig can be given to them.
+OURS = tuple(name for name, baseline in BASELINES.items() if baseline.build in (_misa, _by_layers))
+
 
 def build(name: str, model: nn.Module, loss: Loss, settings: Settings) -> Method:
     """Make ``name`` train ``model``.

@@ -106,7 +106,7 @@ def settings_of(options: argparse.Namespace) -> Bench:
     import torch
 
     from misa_engine.bench.baselines import BASELINES
-    from misa_engine.bench.named import OURS, name_of, options_of
+    from misa_engine.bench.named import case_options, name_of
     from misa_engine.bench.workload import SMALL_SHAPES, documents, fitting_delta
     from misa_engine.planner.cards import MODELS
 
@@ -124,9 +124,7 @@ def settings_of(options: argparse.Namespace) -> Bench:
     bench = Bench(**{**PRESETS[preset], **given})
     for method in bench.methods:
         known(name_of(method), BASELINES, "method")
-        if name_of(method) != method and name_of(method) not in OURS:
-            raise UserError(f"--methods {method}: options are MISA's, and {name_of(method)} is none of its rules.")
-        options_of(method, BASELINES[name_of(method)].options)
+        case_options(method)
     known(bench.model.strip().lower(), [*SMALL_SHAPES, *MODELS], "model")
     check_device(bench.device)
     if bench.delta > 1:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from misa_engine.bench.named import OURS, name_of, options_of
+from misa_engine.bench.named import name_of, options_of
 from misa_engine.errors import UserError, did_you_mean
 
 #: Rest rules whose steps are as large as Adam's at the same rate.
@@ -68,9 +68,5 @@ def learner_of(text: str) -> Learner:
     if name not in LEARNERS:
         raise UserError(f"unknown method {name!r}.{did_you_mean(name, LEARNERS)} Known: {', '.join(LEARNERS)}.")
     learner = LEARNERS[name]
-    if name == text:
-        return learner
-    if learner.method not in OURS:
-        raise UserError(f"{text}: options are MISA's, and {name} is none of its rules.")
-    options, shared = options_of(text, learner.misa)
+    options, shared = options_of(text, learner.method, learner.misa)
     return replace(learner, misa={**learner.misa, **options}, settings={**learner.settings, **shared})

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import fields
-from types import MappingProxyType
 from typing import Any
 
+from misa_engine.bench.baselines import BASELINES, OURS
 from misa_engine.errors import UserError, did_you_mean
 from misa_engine.method.config import MisaConfig, check_choice
 from misa_engine.planner.residents import without_rest
@@ -16,8 +16,6 @@ from misa_engine.planner.speeds import FORMATS
 CONFIG = tuple(entry.name for entry in fields(MisaConfig))
 #: Options that are settings of the case, and a format that MisaConfig does not know.
 SHARED = ("delta", "inner_steps", "residents")
-#: Methods that our engine trains, whose options can be given.
-OURS = ("misa", "misa-int8", "misa-none", "misa-backward", "uniform", "lisa", "lisa-layers", "badam-like")
 
 
 def name_of(text: str) -> str:
@@ -30,21 +28,24 @@ def file_name(name: str, ending: str = ".json") -> str:
     return re.sub(r"[^\w.=-]+", "_", name) + ending
 
 
-def options_of(text: str, own: Mapping[str, Any] = MappingProxyType({})) -> tuple[dict[str, Any], dict[str, Any]]:
+def options_of(text: str, method: str, own: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The options of a named method: those of MisaConfig and those of the case, both empty where none are given.
 
     Args:
         text: name and options. ``residents=int8`` among them lets what is not drawn rest in 8 bits.
+        method: of BASELINES, that trains.
         own: options that the method has already, MisaConfig's among them; those in ``text`` win.
 
     Raises:
-        UserError: unknown option, or a value that MisaConfig refuses.
+        UserError: options of a method that is not MISA's, an unknown one, or a value that MisaConfig refuses.
     """
-    _, *words = text.split(":")
+    name, *words = text.split(":")
+    if not words:
+        return {}, {}
+    if method not in OURS:
+        raise UserError(f"{text}: options are MISA's, and {name} is none of its rules.")
     given = dict(_option(text, word) for word in words)
     shared = {key: given.pop(key) for key in SHARED if key in given}
-    if not words:
-        return given, shared
     all_options = {**own, **given, **shared}
     try:
         config = MisaConfig.from_dict({name: all_options[name] for name in CONFIG if name in all_options})
@@ -54,6 +55,16 @@ def options_of(text: str, own: Mapping[str, Any] = MappingProxyType({})) -> tupl
     except (ValueError, TypeError) as error:
         raise UserError(f"{text}: {error}") from error
     return given, shared
+
+
+def case_options(text: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """``options_of`` for a name of BASELINES, with or without options.
+
+    Raises:
+        UserError: as ``options_of``.
+    """
+    name = name_of(text)
+    return options_of(text, name, BASELINES[name].options)
 
 
 def _option(text: str, word: str) -> tuple[str, Any]:

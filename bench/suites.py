@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from misa_engine.bench.cases import ROOT, Case, CommandCase, TrainingCase
-from misa_engine.bench.named import options_of
+from misa_engine.bench.named import case_options, name_of
 from misa_engine.bench.presets import GIB, PROFILED_STEPS, Bench
 from misa_engine.bench.training import LongestCase, StepCase, SwitchCase
 from misa_engine.planner.activations import CONTEXT_BYTES
@@ -23,12 +23,12 @@ def make(kind: Callable[..., OneCase], bench: Bench, **own: Any) -> OneCase:
     """A case with every setting that it shares with the run, ``own`` ones last."""
     names = {entry.name for entry in fields(kind)}  # type: ignore[arg-type]
     shared = {name: value for name, value in vars(bench).items() if name in names}
-    misa, named = options_of(own.get("method", TrainingCase.method))
+    misa, named = case_options(own.get("method", TrainingCase.method))
     if misa:
         own["misa"] = {**own.get("misa", {}), **misa}
     case = kind(**{**shared, "limit_bytes": int(bench.vram_gib * GIB), **own, **named})
     # what updates inside the backward pass cannot clip by the norm of all gradients, nor accumulate them
-    return replace(case, max_grad_norm=None, accumulation=1) if case.method == "misa-backward" else case
+    return replace(case, max_grad_norm=None, accumulation=1) if name_of(case.method) == "misa-backward" else case
 
 
 def cases_of(bench: Bench, output: Path) -> list[Case]:

@@ -83,6 +83,11 @@ def test_a_method_with_options_is_a_row_of_its_own(results, tmp_path):
     assert "| misa:rest=sign:delta=0.2 |" in page and "held MiB" in page
 
 
+def test_what_updates_inside_the_backward_pass_does_not_clip_with_options_either(results):
+    code, document, printed = results("throughput", "--methods", "misa-backward:delta=0.2")
+    assert code == 0 and document["results"][0]["status"] == "ok" and "without clipping" in printed
+
+
 def test_a_profile_of_a_method_with_options_has_files_that_every_system_takes(here, tmp_path):
     words = ["--model", "tiny", "--length", "16", "--delta", "0.1", "--output", str(tmp_path / "out")]
     assert main(["profile", "--method", "misa:rest=sign", "--device", "cpu", *words]) == 0
